@@ -1,0 +1,58 @@
+"""GvU in the shapes world, on a laptop, with nothing to download.
+
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=/tmp/shapes             # about a quarter of an hour
+    python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=/tmp/smoke        # a couple of minutes
+    python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=/tmp/weak          # generation barely pretrained
+
+Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16.
+"""
+import os
+
+from ml_collections import ConfigDict
+
+
+def get_config(preset="normal"):
+    if preset not in ("normal", "weak", "smoke"):
+        raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
+    config = ConfigDict()
+    config.seed = 0
+    config.steps = 200
+    config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
+
+    config.world = dict(side=3, max_objects=5)
+
+    # ---- the model: X-Omni's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
+    config.model = ConfigDict()
+    config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                           num_key_value_heads=4, num_mm_adap_layers=1, num_mm_head_layers=1, rope_theta=1e3)
+    config.model.vision = dict(width=64, layers=2, heads=4, mlp_hidden=128, patch_size=16, pos_table_side=3,
+                               codebook_size=32, codebook_dim=8, z_channels=32, groups=8)
+    config.model.flux = dict(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
+                             num_attention_heads=4, joint_attention_dim=8, pooled_projection_dim=8,
+                             guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
+    config.model.vae = dict(latent_channels=4, patch_size=16)
+    config.model.diffusion_steps = 2
+    config.model.instruction = "Describe the image."
+
+    # ---- pretraining of the base ----
+    config.pretrain = ConfigDict()
+    config.pretrain.seed = 0
+    config.pretrain.scenes = 20480
+    config.pretrain.crowded = 8192
+    config.pretrain.tokenizer = dict(steps=1500, lr=2e-3, batch=dict(pictures=32))
+    config.pretrain.diffusion = dict(steps=4000, lr=7e-4, batch=dict(pictures=32))
+    config.pretrain.backbone = dict(
+        steps=2800, lr=2e-3, captions_per_scene=2,
+        batch=dict(captions=32, descriptions=4, questions=6, prompts=8))
+
+    # ---- GvU ----
+    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
+    config.reward = dict(teacher="base", view="pixels")
+    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
+    config.lora = dict(rank=0, alpha=32, targets=r"_proj")               # rank 0: full fine-tuning of the backbone
+    config.optim = dict(lr=5e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
+
+    config.eval = dict(every=50, batches=4, choices=288)
+    config.log_every = 5
+    config.checkpoint_every = 100
+    return config

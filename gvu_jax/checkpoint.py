@@ -1,0 +1,100 @@
+"""Models and training states on disk.
+
+A model folder holds everything that loading needs, and nothing that must be executed to load it:
+
+    metadata.json     format version, kind of model, every config
+    tokenizer/        tokenizer.json and the chat template
+    params/           the parameters, Orbax
+
+A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
+each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items.
+"""
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+from transformers import PreTrainedTokenizerFast
+
+from gvu_jax.metrics import replace_file
+from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.umm import XOmni
+
+FORMAT = 1
+
+
+def save_model(folder, umm, params):
+    """Writes a model folder. It appears under its name only when whole."""
+    folder = Path(folder).absolute()
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    metadata = {"format": FORMAT, "kind": "xomni", "vae_class": type(umm.vae).__name__, "grid": umm.grid,
+                "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
+                "instruction": umm.instruction}
+    metadata |= {name: dataclasses.asdict(getattr(umm, name)) for name in ("ar", "vision", "flux", "vae")}
+    ocp.save_pytree(partial / "params", params)
+    umm.tokenizer.save_pretrained(partial / "tokenizer")
+    replace_file(partial / "metadata.json", json.dumps(metadata, indent=1))
+    if folder.exists():                     # another process was faster; its model is as good as this one
+        shutil.rmtree(partial)
+    else:
+        partial.rename(folder)
+
+
+def load_model(folder):
+    """A model folder -> (umm, params). Raises ValueError or FileNotFoundError with one line that says what is wrong."""
+    folder = Path(folder).absolute()
+    if not (folder / "metadata.json").exists():
+        raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json")
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        if metadata["format"] != FORMAT or metadata["kind"] != "xomni":
+            raise ValueError(f"it is format {metadata['format']} of kind {metadata['kind']!r}; this version of gvu_jax "
+                             f"reads format {FORMAT} of kind 'xomni'")
+        tuples = lambda settings: {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+        vae_class = {"Config": vae.Config, "PatchConfig": vae.PatchConfig}[metadata["vae_class"]]
+        umm = XOmni(ar=xomni.Config(**metadata["ar"]), vision=siglip_vq.Config(**metadata["vision"]),
+                    flux=flux.Config(**tuples(metadata["flux"])), vae=vae_class(**tuples(metadata["vae"])),
+                    tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
+                    grid=tuple(metadata["grid"]), diffusion_steps=metadata["diffusion_steps"],
+                    diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"cannot read the model in {folder}: {error}") from error
+    shapes = jax.eval_shape(lambda: init(umm, jax.random.key(0)))
+    return umm, ocp.load_pytree(folder / "params", shapes)
+
+
+def init(umm, key):
+    """Random parameters of all four parts; under jax.eval_shape, their shapes."""
+    keys = jax.random.split(key, 4)
+    return {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
+            "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
+
+
+class Checkpoints:
+    """The sequence of training states of one run: the newest `keep` are kept, each is written whole or not at all."""
+
+    def __init__(self, workdir, keep=2):
+        policy = ocp.training.preservation_policies.LatestN(keep)
+        self._checkpointer = ocp.training.Checkpointer(
+            Path(workdir).absolute() / "checkpoints", preservation_policy=policy, cleanup_tmp_directories=True)
+
+    def latest(self):
+        """The step of the newest state, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else latest.step
+
+    def save(self, step, trainable, opt_state):
+        self._checkpointer.save_checkpointables(
+            step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
+
+    def load(self, step, **like):
+        """The items named in `like` (trainable=..., opt_state=...), each restored into the given structure."""
+        return self._checkpointer.load_checkpointables(step, like)
+
+    def close(self):
+        self._checkpointer.close()

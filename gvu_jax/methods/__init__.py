@@ -1,0 +1,1 @@
+"""One paper per file, each written over the interface of `umm.py` alone."""

@@ -1,0 +1,154 @@
+"""GvU: Learning to Generate via Understanding (CVPR 2026).
+
+One training step, for a batch of B prompts with G pictures each (S = B * G samples, a prompt's side by side):
+
+    1. sample   the policy draws image tokens for every prompt                     umm.sample_image
+    2. render   the diffusion head turns them into pixels                          umm.render
+    3. reward   the understanding branch reads the pixels and says how probable    umm.see, umm.text_logps
+                each word of the prompt is; the geometric mean is the reward
+    4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps
+                KL to the frozen base move the policy (GRPO)
+
+What is trained is a subtree of the parameters: {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning. The
+policy is the base with that subtree laid over it; the reference is the base itself.
+"""
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from gvu_jax import lora, objectives, rewards
+from gvu_jax.umm import compile_programs
+
+
+@struct.dataclass
+class State:
+    """All that training changes. Everything else of a step follows from the config, the seed and `step`."""
+    step: jax.Array          # int32
+    trainable: dict
+    opt_state: optax.OptState
+
+
+def init_trainable(base, config, key):
+    """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0."""
+    if config.lora.rank == 0:
+        return {"ar": jax.tree.map(jnp.copy, base["ar"])}
+    return {"adapter": lora.init(key, base["ar"], config.lora.rank, config.lora.targets)}
+
+
+def policy_params(base, trainable, lora_config):
+    """Base parameters with the trained subtree laid over them; what every `umm` call of the policy takes."""
+    if "adapter" in trainable:
+        return {**base, "adapter": lora.scaled(trainable["adapter"], lora_config.alpha / lora_config.rank)}
+    return {**base, **trainable}
+
+
+def init_state(base, config, optimizer, key):
+    trainable = init_trainable(base, config, key)
+    return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
+
+
+class GvU:
+    """The four programs of a step, each compiled once.
+
+    umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `advantage_eps`, `inner_steps`, `micro_batches` under
+    `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how: how the
+    policy samples, with images_per_prompt = group.
+    """
+
+    def __init__(self, umm, config, how, optimizer):
+        check(config)
+        self.umm, self.config, self.optimizer = umm, config, optimizer
+        self.programs = compile_programs(umm, how)
+        self.policy = jax.jit(functools.partial(policy_params, lora_config=config.lora))
+        self.mean = jax.jit(rewards.geometric_mean)
+        self.update = jax.jit(self._update, donate_argnums=0)
+
+    def sample(self, policy, prompts, key):
+        """-> image_tokens [S, N], logps [S, N] of the sampler."""
+        return self.programs.sample(policy, prompts, key)
+
+    def render(self, base, image_tokens, prompts, key):
+        """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens themselves."""
+        return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
+
+    def reward(self, base, policy, image_tokens, pixels, prompts):
+        """-> reward [S] in (0, 1], word log-probabilities [S, L]. prompts: one row per sample."""
+        teacher = base if self.config.reward.teacher == "base" else policy
+        seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens
+        logps, mask = self.programs.read(teacher, seen, prompts)
+        return self.mean(logps, mask), logps
+
+    def loss(self, trainable, base, batch, old_logps, first):
+        """The objective on one micro-batch; at the first inner step old = current, so the ratio is exactly 1."""
+        gvu = self.config.gvu
+        logps = self.umm.image_logps(policy_params(base, trainable, self.config.lora), batch.prompts, batch.tokens)
+        old_logps = jnp.where(first, jax.lax.stop_gradient(logps), old_logps)
+        loss, metrics = objectives.clipped_policy_loss(
+            logps, old_logps, batch.ref_logps, batch.advantages, gvu.clip, gvu.beta)
+        return loss, (metrics | {"loss": loss}, logps)
+
+    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward):
+        """GRPO on S samples: `inner_steps` optimizer steps, each over `micro_batches` slices of the batch.
+
+        prompts [S], image_tokens and sampler_logps [S, N], reward [S]. Returns the state after step + 1 and a dict of
+        scalar metrics. Gradients of the slices are averaged before the one optimizer step they make.
+        """
+        gvu, slices = self.config.gvu, self.config.gvu.micro_batches
+        split = lambda tree: jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
+        join = lambda x: x.reshape(-1, *x.shape[2:])
+        ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
+        advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
+        batches = split(Batch(prompts, image_tokens, ref_logps, advantages))
+
+        def inner_step(carry, i):
+            trainable, opt_state, old_logps = carry
+
+            def slice_step(grads, x):
+                batch, old = x
+                new, (metrics, logps) = jax.grad(self.loss, has_aux=True)(trainable, base, batch, old, i == 0)
+                return jax.tree.map(lambda g, n: g + n / slices, grads, new), (metrics, logps)
+
+            zeros = jax.tree.map(jnp.zeros_like, trainable)
+            grads, (metrics, logps) = jax.lax.scan(slice_step, zeros, (batches, old_logps))
+            updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
+            metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.global_norm(grads)}
+            old_logps = jnp.where(i == 0, logps, old_logps)
+            return (optax.apply_updates(trainable, updates), opt_state, old_logps), metrics
+
+        start = (state.trainable, state.opt_state, split(jnp.zeros_like(sampler_logps)))
+        (trainable, opt_state, old_logps), metrics = jax.lax.scan(inner_step, start, jnp.arange(gvu.inner_steps))
+        metrics = jax.tree.map(lambda x: x[-1], metrics)
+        groups = reward.reshape(-1, gvu.group)
+        metrics |= {
+            "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
+            "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
+            "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
+        }
+        return State(state.step + 1, trainable, opt_state), metrics
+
+
+@struct.dataclass
+class Batch:
+    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]."""
+    prompts: object
+    tokens: jax.Array
+    ref_logps: jax.Array
+    advantages: jax.Array
+
+
+def check(config):
+    """Raises ValueError, in one line, for settings that cannot train."""
+    gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
+    if gvu.group < 2:
+        raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
+    if samples % gvu.micro_batches:
+        raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
+    if gvu.inner_steps < 1:
+        raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
+    if config.reward.teacher not in ("base", "policy"):
+        raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
+    if config.reward.view not in ("pixels", "tokens"):
+        raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")

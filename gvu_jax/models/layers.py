@@ -1,0 +1,89 @@
+"""Layers that several models share: a dense layer that can carry an adapter, norms, rotary positions, attention.
+
+Dimension letters, used in every file of this package:
+
+    B batch   T query positions   S key positions   D model width   F feed-forward width
+    H query heads   K key/value heads   E head width   V vocabulary   N image tokens   L prompt words (text tokens)
+"""
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class Dense(nn.Module):
+    """`x @ kernel + bias`, plus the low-rank update of LoRA (Hu et al. 2021) when the variables hold one.
+
+    The adapter lives in its own collection, `lora`: `a` [in, r] and `b` [r, out], already scaled by alpha / r (see
+    `lora.scaled`). A call whose variables lack that collection runs exactly the program of the base model.
+    """
+    features: int
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):                                                            # [..., in] -> [..., out]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        y = x @ kernel.astype(x.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+        return y
+
+
+class Embed(nn.Module):
+    """A table [V, D] looked up by id; `a` [V, r] and `b` [r, D] are its adapter, as in `Dense`."""
+    num_embeddings: int
+    features: int
+
+    @nn.compact
+    def __call__(self, ids):                                                          # [...] int -> [..., D]
+        table = self.param("embedding", nn.initializers.normal(0.5), (self.num_embeddings, self.features))
+        y = jnp.take(table, ids, axis=0, mode="clip")
+        if self.has_variable("lora", "a"):
+            a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            y = y + jnp.take(a, ids, axis=0, mode="clip").astype(y.dtype) @ b.astype(y.dtype)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale (Zhang & Sennrich 2019); the statistics in float32, the result in the dtype of x."""
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):                                                            # [..., D]
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return x32.astype(x.dtype) * scale.astype(x.dtype)
+
+
+def rotary(x, positions, theta):
+    """Rotates the two halves of each head by position / theta^(2i/E) (RoPE, Su et al. 2021, "rotate half" layout).
+
+    x [B, T, H, E], positions [B, T] int -> [B, T, H, E]. Angles are computed in float32.
+    """
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)                              # [E/2]
+    angle = positions[..., None].astype(jnp.float32) * frequency                                    # [B, T, E/2]
+    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]                         # [B, T, 1, E/2]
+    x32 = x.astype(jnp.float32)
+    first, second = x32[..., :half], x32[..., half:]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def attention(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(E)) v with grouped heads: every H/K query heads share one key/value head.
+
+    q [B, T, H, E], k and v [B, S, K, E], mask bool broadcastable to [B, T, S] (True = may be read) or None.
+    Returns [B, T, H, E]. Scores and softmax are float32. A row that may read nothing gets the plain mean of v: its
+    value means nothing, but it is finite.
+    """
+    B, T, H, E = q.shape
+    K = k.shape[2]
+    q = q.reshape(B, T, K, H // K, E)
+    scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(E))
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)           # [B, 1, 1, T, S]
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bske->btkge", weights, v).reshape(B, T, H, E)

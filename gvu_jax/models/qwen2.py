@@ -1,0 +1,80 @@
+"""The Qwen2 decoder layer: pre-norm, grouped-query attention with biases on q, k, v, rotary positions, SwiGLU.
+
+The key/value cache is one pair of arrays for all layers, carried through the layers' scan and written in place.
+"""
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
+
+from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of the positions read so far: each [layers, B, S, K, E], S slots allocated up front."""
+    k: jax.Array
+    v: jax.Array
+
+    @staticmethod
+    def empty(config, batch, slots, dtype):
+        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+    def repeat(self, times):
+        """Each row `times` times, neighbours together: one prompt's prefill serves all samples of its group."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), self)
+
+    def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
+        put = lambda slots, new: jax.lax.dynamic_update_slice(slots, new[None], (layer, 0, at, 0, 0))
+        return Cache(put(self.k, k), put(self.v, v))
+
+    def read(self, layer):                                                            # two of [B, S, K, E]
+        take = lambda slots: jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False)
+        return take(self.k), take(self.v)
+
+
+class Attention(nn.Module):
+    config: object
+
+    @nn.compact
+    def __call__(self, x, cache, layer, positions, mask, at):
+        c, (B, T, _) = self.config, x.shape
+        heads = lambda name, n: Dense(n * c.head_dim, use_bias=True, name=name)(x).reshape(B, T, n, c.head_dim)
+        q = rotary(heads("q_proj", c.num_attention_heads), positions, c.rope_theta)                 # [B, T, H, E]
+        k = rotary(heads("k_proj", c.num_key_value_heads), positions, c.rope_theta)                 # [B, T, K, E]
+        v = heads("v_proj", c.num_key_value_heads)                                                  # [B, T, K, E]
+        if cache is not None:
+            cache = cache.write(layer, at, k, v)
+            k, v = cache.read(layer)                                                                # [B, S, K, E]
+        y = attention(q, k, v, mask).reshape(B, T, c.num_attention_heads * c.head_dim)
+        return Dense(c.hidden_size, name="o_proj")(y), cache
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate x) * up x), width `intermediate_size`."""
+    config: object
+
+    @nn.compact
+    def __call__(self, x):
+        c = self.config
+        gate, up = Dense(c.intermediate_size, name="gate_proj")(x), Dense(c.intermediate_size, name="up_proj")(x)
+        return Dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+
+
+class DecoderLayer(nn.Module):
+    """One layer of the stack; scanned, so it takes and returns the carry (x [B, T, D], cache or None).
+
+    layer: index of this layer in the cache. positions [B, T], mask [B, T, S] (True = may be read), at: the first
+    cache slot these T tokens are written to.
+    """
+    config: object
+
+    @nn.compact
+    def __call__(self, x, cache, layer, positions, mask, at):
+        c = self.config
+        y, cache = Attention(c, name="self_attn")(
+            RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), cache, layer, positions, mask, at)
+        x = x + y
+        x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
+        return x, cache

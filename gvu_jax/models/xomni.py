@@ -1,0 +1,136 @@
+"""The autoregressive backbone of X-Omni: one Qwen2 stack that reads and writes both text and image tokens.
+
+    id <  vocab_size     text, row `id` of lm_embed_tokens
+    id >= vocab_size     multimodal, row `id - vocab_size` of mm_embed_tokens: image codes first, then special tokens
+
+The first `num_mm_adap_layers` and last `num_mm_head_layers` layers are multimodal: evaluated for the whole sequence
+(text supplies keys and values there), after which every text position gets its incoming state back. Image and text
+positions end in norms of their own, and two heads read the result.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gvu_jax.models import torch_keys
+from gvu_jax.models.layers import Dense, Embed, RMSNorm
+from gvu_jax.models.qwen2 import Cache, DecoderLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The numbers of the checkpoint's config.json, under its names."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    vocab_size: int                       # text ids
+    mm_vocab_size: int                    # rows of the multimodal table: codes, special tokens, fillers
+    image_vocab_size: int                 # image codes among them, from row 0
+    num_mm_adap_layers: int
+    num_mm_head_layers: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    sliding_window: int | None = None     # None: every position is read; else the last `sliding_window`
+    max_window_layers: int = 0            # layers below this index ignore the window
+    remat: bool = False                   # recompute each layer in the backward pass instead of keeping it
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+
+class Layer(nn.Module):
+    """A decoder layer as the scan sees it, with the switch that makes it a multimodal one."""
+    config: Config
+
+    @nn.compact
+    def __call__(self, carry, layer, multimodal, windowed, positions, mask, near, at, is_image):
+        x, cache = carry
+        self.sow("intermediates", "layer_input", x)
+        if near is not None:
+            mask = mask & (near | ~windowed)
+        y, cache = DecoderLayer(self.config, name="layer")(x, cache, layer, positions, mask, at)
+        keep = multimodal & ~is_image[:, :, None]                                                   # [B, T, 1]
+        return (jnp.where(keep, x, y), cache), None
+
+
+class XOmni(nn.Module):
+    config: Config
+
+    def setup(self):
+        c = self.config
+        self.lm_embed_tokens = Embed(c.vocab_size, c.hidden_size)
+        self.mm_embed_tokens = Embed(c.mm_vocab_size, c.hidden_size)
+        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        self.layers = nn.scan(
+            layer, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
+            in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=c.num_hidden_layers)(c)
+        self.lm_norm = RMSNorm(c.rms_norm_eps)
+        self.mm_norm = RMSNorm(c.rms_norm_eps)
+        self.lm_head = Dense(c.vocab_size)
+        self.mm_head = Dense(c.mm_vocab_size)
+
+    def __call__(self, tokens, mask, positions=None, cache=None, at=0):
+        """Runs the stack over `tokens` and returns what the heads read.
+
+        tokens     [B, T] int
+        mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache
+        positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
+        cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to
+        Returns (hidden [B, T, D] after the final norm, cache).
+        """
+        c, (B, T) = self.config, tokens.shape
+        S = mask.shape[1]
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(T), (B, T))
+        is_image = tokens >= c.vocab_size                                                           # [B, T]
+        text = self.lm_embed_tokens(jnp.where(is_image, 0, tokens))
+        image = self.mm_embed_tokens(jnp.where(is_image, tokens - c.vocab_size, 0))
+        x = jnp.where(is_image[:, :, None], image, text)                                            # [B, T, D]
+
+        ago = (at + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]                                # [T, S]
+        readable = (ago >= 0) & mask[:, None, :]                                                    # [B, T, S]
+        near = None if c.sliding_window is None else ago < c.sliding_window                         # [T, S]
+        index = jnp.arange(c.num_hidden_layers)
+        multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)
+        (x, cache), _ = self.layers((x, cache), index, multimodal, index >= c.max_window_layers,
+                                    positions, readable, near, at, is_image)
+        return jnp.where(is_image[:, :, None], self.mm_norm(x), self.lm_norm(x)), cache
+
+    def text_logits(self, hidden):
+        """[..., D] -> [..., vocab_size] float32. In text mode no multimodal id has any probability."""
+        return self.lm_head(hidden).astype(jnp.float32)
+
+    def image_logits(self, hidden):
+        """[..., D] -> [..., image_vocab_size] float32. In image mode only image codes have any probability."""
+        return self.mm_head(hidden)[..., :self.config.image_vocab_size].astype(jnp.float32)
+
+    def everything(self, tokens, mask):
+        """Touches every parameter; what `init` runs."""
+        hidden, _ = self(tokens, mask)
+        return self.text_logits(hidden), self.image_logits(hidden)
+
+    def empty_cache(self, batch, slots, dtype):
+        return Cache.empty(self.config, batch, slots, dtype)
+
+
+def init(config, key):
+    """Random parameters, a nested dict of float32 arrays; layers are stacked on the leading axis."""
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    return XOmni(config).init(key, tokens, jnp.ones_like(tokens, bool), method="everything")["params"]
+
+
+RULES = (
+    (r"^(lm_embed_tokens|mm_embed_tokens|lm_norm|mm_norm)", r"model.\1"),
+    (r"^layers/layer/", "model.layers.{layer}."),
+    (r"embedding$", "weight"),
+)
+
+
+def from_torch(tensors, config):
+    """The checkpoint's tensors (name -> array) -> params, numpy. ValueError names missing, unknown, misshapen keys."""
+    shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
+    return torch_keys.to_params(tensors, shapes, RULES)

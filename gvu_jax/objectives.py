@@ -1,0 +1,47 @@
+"""Pure losses, each an equation and nothing else; the tests check them against numpy.
+
+Letters: S sequences (samples, G to a group, neighbours together), N tokens a sequence.
+"""
+import jax.numpy as jnp
+
+
+def group_advantages(rewards, group, eps):
+    """A_i = (R_i - mean) / (std + eps) within each group (GRPO, Shao et al. 2024). rewards [S] -> [S] float32.
+
+    `std` has Bessel's correction, as in the published trainer. A group whose rewards are all equal gets zeros.
+    Raises ValueError for groups of one, which have no spread.
+    """
+    if group < 2:
+        raise ValueError(f"a group needs at least 2 samples to compare, not {group}")
+    grouped = rewards.reshape(-1, group)                                                            # [S/G, G]
+    centred = grouped - jnp.mean(grouped, axis=1, keepdims=True)
+    return (centred / (jnp.std(grouped, axis=1, ddof=1, keepdims=True) + eps)).reshape(-1)
+
+
+def k3(logps, ref_logps):
+    """Unbiased, non-negative estimate of KL(pi || pi_ref) per token: e^d - d - 1, d = ref - policy (Schulman 2020).
+
+    Differentiable in logps. [S, N], [S, N] -> [S, N], nats.
+    """
+    d = ref_logps - logps
+    return jnp.exp(d) - d - 1.0
+
+
+def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta):
+    """-E[ min(r A, clip(r, 1-e, 1+e) A) - beta KL(pi || pi_ref) ], mean over tokens, then over sequences.
+
+    logps, old_logps, ref_logps [S, N] float32; advantages [S]; r = exp(logps - old_logps). An image has an exact
+    length, so every token counts and there is no mask. Returns the scalar loss and a dict of scalars: kl (nats a
+    token), clipped (share of tokens where the clip acts), ratio_max.
+    """
+    ratio = jnp.exp(logps - old_logps)                                                              # [S, N]
+    A = advantages[:, None]                                                                         # [S, 1]
+    gain = jnp.minimum(ratio * A, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * A)
+    kl = k3(logps, ref_logps)
+    acts = ((ratio > 1.0 + clip) & (A > 0)) | ((ratio < 1.0 - clip) & (A < 0))
+    return -jnp.mean(gain - beta * kl), {"kl": jnp.mean(kl), "clipped": jnp.mean(acts), "ratio_max": jnp.max(ratio)}
+
+
+def cross_entropy(logps, mask):
+    """Mean negative log-probability per counted token: supervised fine-tuning and pretraining. [B, L] -> scalar."""
+    return -jnp.sum(jnp.where(mask, logps, 0.0)) / jnp.maximum(jnp.sum(mask), 1)

@@ -1,0 +1,25 @@
+"""The optimizer: clip by global norm, then AdamW under a schedule with warm-up."""
+import jax
+import optax
+
+
+def build(config, steps):
+    """config: lr, warmup (steps), schedule ("constant" | "cosine"), b2, weight_decay, clip_norm. steps: updates in all.
+
+    Returns an optax.GradientTransformation. Weight decay leaves vectors (norm scales, biases) alone; parameters are
+    stacked over layers, so a vector of one layer has two dimensions here and is told by its name. Raises ValueError for
+    an unknown schedule.
+    """
+    if config.schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup, max(steps, config.warmup + 1))
+    elif config.schedule == "constant":
+        rate = optax.warmup_constant_schedule(0.0, config.lr, config.warmup)
+    else:
+        raise ValueError(f"optim.schedule is {config.schedule!r}; it must be 'constant' or 'cosine'")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm),
+                       optax.adamw(rate, b1=0.9, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
+
+
+def decays(params):
+    """True where weight decay applies: everything but scales and biases."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("scale", "bias"), params)

@@ -1,0 +1,634 @@
+"""The page a person opens after a run: did it learn, when, and what did it cost?
+
+    python -m gvu_jax.report WORKDIR
+
+reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/*.png, summary.json) and writes
+WORKDIR/report.html: one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run
+has not written yet is left out. The trainer calls `write_report` itself, so that the command is only for writing
+the page anew.
+
+The file reads in that order: gather the run, work out each section, lay the curves out, paint the sample grids; the
+page itself, a jinja2 template that escapes every string it is given, comes last.
+"""
+
+import argparse
+import base64
+import json
+import math
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from gvu_jax.metrics import METRICS_FILE, read_metrics, replace_file
+
+PHASES = ("sample", "render", "reward", "update")
+NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts
+MOST_STEP_PICTURES = 6
+
+Points = list[tuple[int, float]]  # a curve: (step, value), in the order of steps
+
+
+def write_report(workdir: str | os.PathLike) -> Path:
+    """Writes `workdir/report.html` from what the run has left in `workdir` so far, and returns its path.
+
+    Raises:
+      ValueError: a file of the run is not what it should be; the message names the file.
+    """
+    workdir = Path(workdir)
+    config = _read_json(workdir / "config.json")
+    summary = _read_json(workdir / "summary.json") or {}
+    metrics = read_metrics(workdir / METRICS_FILE) if (workdir / METRICS_FILE).exists() else []
+    run = _merge_steps(metrics)
+
+    scores = _before_and_after(run, "eval/", summary.get("before"), summary.get("after"))
+    understanding = _before_and_after(
+        run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
+    )
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page.filters.update(number=_number, signed=_signed, direction=_direction, percent=_percent, duration=_duration)
+    html = page.from_string(PAGE).render(
+        name=workdir.resolve().name,
+        steps=max(run, default=0),
+        headline=_headline(run, scores),
+        scores=[row for row in scores if row["name"] != "reward"],
+        understanding=understanding,
+        auc=summary.get("auc") or {},
+        learning=_learning_curves(run),
+        health=_health_curves(run),
+        not_finite=_count_not_finite(metrics),
+        pictures=_pictures(workdir / "samples"),
+        cost=_cost(run, summary.get("timings") or {}),
+        config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
+        frame={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+    )
+    replace_file(workdir / "report.html", html)
+    return workdir / "report.html"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run, as numbers
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path: Path) -> dict | None:
+    """The JSON object in `path`; None where there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    return value
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _merge_steps(lines: list[dict]) -> dict[int, dict[str, float]]:
+    """{step: {name: value}} in the order of steps: training and evaluation lines of one step become one."""
+    run: dict[int, dict[str, float]] = {}
+    for line in sorted(lines, key=lambda line: line["step"]):
+        finite = {name: value for name, value in line.items() if name != "step" and _is_finite(value)}
+        run.setdefault(line["step"], {}).update(finite)
+    return run
+
+
+def _count_not_finite(lines: list[dict]) -> dict[str, int]:
+    """{name: how many of its values were NaN or infinite}, for the names that had any."""
+    counts: dict[str, int] = {}
+    for line in lines:
+        for name, value in line.items():
+            if not _is_finite(value):
+                counts[name] = counts.get(name, 0) + 1
+    return counts
+
+
+def _curve(run: dict[int, dict[str, float]], name: str) -> Points:
+    """The finite values of one metric: [(step, value), ...]."""
+    return [(step, values[name]) for step, values in run.items() if name in values]
+
+
+def _categories(run: dict[int, dict[str, float]]) -> list[str]:
+    """The categories of the held-out prompts, in the order in which the run first names them."""
+    names = {name.removeprefix("eval/"): None for values in run.values() for name in values if name.startswith("eval/")}
+    return [name for name in names if name not in NOT_CATEGORIES]
+
+
+def _before_and_after(run: dict, prefix: str, before: dict | None, after: dict | None) -> list[dict]:
+    """Rows {name, before, after}, "overall" first; a value that the run does not have is None.
+
+    `before` and `after` are the summary's. Where it lacks one, the first and the last step that carry a metric named
+    `prefix` stand in; with one such step only there is no after yet.
+    """
+    measured = {
+        step: {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        for step, values in run.items()
+        if any(name.startswith(prefix) for name in values)
+    }
+    before = before or (measured[min(measured)] if measured else {})
+    after = after or (measured[max(measured)] if len(measured) > 1 else {})
+    known = [{name: value for name, value in scores.items() if _is_finite(value)} for scores in (before, after)]
+    rows = [{"name": name, "before": known[0].get(name), "after": known[1].get(name)} for name in {**before, **after}]
+    return sorted(rows, key=lambda row: row["name"] != "overall")
+
+
+def _headline(run: dict, scores: list[dict]) -> dict:
+    """What the top of the page says; see the template for the keys."""
+    overall = next((row for row in scores if row["name"] == "overall"), {"before": None, "after": None})
+    rewards = _curve(run, "reward/mean")
+    few = max(1, len(rewards) // 20)  # one step's reward is noisy: compare the first and the last twentieth
+    ends = [sum(value for _, value in part) / few for part in (rewards[:few], rewards[-few:])] if rewards else []
+    return overall | {
+        "half_way": _half_way(_curve(run, "eval/overall")),
+        "reward": ends if len(rewards) > 1 else [],
+    }
+
+
+def _half_way(evaluations: Points) -> int | None:
+    """The first evaluated step with at least half of the final gain; None without a gain or with two points."""
+    if len(evaluations) < 3 or evaluations[-1][1] <= evaluations[0][1]:
+        return None
+    half = (evaluations[0][1] + evaluations[-1][1]) / 2
+    return next(step for step, value in evaluations if value >= half)
+
+
+def _cost(run: dict, totals: dict[str, float]) -> dict:
+    """Seconds by phase: `step`, the mean over the training lines after the first (it compiles); `total`, the run's."""
+    trained = [values for values in run.values() if any(f"seconds/{phase}" in values for phase in PHASES)]
+    steady = trained[1:] or trained
+    a_step = {}
+    for phase in PHASES:
+        seconds = [values[f"seconds/{phase}"] for values in steady if f"seconds/{phase}" in values]
+        if seconds:
+            a_step[phase] = sum(seconds) / len(seconds)
+    speeds = [values["images_per_second"] for values in steady if "images_per_second" in values]
+    return {
+        "step": _stack(a_step),
+        "total": _stack({name: seconds for name, seconds in totals.items() if _is_finite(seconds)}),
+        "a_step": sum(a_step.values()),
+        "run": sum(seconds for seconds in totals.values() if _is_finite(seconds)),
+        "images_per_second": sum(speeds) / len(speeds) if speeds else None,
+    }
+
+
+def _stack(seconds: dict[str, float]) -> list[dict]:
+    """The parts of a stacked bar: {name, seconds, share in percent}."""
+    whole = sum(seconds.values()) or 1.0
+    return [{"name": name, "seconds": value, "share": 100 * value / whole} for name, value in seconds.items()]
+
+
+def _pictures(samples: Path) -> dict:
+    """The sample grids: `pair`, the first and the last; `steps`, up to six evenly spaced ones in between."""
+    steps = sorted(samples.glob("step_*.png"))
+    first = [path for path in [samples / "before.png", *steps[:1]] if path.exists()][:1]
+    last = [path for path in [samples / "after.png", *steps[-1:]] if path.exists()][:1]
+    shown = sorted({round(i) for i in np.linspace(0, len(steps) - 1, MOST_STEP_PICTURES)}) if steps else []
+    return {
+        "pair": [_embed(path) for path in dict.fromkeys(first + last)],
+        "steps": [_embed(steps[i]) for i in shown],
+        "all_steps": len(steps),
+    }
+
+
+def _embed(path: Path) -> dict[str, str]:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    word, _, step = path.stem.partition("_")
+    return {"title": f"{word.capitalize()} {step.lstrip('0')}".strip(), "source": f"data:image/png;base64,{data}"}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Curves: values to coordinates. The template draws them.
+# ---------------------------------------------------------------------------------------------------------------
+
+CHART_WIDTH, CHART_HEIGHT = 560, 250
+LEFT, RIGHT, TOP, BOTTOM = 56, 546, 12, 222  # the frame inside the chart, in SVG units
+MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are smoothed
+
+
+def _learning_curves(run: dict) -> list[dict]:
+    """Scores over the evaluations and reward over the steps: did it learn, and when."""
+    by_category = {name: _curve(run, f"eval/{name}") for name in ["overall", *_categories(run)]}
+    reward = {"training prompts": _curve(run, "reward/mean"), "held-out prompts": _curve(run, "eval/reward")}
+    charts = [
+        _chart("Held-out score by category", "share of pictures that the checker calls right", by_category, floor=0.0),
+        _chart("Reward", "geometric mean of p(prompt token | picture)", reward),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _health_curves(run: dict) -> list[dict]:
+    """What a researcher watches to see whether the optimisation is sound."""
+    charts = [
+        _chart("KL to the base model", "nats a token", {"kl": _curve(run, "kl")}, floor=0.0),
+        _chart("Entropy", "nats a token; a fall to zero is collapse", {"entropy": _curve(run, "entropy")}),
+        _chart("Gradient norm", "before clipping", {"grad norm": _curve(run, "grad_norm")}, floor=0.0),
+        _chart("Log-prob gap", "sampler against trainer, nats a token", {"logp gap": _curve(run, "logp_gap")}),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _chart(title: str, note: str, curves: dict[str, Points], floor: float | None = None) -> dict | None:
+    """Lays curves {name: [(step, value), ...]} out in one frame; None where no curve has a point.
+
+    Steps count from 0; the y axis spans the values, and reaches `floor` where one is given. See the template's
+    `chart` for the keys of the result.
+    """
+    curves = {name: points for name, points in curves.items() if points}
+    if not curves:
+        return None
+    values = [value for points in curves.values() for _, value in points] + ([] if floor is None else [floor])
+    y_ticks = _round_numbers(min(values), max(values))
+    last = max(1, *(points[-1][0] for points in curves.values()))
+
+    def x(step: float) -> float:
+        return round(LEFT + (RIGHT - LEFT) * step / last, 1)
+
+    def y(value: float) -> float:
+        return round(BOTTOM - (BOTTOM - TOP) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]), 1)
+
+    def path(points: Points) -> str:
+        return " ".join(f"{x(step)},{y(value)}" for step, value in points)
+
+    return {
+        "title": title,
+        "note": note,
+        "y_ticks": [(y(value), f"{value:.4g}") for value in y_ticks],
+        "x_ticks": [(x(step), f"{step:.0f}") for step in _round_numbers(0, last) if step <= last and step % 1 == 0],
+        "curves": [
+            {
+                "name": name,
+                "color": "ink" if name == "overall" else f"c{index % 8}",
+                "low": min(value for _, value in points),
+                "high": max(value for _, value in points),
+                "last": points[-1][1],
+                "faint": path(points) if len(points) > MOST_DOTS else "",
+                "line": path(_smooth(points) if len(points) > MOST_DOTS else points),
+                "dots": [(x(s), y(v), f"{name}, step {s}: {v:.4g}") for s, v in points if len(points) <= MOST_DOTS],
+            }
+            for index, (name, points) in enumerate(curves.items())
+        ],
+    }
+
+
+def _round_numbers(low: float, high: float) -> list[float]:
+    """Up to six evenly spaced round numbers; the first is at most `low`, the last at least `high`."""
+    if high - low <= 1e-6 * max(abs(low), abs(high), 1e-6):  # a flat curve still needs a scale
+        margin = 0.1 * abs(high) or 1.0
+        low, high = low - margin, high + margin
+    magnitude = 10.0 ** math.floor(math.log10((high - low) / 4))
+    spacing = next(factor * magnitude for factor in (1, 2, 2.5, 5, 10) if factor * magnitude >= (high - low) / 4)
+    return [k * spacing for k in range(math.floor(low / spacing + 1e-9), math.ceil(high / spacing - 1e-9) + 1)]
+
+
+def _smooth(points: Points) -> Points:
+    """The centred moving mean over a twentieth of the points, narrower at both ends."""
+    reach = max(1, len(points) // 40)
+    values = np.array([value for _, value in points])
+    return [(step, float(values[max(0, i - reach) : i + reach + 1].mean())) for i, (step, _) in enumerate(points)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Sample grids
+# ---------------------------------------------------------------------------------------------------------------
+
+GAP, BORDER, FONT_SIZE, LINE_HEIGHT = 8, 3, 14, 18  # pixels
+RIGHT_COLOR, WRONG_COLOR = (0, 158, 115), (213, 40, 40)  # a green and a red that the colour-blind can tell apart
+
+
+def image_grid(
+    rows: np.ndarray, captions: list[str] | None = None, scale: int = 1, marks: np.ndarray | None = None
+) -> Image.Image:
+    """Paints R rows of C pictures on white, each row under its caption.
+
+    Args:
+      rows: [R, C, H, W, 3], uint8 or float in [0, 1].
+      captions: R texts, mostly the prompts, or None. A caption longer than two lines is cut short.
+      scale: each picture is enlarged this many times, a pixel becoming a square of pixels.
+      marks: bool [R, C] or None: a thin border round each picture, green where True (the checker says that it shows
+        what the prompt asks for), red where False. The border lies outside the picture and covers none of it.
+    """
+    rows = _to_uint8(np.asarray(rows)).repeat(scale, axis=2).repeat(scale, axis=3)  # [R, C, scale H, scale W, 3]
+    count, columns, height, width = rows.shape[:4]
+    grid_width = GAP + columns * (width + GAP)
+    font = ImageFont.load_default(FONT_SIZE)
+    characters = max(12, int((grid_width - 2 * GAP) // font.getlength("n")))
+    texts = [textwrap.wrap(text, characters, max_lines=2, placeholder=" ...") for text in captions or [""] * count]
+    if len(texts) != count:
+        raise ValueError(f"{count} rows of pictures need as many captions, not {len(texts)}")
+
+    above = [GAP + len(text) * LINE_HEIGHT + (GAP if text else 0) for text in texts]  # pixels, of each row
+    canvas_height = sum(above) + count * height + GAP
+    canvas = Image.new("RGB", (grid_width, canvas_height), "white")
+    pen = ImageDraw.Draw(canvas)
+    top = 0
+    for r, text in enumerate(texts):
+        for i, line in enumerate(text):
+            pen.text((GAP, top + GAP + i * LINE_HEIGHT), line, fill="black", font=font)
+        top += above[r]
+        for c in range(columns):
+            left = GAP + c * (width + GAP)
+            if marks is not None:
+                box = (left - BORDER, top - BORDER, left + width + BORDER - 1, top + height + BORDER - 1)
+                pen.rectangle(box, fill=RIGHT_COLOR if marks[r][c] else WRONG_COLOR)
+            canvas.paste(Image.fromarray(rows[r, c]), (left, top))
+        top += height
+    return canvas
+
+
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
+    return pixels if pixels.dtype == np.uint8 else np.rint(np.clip(pixels, 0.0, 1.0) * 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _number(value: float | None) -> str:
+    return f"{value:.3f}" if _is_finite(value) else "–"
+
+
+def _change(row: dict) -> float | None:
+    """after - before of a row {before, after}; None where one of them is missing."""
+    known = _is_finite(row["before"]) and _is_finite(row["after"])
+    return row["after"] - row["before"] if known else None
+
+
+def _signed(row: dict) -> str:
+    """The change of a row {before, after}, e.g. "+0.120"."""
+    change = _change(row)
+    return "–" if change is None else f"{change:+.3f}".replace("-", "−")
+
+
+def _direction(row: dict) -> str:
+    """The CSS class for a row's change."""
+    change = _change(row)
+    return "up" if change and change > 0 else "down" if change and change < 0 else "soft"
+
+
+def _percent(row: dict) -> str:
+    """The relative change of a row {before, after}, e.g. "+57 %"; empty where there is none."""
+    change = _change(row)
+    return "" if change is None or row["before"] <= 0 else f"{100 * change / row['before']:+.0f} %".replace("-", "−")
+
+
+def _duration(seconds: float) -> str:
+    """Seconds for people: "0.84 s", "12 min 5 s", "3 h 20 min"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ name }} – GvU run</title>
+<style>
+:root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1b1f24; --soft: #67707b; --rule: #e3e5e8;
+  --up: #07805c; --down: #c62f2f; --c0: #2a78d6; --c1: #e07b00; --c2: #12a07a; --c3: #b0399b; --c4: #6a5acd;
+  --c5: #c2410c; --c6: #0e8fa8; --c7: #7a8a00; }
+@media (prefers-color-scheme: dark) { :root { --paper: #121417; --card: #1a1d21; --ink: #e8eaed; --soft: #98a1ac;
+  --rule: #2d3238; --up: #3ecf9c; --down: #ff7b72; --c0: #5aa2f5; --c1: #f0a040; --c2: #3fc79c; --c3: #e07fd0;
+  --c4: #a99cf5; --c5: #ff8a5c; --c6: #4cc3d9; --c7: #b9c94a; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 1240px; padding: 40px 28px 64px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
+.eyebrow, figcaption span, .soft, th { color: var(--soft); font-weight: 400; }
+h1 { margin: 2px 0 20px; font-size: 24px; font-weight: 600; overflow-wrap: anywhere; }
+h2 { margin: 44px 0 14px; font-size: 18px; font-weight: 600; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 18px; }
+.tables { margin-top: 18px; align-items: start; }
+details .grid { margin-top: 12px; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(250px, 100%), 1fr)); gap: 18px; }
+.column { display: grid; gap: 18px; align-content: start; }
+.card, figure { margin: 0; padding: 18px 20px; background: var(--card); border: 1px solid var(--rule);
+  border-radius: 10px; min-width: 0; }
+.big { font-size: 30px; font-weight: 600; line-height: 1.25; white-space: nowrap; }
+.big .soft { font-size: 24px; }
+.up { color: var(--up); } .down { color: var(--down); }
+table { width: 100%; border-collapse: collapse; }
+th, td { padding: 6px 0 6px 14px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th:first-child, td:first-child { padding-left: 0; text-align: left; white-space: normal; overflow-wrap: break-word; }
+tr:last-child td { border-bottom: 0; } tr.overall td { font-weight: 600; }
+caption { padding-bottom: 8px; text-align: left; font-weight: 600; }
+.range { position: relative; overflow: hidden; width: 150px; height: 12px; margin-left: auto; border-radius: 6px;
+  background: var(--rule); }
+@media (max-width: 640px) { .range { width: 60px; } body { padding: 24px 12px; } th, td { padding-left: 8px; } }
+.range i { position: absolute; top: 0; height: 12px; }
+.range .gain { background: var(--up); } .range .loss { background: var(--down); }
+.range .level { left: 0; border-radius: 6px 0 0 6px; background: var(--soft); opacity: .55; }
+figure { display: flex; flex-direction: column; } figure svg { margin-top: auto; }
+figcaption { font-weight: 600; } figcaption span { margin-left: 8px; font-size: 13px; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 6px; font-size: 13px; }
+.legend b { font-weight: 600; } .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 6px;
+  border-radius: 2px; vertical-align: middle; }
+svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--soft); }
+svg .rule { stroke: var(--rule); } svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
+svg polyline.faint { stroke-width: 1; opacity: .3; } svg polyline.ink { stroke-width: 3; }
+{% for color in ["ink", "c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"] %}
+polyline.{{ color }} { stroke: var(--{{ color }}); } circle.{{ color }} { fill: var(--{{ color }}); }
+i.{{ color }} { background: var(--{{ color }}); }
+{% endfor %}
+.stack { display: flex; gap: 2px; height: 22px; margin: 8px 0; border-radius: 6px; overflow: hidden; }
+figure img { display: block; width: 100%; margin-top: 10px; border-radius: 6px; }
+details { margin-top: 18px; } summary { cursor: pointer; color: var(--soft); }
+pre { overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
+</style>
+</head>
+<body>
+{% macro chart(c) %}
+<figure>
+<figcaption>{{ c.title }}<span>{{ c.note }}</span></figcaption>
+<div class="legend">
+{% for curve in c.curves %}
+{% if c.curves | length == 1 %}
+<span class="soft">last <b>{{ "%.3g" % curve.last }}</b> · low {{ "%.3g" % curve.low }} · high \
+{{ "%.3g" % curve.high }}</span>
+{% else %}
+<span><i class="{{ curve.color }}"></i>{{ curve.name }} <b>{{ "%.3g" % curve.last }}</b></span>
+{% endif %}
+{% endfor %}
+</div>
+<svg viewBox="0 0 {{ frame.width }} {{ frame.height }}" role="img" aria-label="{{ c.title }}">
+{% for y, label in c.y_ticks %}
+<line class="rule" x1="{{ frame.left }}" x2="{{ frame.right }}" y1="{{ y }}" y2="{{ y }}"/>
+<text x="{{ frame.left - 8 }}" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
+{% endfor %}
+{% for x, label in c.x_ticks %}
+<text x="{{ x }}" y="{{ frame.bottom + 20 }}" text-anchor="middle">{{ label }}</text>
+{% endfor %}
+{% for curve in c.curves | reverse %}
+{% if curve.faint %}
+<polyline class="{{ curve.color }} faint" points="{{ curve.faint }}"/>
+{% endif %}
+<polyline class="{{ curve.color }}" points="{{ curve.line }}"/>
+{% for x, y, label in curve.dots %}
+<circle class="{{ curve.color }}" cx="{{ x }}" cy="{{ y }}" r="3.2"><title>{{ label }}</title></circle>
+{% endfor %}
+{% endfor %}
+</svg>
+</figure>
+{% endmacro %}
+{% macro change(row) %}
+<span class="{{ row | direction }}">{{ row | signed }}</span>
+{% endmacro %}
+{% macro before_after(title, rows, bars) %}
+<div class="card">
+<table>
+<caption>{{ title }}</caption>
+<tr><th></th><th>before</th><th>after</th><th>change</th><th></th>{% if bars %}<th>0 to 1</th>{% endif %}</tr>
+{% for row in rows %}
+<tr class="{{ 'overall' if row.name == 'overall' }}"><td>{{ row.name }}</td><td>{{ row.before | number }}</td>\
+<td>{{ row.after | number }}</td><td>{{ change(row) }}</td><td class="soft">{{ row | percent }}</td>
+{% if bars %}
+<td><div class="range">{% if row.before is number %}
+{% set after = row.after if row.after is number else row.before %}
+{% set low, high = [row.before, after] | min * 100, [row.before, after] | max * 100 %}
+<i class="level" style="width: {{ low | round(1) }}%"></i>\
+<i class="{{ 'gain' if after >= row.before else 'loss' }}" \
+style="left: {{ low | round(1) }}%; width: {{ (high - low) | round(1) }}%"></i>
+{% endif %}</div></td>
+{% endif %}
+</tr>
+{% endfor %}
+</table>
+</div>
+{% endmacro %}
+{% macro stack(title, parts) %}
+<div class="card">
+<b>{{ title }}</b>
+<div class="stack">{% for part in parts %}<i class="c{{ loop.index0 % 8 }}" style="flex: {{ part.share }}"></i>\
+{% endfor %}</div>
+<div class="legend">
+{% for part in parts %}
+<span><i class="c{{ loop.index0 % 8 }}"></i>{{ part.name }} <b>{{ part.seconds | duration }}</b> \
+<span class="soft">{{ "%.0f" % part.share }} %</span></span>
+{% endfor %}
+</div>
+</div>
+{% endmacro %}
+
+<div class="eyebrow">Learning to generate via understanding</div>
+<h1>{{ name }}</h1>
+<div class="tiles">
+<div class="card">
+{% if headline.before is number %}
+<div class="soft">Overall score, held-out prompts</div>
+<div class="big">{% if headline.after is number %}<span class="soft">{{ headline.before | number }} →</span> \
+{{ headline.after | number }}{% else %}{{ headline.before | number }}{% endif %}</div>
+<div>{% if headline.after is number %}{{ change(headline) }} <span class="soft">{{ headline | percent }}</span>\
+{% else %}<span class="soft">before training; no later evaluation yet</span>{% endif %}</div>
+{% else %}
+<div class="soft">Overall score</div><div class="big">–</div><div class="soft">no evaluation yet</div>
+{% endif %}
+</div>
+{% if headline.reward %}
+{% set reward = {"before": headline.reward[0], "after": headline.reward[1]} %}
+<div class="card"><div class="soft">Reward, training prompts</div>
+<div class="big"><span class="soft">{{ reward.before | number }} →</span> {{ reward.after | number }}</div>
+<div>{{ change(reward) }} <span class="soft">{{ reward | percent }}</span></div></div>
+{% endif %}
+<div class="card"><div class="soft">Steps</div><div class="big">{{ steps }}</div>
+<div class="soft">{% if headline.half_way is number %}half of the gain by step {{ headline.half_way }}\
+{% elif not steps %}nothing trained yet{% endif %}</div></div>
+{% if cost.run or cost.a_step %}
+<div class="card"><div class="soft">Time</div>
+<div class="big">{{ (cost.run or cost.a_step * steps) | duration }}</div>
+<div class="soft">{% if cost.a_step %}{{ cost.a_step | duration }} a step{% endif %}\
+{% if cost.images_per_second is number %}, {{ "%.3g" % cost.images_per_second }} images/s{% endif %}</div></div>
+{% endif %}
+</div>
+
+{% if scores or learning %}
+<h2>Did it learn?</h2>
+<div class="grid">
+{% for c in learning %}{{ chart(c) }}{% endfor %}
+</div>
+{% endif %}
+{% if scores or understanding or auc %}
+<div class="grid tables">
+{% if scores %}{{ before_after("Score by category, before and after", scores, true) }}{% endif %}
+<div class="column">
+{% if understanding %}{{ before_after("Understanding, before and after", understanding, false) }}{% endif %}
+{% if auc %}
+<div class="card"><table>
+<caption>Does the reward know right from wrong?</caption>
+<tr><th></th><th>AUC: 0.5 is chance, 1 is perfect</th></tr>
+{% for category, value in auc.items() %}
+<tr><td>{{ category }}</td><td>{{ value | number }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+</div>
+</div>
+{% endif %}
+
+{% if pictures.pair %}
+<h2>{{ "Same prompts, same seeds" if pictures.pair | length > 1 else "Samples" }}</h2>
+<div class="grid">
+{% for picture in pictures.pair %}
+<figure><figcaption>{{ picture.title }}</figcaption><img alt="{{ picture.title }}" src="{{ picture.source }}"></figure>
+{% endfor %}
+</div>
+{% if pictures.steps %}
+<details><summary>On the way: {{ pictures.steps | length }} of {{ pictures.all_steps }} grids</summary>
+<div class="grid">
+{% for picture in pictures.steps %}
+<figure><figcaption>{{ picture.title }}</figcaption><img alt="{{ picture.title }}" src="{{ picture.source }}"></figure>
+{% endfor %}
+</div></details>
+{% endif %}
+{% endif %}
+
+{% if health or not_finite %}
+<h2>Was the optimisation sound?</h2>
+{% for metric, count in not_finite.items() %}
+<p class="down">{{ metric }} was not finite in {{ count }} line{{ "s" if count > 1 }}.</p>
+{% endfor %}
+<div class="grid">
+{% for c in health %}{{ chart(c) }}{% endfor %}
+</div>
+{% endif %}
+
+{% if cost.step or cost.total %}
+<h2>What did it cost?</h2>
+<div class="grid">
+{% if cost.step %}{{ stack("One training step, " ~ (cost.a_step | duration), cost.step) }}{% endif %}
+{% if cost.total %}{{ stack("The whole run, " ~ (cost.run | duration), cost.total) }}{% endif %}
+</div>
+{% endif %}
+
+{% if config is not none %}
+<details><summary>Config</summary><pre>{{ config }}</pre></details>
+{% endif %}
+</body>
+</html>
+"""
+
+
+def main() -> None:
+    """`python -m gvu_jax.report WORKDIR`."""
+    parser = argparse.ArgumentParser(prog="python -m gvu_jax.report", description="Write a run's report.html anew.")
+    parser.add_argument("workdir", type=Path)
+    workdir = parser.parse_args().workdir
+    if not any((workdir / name).is_file() for name in ("config.json", METRICS_FILE)):
+        sys.exit(f"{workdir} is not a run's workdir: it holds neither config.json nor {METRICS_FILE}")
+    try:
+        print(write_report(workdir))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

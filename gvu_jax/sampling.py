@@ -1,0 +1,132 @@
+"""Sampling: one prefill per prompt, then a scan of one-token steps over a key/value cache.
+
+    prefill the prompts [B, P] once ─> repeat the cache for G samples ─> scan: head -> filters -> draw -> next state
+
+The order of the filters is that of transformers' generation: guidance, suppressed tokens, temperature, top-k, top-p,
+min-p, each on what the one before left. The log-probability that comes back with a token is the policy's own: plain
+log-softmax of the unguided, unfiltered logits, so that it equals what a teacher-forced forward finds.
+"""
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """How tokens are drawn. The defaults draw from the policy itself."""
+    images_per_prompt: int = 1
+    temperature: float = 1.0              # 0: the most probable token
+    top_k: int = 0                        # 0: no limit
+    top_p: float = 1.0
+    min_p: float = 0.0
+    guidance: float = 1.0                 # u + guidance (c - u); 1 runs no second context
+    suppress: tuple[int, ...] = ()        # indices into the head's own vocabulary, never drawn
+
+    def __post_init__(self):
+        if self.images_per_prompt < 1:
+            raise ValueError(f"images_per_prompt must be at least 1, not {self.images_per_prompt}")
+        if self.temperature < 0 or self.top_k < 0:
+            raise ValueError(f"temperature {self.temperature} and top_k {self.top_k} must not be negative")
+        if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
+            raise ValueError(f"top_p {self.top_p} must lie in (0, 1] and min_p {self.min_p} in [0, 1]")
+
+
+def filter_logits(logits, how, negative=None):
+    """The scores a token is drawn from: removed entries are -inf. logits, negative [..., V] float32 -> [..., V].
+
+    negative: logits of the context without the prompt; needed where `how.guidance` is not 1 (guided score =
+    u + s (c - u) on log-softmax, as in Sanchez et al. 2023). Ties at the k-th value all stay; top-p drops the
+    ascending tail whose mass is <= 1 - top_p; min-p drops what is below min_p times the largest probability.
+    """
+    if how.guidance != 1.0:
+        conditional, unconditional = jax.nn.log_softmax(logits), jax.nn.log_softmax(negative)
+        logits = unconditional + how.guidance * (conditional - unconditional)
+    if how.suppress:
+        logits = logits.at[..., jnp.array(how.suppress)].set(-jnp.inf)
+    if how.temperature not in (0.0, 1.0):
+        logits = logits / how.temperature
+    if 0 < how.top_k < logits.shape[-1]:
+        kth = jax.lax.top_k(logits, how.top_k)[0][..., -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if how.top_p < 1.0:
+        order = jnp.argsort(logits, axis=-1)                                                        # ascending
+        tail = jnp.cumsum(jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1)), axis=-1) <= 1 - how.top_p
+        tail = tail.at[..., -1].set(False)
+        drop = jnp.take_along_axis(tail, jnp.argsort(order, axis=-1), axis=-1)                      # back in place
+        logits = jnp.where(drop, -jnp.inf, logits)
+    if how.min_p > 0.0:
+        probs = jax.nn.softmax(logits)
+        logits = jnp.where(probs < how.min_p * jnp.max(probs, axis=-1, keepdims=True), -jnp.inf, logits)
+    return logits
+
+
+def sample_keys(key, first, count):
+    """One key for each of the samples first .. first + count - 1 of a whole, [count]: a sample depends on its place
+    in the whole, never on the mesh or on how the whole was cut into batches."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(count))
+
+
+def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=0, stop=None, negative=None):
+    """Draws `steps` tokens after each prompt.
+
+    model, variables   the backbone (an `xomni.XOmni`) and what its `apply` takes
+    tokens, mask       [B, P] int and bool, left-padded prompts
+    head, offset       name of the logits method ("image_logits" or "text_logits"), and the id of its first entry
+    first              index of the first sample in the whole that `key` is for
+    stop               index that ends a row (it goes on repeating it, at log-probability 0), or None
+    negative           ids [M] of the context without a prompt, same for all rows; needed with guidance
+    Returns head indices [B * G, steps] int32 and policy log-probabilities [B * G, steps] float32, prompt-major,
+    G = how.images_per_prompt.
+    """
+    if how.guidance != 1.0 and negative is None:
+        raise ValueError("guidance needs a negative context")
+    G, rows = how.images_per_prompt, tokens.shape[0] * how.images_per_prompt
+    logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
+
+    def prefill(tokens, mask):
+        B, P = tokens.shape
+        mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                    # [B, P + steps]
+        dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
+        cache = model.empty_cache(B, P + steps, dtype)
+        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache)
+        times = rows // B
+        repeat = lambda x: jnp.repeat(x, times, axis=0)
+        return repeat(hidden[:, -1]), cache.repeat(times), repeat(mask), repeat(positions)
+
+    def advance(context, drawn, t):
+        """Feeds the tokens drawn at step t and returns the context that step t + 1 reads."""
+        _, cache, mask, positions = context
+        at = mask.shape[1] - steps + t
+        hidden, cache = model.apply(variables, (drawn + offset)[:, None], mask,
+                                    jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at)
+        return hidden[:, 0], cache, mask, positions
+
+    def draw(contexts, key, done):
+        logits = [logits_of(context[0]) for context in contexts]
+        scores = filter_logits(logits[0], how, logits[-1])
+        if how.temperature == 0.0:
+            drawn = jnp.argmax(scores, axis=-1)
+        else:
+            drawn = jax.vmap(jax.random.categorical)(key, scores)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), drawn[:, None], axis=-1)[:, 0]
+        if stop is not None:
+            drawn, logp = jnp.where(done, stop, drawn), jnp.where(done, 0.0, logp)
+            done = done | (drawn == stop)
+        return drawn.astype(jnp.int32), logp, done
+
+    def step(carry, t):
+        contexts, done = carry
+        drawn, logp, done = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), done)
+        return (tuple(advance(context, drawn, t) for context in contexts), done), (drawn, logp)
+
+    keys = sample_keys(key, first, rows)
+    contexts = (prefill(tokens, mask),)
+    if how.guidance != 1.0:
+        contexts += (prefill(negative[None], jnp.ones((1, len(negative)), bool)),)
+    # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.
+    (contexts, done), (drawn, logps) = jax.lax.scan(
+        step, (contexts, jnp.zeros(rows, bool)), jnp.arange(steps - 1))
+    last, last_logp, _ = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, steps - 1), done)
+    return (jnp.concatenate([drawn, last[None]]).T, jnp.concatenate([logps, last_logp[None]]).T)

@@ -1,0 +1,1 @@
+"""The shapes world: pictures of coloured shapes on a grid, prompts about them, and an exact checker."""

@@ -1,0 +1,126 @@
+"""The exact checker: reads a picture of the shapes world back into a scene, and judges it against prompts.
+
+It plays the part that object detectors and color classifiers play in GenEval, but over pixels whose every cell it can
+name or refuse. For each cell:
+
+    ink        which pixels differ from the background, and what color is their core?
+    color      the nearest palette color at any brightness of the renderer's; unlike all of them: unreadable
+    coverage   how far each pixel went from the background towards the ink; many pixels of a third color: unreadable
+    shape      the best overlap with ideal glyphs over a range of sizes and shifts wider and finer than the renderer's;
+               a poor overlap, or two shapes that fit about as well (a blend): unreadable
+
+An unreadable cell is -1 and counts as no object, as for a detector that finds nothing there.
+"""
+
+import itertools
+
+import numpy as np
+
+from gvu_jax.shapes.world import BACKGROUND, BRIGHTNESS, CELL, COLORS, PALETTE, SHAPES, draw_glyph, judge_scene
+
+UNREADABLE = -1
+
+# Distances are Euclidean in RGB, each channel in [0, 1].
+INK_DISTANCE = 0.25  # from the background: five times the pixel noise that must be tolerated; yellow ink is at 0.86
+LEAST_INK = 20  # pixels; fewer are a speck or a neighbour's blur. The smallest glyph covers over 50.
+COLOR_DISTANCE = 0.2  # from the palette, whose closest two colors are about 0.5 apart
+CONTRAST = 1.5  # by which coverages are sharpened before they are compared: undoes slight blur and noise
+# Of overlaps (see `_shapes`; 1 is perfect). The closest pair are circle and square: 0.93 for ideal glyphs.
+LEAST_OVERLAP = 0.88
+LEAST_MARGIN = 0.02  # of the best shape above the next
+CHUNK = 1024  # cells compared with all templates at a time, which bounds the memory (8 MB)
+
+
+def _sharpen(coverage: np.ndarray) -> np.ndarray:
+    return np.clip(0.5 + CONTRAST * (coverage - 0.5), 0, 1)
+
+
+_FORMS = list(itertools.product(np.arange(4.4, 6.7, 0.3), np.arange(-1.5, 1.6, 0.5), np.arange(-1.5, 1.6, 0.5)))
+_TEMPLATES = _sharpen(  # [shape and form, pixel]: the ideal coverages to compare with; a form is (radius, down, right)
+    np.stack([draw_glyph(shape, *form).ravel() for shape in SHAPES for form in _FORMS])
+)
+
+
+def read_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
+    """Reads pictures [B, side * CELL, side * CELL, 3] in [0, 1] into scenes, int8 [B, side * side].
+
+    A cell holds 0 if empty, the object's code (see `world`) if it is clear, and -1 if it shows something that is no
+    clear object of this world. Pictures of another size raise ValueError.
+    """
+    pixels = np.asarray(pixels, np.float32)
+    if pixels.ndim != 4 or pixels.shape[1:] != (side * CELL, side * CELL, 3):
+        raise ValueError(f"expected pictures [B, {side * CELL}, {side * CELL}, 3], got {list(pixels.shape)}")
+    cells = pixels.reshape(len(pixels), side, CELL, side, CELL, 3).swapaxes(2, 3)
+    cells = cells.reshape(-1, CELL * CELL, 3) - BACKGROUND  # [cells of all pictures, pixel, RGB]
+    distance = np.sqrt(np.einsum("npc,npc->np", cells, cells))
+    # Written so that NaN counts as ink: a picture full of them is unreadable, not empty.
+    (inked,) = np.nonzero((~(distance <= INK_DISTANCE)).sum(1) >= LEAST_INK)
+
+    codes = np.zeros(len(cells), np.int8)
+    codes[inked] = UNREADABLE
+    cells, distance = cells[inked], distance[inked]
+    ink = _core_color(cells, distance)
+    color = _colors(ink + BACKGROUND)
+    coverage, foreign = _coverage(cells, ink)
+    shape = _shapes(coverage)
+    clear = (color != UNREADABLE) & (shape != UNREADABLE) & (foreign < LEAST_INK)
+    codes[inked[clear]] = 1 + shape[clear] * len(COLORS) + color[clear]
+    return codes.reshape(len(pixels), side * side)
+
+
+def judge(pixels: np.ndarray, metas: list[dict]) -> np.ndarray:
+    """Whether each picture [B, H, W, 3] in [0, 1] shows what its prompt (one of `metas` each) asks for, bool [B].
+
+    The grid follows from the pictures' height. ValueError where it does not fit, or where the numbers of pictures and
+    prompts differ.
+    """
+    if len(pixels) != len(metas):
+        raise ValueError(f"{len(pixels)} pictures cannot be judged by {len(metas)} prompts")
+    scenes = read_pixels(pixels, np.shape(pixels)[1] // CELL)
+    return np.array([judge_scene(scene, meta) for scene, meta in zip(scenes, metas)], bool)
+
+
+def _core_color(cells: np.ndarray, distance: np.ndarray) -> np.ndarray:
+    """Mean color, relative to the background, of each cell's pixels of fullest ink: [N, pixel, RGB] -> [N, RGB].
+
+    The edges of a glyph are mixed with the background and would pull the mean towards it.
+    """
+    # The twentieth strongest pixel stands for full ink: more robust to noise than the very strongest.
+    full = np.partition(distance, -LEAST_INK, axis=1)[:, -LEAST_INK, None]
+    core = (distance >= 0.85 * full).astype(np.float32)
+    return np.einsum("np,npc->nc", core, cells) / np.maximum(core.sum(1, keepdims=True), 1)
+
+
+def _colors(rgb: np.ndarray) -> np.ndarray:
+    """The palette color of each mean color [N, RGB], int [N]; UNREADABLE where none is near."""
+    light = rgb @ PALETTE.T / (PALETTE**2).sum(1)  # [N, color]: the brightness at which each color fits best
+    light = np.clip(light, 1 - BRIGHTNESS, 1 + BRIGHTNESS)
+    distance = np.linalg.norm(rgb[:, None] - light[..., None] * PALETTE, axis=-1)
+    return np.where(distance.min(1) <= COLOR_DISTANCE, distance.argmin(1), UNREADABLE)
+
+
+def _coverage(cells: np.ndarray, ink: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How far each pixel has gone from the background to the cell's ink, in [0, 1]: [N, pixel]; and the number [N]
+    of foreign pixels, which are far from every mixture of the two."""
+    along = np.einsum("npc,nc->np", cells, ink) / np.maximum((ink**2).sum(1), 1e-6)[:, None]
+    beside = cells - along[..., None] * ink[:, None]
+    foreign = (np.einsum("npc,npc->np", beside, beside) > INK_DISTANCE**2).sum(1)
+    return np.clip(along, 0, 1), foreign
+
+
+def _shapes(coverage: np.ndarray) -> np.ndarray:
+    """The shape of each coverage [N, pixel], int [N]; UNREADABLE where none fits well or two fit about as well.
+
+    The overlap of coverages a and b is <a, b> / (|a|^2 + |b|^2 - <a, b>): for sharp masks it is intersection over
+    union, and unlike that it also falls when a pixel is only half covered.
+    """
+    overlap = np.empty((len(coverage), len(SHAPES)), np.float32)
+    for start in range(0, len(coverage), CHUNK):
+        chunk = _sharpen(coverage[start : start + CHUNK])
+        common = chunk @ _TEMPLATES.T
+        total = (chunk**2).sum(1)[:, None] + (_TEMPLATES**2).sum(1)
+        overlaps = (common / (total - common)).reshape(len(chunk), len(SHAPES), len(_FORMS))
+        overlap[start : start + CHUNK] = overlaps.max(-1)
+    ranked = np.sort(overlap, axis=1)
+    clear = (ranked[:, -1] >= LEAST_OVERLAP) & (ranked[:, -1] - ranked[:, -2] >= LEAST_MARGIN)
+    return np.where(clear, overlap.argmax(1), UNREADABLE)

@@ -1,0 +1,267 @@
+"""Pretraining of the tiny base model, all in the shapes world, from nothing.
+
+    1. tokenizer        the ViT learns to name what stands in a cell whatever its size and place; its features are
+                        clustered into the codebook
+    2. autoencoder      pixels <-> latents of the diffusion head, by principal components
+    3. diffusion head   rectified flow from noise to latents, given the image tokens
+    4. backbone         next-token prediction in both directions: pictures -> captions, full descriptions and yes/no
+                        answers (understanding); prompts -> pictures (generation, given less)
+
+The result is cached under a hash of everything that shaped it. Held-out prompts occur nowhere in it.
+
+    python -m gvu_jax.shapes.pretrain --config=configs/shapes.py        # trains the base alone and prints its folder
+"""
+import hashlib
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from gvu_jax import checkpoint, objectives
+from gvu_jax.metrics import Progress
+from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.shapes import world
+from gvu_jax.shapes.tokenizer import build_tokenizer
+from gvu_jax.umm import XOmni
+
+
+def base_folder(config):
+    """Where the base of this config is cached: <config.cache>/base-<hash of what shapes it>."""
+    shaping = {name: config[name].to_dict() for name in ("model", "world", "pretrain")}
+    digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
+    return Path(config.cache).expanduser() / f"base-{digest}"
+
+
+def ensure_base(config):
+    """The folder of the pretrained base, trained now if the cache does not hold it."""
+    folder = base_folder(config)
+    if not (folder / "metadata.json").exists():
+        umm, params = pretrain(config)
+        checkpoint.save_model(folder, umm, params)
+    return folder
+
+
+def build(config):
+    """The untrained model of a config: (umm, params)."""
+    tokenizer = build_tokenizer(config.model.vision.codebook_size)
+    text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
+    ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
+                      image_vocab_size=config.model.vision.codebook_size, **config.model.ar)
+    tuples = lambda settings: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
+    umm = XOmni(ar=ar, vision=siglip_vq.Config(**config.model.vision), flux=flux.Config(**tuples(config.model.flux)),
+                vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
+                grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
+                instruction=config.model.instruction)
+    keys = jax.random.split(jax.random.key(config.pretrain.seed), 4)
+    params = {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
+              "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
+    return umm, params
+
+
+def pretrain(config):
+    """Runs the four stages. Returns (umm, params)."""
+    settings, place = config.pretrain, world.World(**config.world)
+    umm, params = build(config)
+    rng = np.random.default_rng(settings.seed)
+    key = jax.random.key(settings.seed + 1)
+    crowded = world.crowded_scenes(rng, settings.crowded, place)
+    params = train_tokenizer(umm, params, crowded, settings.tokenizer, rng, key)
+    params = fit_autoencoder(umm, params, crowded, rng)
+    params = train_diffusion(umm, params, crowded, settings.diffusion, rng, key)
+    scenes = world.sample_scenes(rng, settings.scenes, place)
+    return umm, train_backbone(umm, params, scenes, settings.backbone, rng, key)
+
+
+def fit(label, loss, params, data, settings, key):
+    """Minimises `loss(params, batch, key)` for settings.steps steps over random rows of `data`.
+
+    data: tree of arrays [M, ..], kept on the device; batch: the same tree with settings.batch random rows of each.
+    loss returns the scalar to descend and a dict of scalars to show. Adam with a cosine schedule.
+    """
+    rate = optax.warmup_cosine_decay_schedule(0.0, settings.lr, min(50, settings.steps // 4), settings.steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.98, weight_decay=0.02))
+    data = jax.device_put(data)
+
+    @jax.jit
+    def step(params, opt_state, data, i):
+        rows, noise = jax.random.split(jax.random.fold_in(key, i))
+        pick = lambda part, k: jax.tree.map(
+            lambda x: x[jax.random.randint(k, (settings.batch[part],), 0, len(x))], data[part])
+        batch = {part: pick(part, jax.random.fold_in(rows, j)) for j, part in enumerate(data)}
+        grads, shown = jax.grad(loss, has_aux=True)(params, batch, noise)
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, shown
+
+    opt_state = optimizer.init(params)
+    with Progress(settings.steps, "step", label) as progress:
+        for i in range(settings.steps):
+            params, opt_state, shown = step(params, opt_state, data, i)
+            if i % 50 == 49:                        # reading back waits for the device, so not at every step
+                progress.update(50, **jax.device_get(shown))
+        progress.update(settings.steps % 50)
+    return params
+
+
+# ---- 1. tokenizer ------------------------------------------------------------------------------------------------
+
+def train_tokenizer(umm, params, scenes, settings, rng, key):
+    """ViT and projection, then the codebook. params["vision"] changes except for its decoding half.
+
+    The features must tell apart what a token stands for and nothing else: from the unit vector of a patch, with noise
+    added, a linear head draws the patch in its canonical size, place and light.
+    """
+    model, patch = siglip_vq.SiglipVQ(umm.vision), umm.vision.patch_size
+
+    def loss(trained, batch, key):
+        vectors = unit(model.apply({"params": trained["vision"]}, batch["pictures"]["pixels"], method="project"))
+        noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)
+        drawn = noisy @ trained["head"]["kernel"] + trained["head"]["bias"]                         # [B, r, c, 3pp]
+        error = jnp.mean((drawn - vae.space_to_depth(batch["pictures"]["canonical"], patch)) ** 2)
+        return error, {"error": error}
+
+    size = 3 * patch * patch
+    head = {"kernel": jax.random.normal(key, (umm.vision.codebook_dim, size)) * 0.1, "bias": jnp.zeros(size)}
+    data = {"pictures": {"pixels": world.render(scenes, rng), "canonical": world.render(scenes)}}
+    trained = fit("tokenizer", loss, {"vision": params["vision"], "head": head}, data, settings, key)
+
+    vectors = unit(jax.jit(lambda p, x: model.apply({"params": p}, x, method="project"))(
+        trained["vision"], data["pictures"]["pixels"][:1024]))
+    codebook = cluster(np.asarray(vectors).reshape(-1, umm.vision.codebook_dim), umm.vision.codebook_size, rng)
+    return {**params, "vision": {**trained["vision"], "codebook": jnp.asarray(codebook)}}
+
+
+def unit(x):
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def cluster(vectors, count, rng):
+    """Spherical k-means with k-means++ seeding: unit vectors [M, C] -> unit centres [count, C] float32."""
+    centres = vectors[rng.integers(len(vectors))][None]
+    distance = 1 - vectors @ centres[0]
+    while len(centres) < count:
+        weight = np.maximum(distance, 1e-9) ** 2
+        new = vectors[rng.choice(len(vectors), p=weight / weight.sum())]
+        centres = np.concatenate([centres, new[None]])
+        distance = np.minimum(distance, 1 - vectors @ new)
+    for _ in range(10):
+        nearest = np.argmax(vectors @ centres.T, axis=1)
+        for k in range(count):
+            if (members := vectors[nearest == k]).size:
+                centres[k] = members.mean(axis=0) / np.linalg.norm(members.mean(axis=0))
+    return centres.astype(np.float32)
+
+
+# ---- 2. autoencoder ----------------------------------------------------------------------------------------------
+
+def fit_autoencoder(umm, params, scenes, rng):
+    """The patch autoencoder, in closed form."""
+    return {**params, "vae": vae.principal_components(world.render(scenes, rng), umm.vae)}
+
+
+# ---- 3. diffusion head -------------------------------------------------------------------------------------------
+
+def train_diffusion(umm, params, scenes, settings, rng, key):
+    """Rectified flow (Liu et al. 2023): at x = (1 - s) latents + s noise, predict noise - latents.
+
+    The noise levels s are the few that sampling visits: a small model has no capacity to spare for others. Trains the
+    FLUX head and the decoding half of the tokenizer together; the tokens are those of the picture.
+    """
+    N = umm.image_tokens
+    levels = jnp.asarray(flux.sigmas(umm.diffusion_steps, N)[:-1])
+    pixels = world.render(scenes, rng)
+
+    @jax.jit
+    def prepare(params, pixels):
+        mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
+        return {"tokens": umm.see(params, pixels), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
+
+    data = [jax.device_get(prepare(params, chunk)) for chunk in np.split(pixels, len(pixels) // 256)]
+    data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}
+
+    def loss(trained, batch, key):
+        tokens, latents = batch["pictures"]["tokens"], batch["pictures"]["latents"]                 # [B, N], [B, N, C]
+        keys, B = jax.random.split(key), len(tokens)
+        siglip = siglip_vq.SiglipVQ(umm.vision).apply({"params": trained["vision"]}, tokens, umm.grid, method="decode")
+        sigma = jax.random.choice(keys[0], levels, (B,))
+        noise = jax.random.normal(keys[1], latents.shape)
+        noisy = latents + sigma[:, None, None] * (noise - latents)
+        velocity = flux.FluxTransformer(umm.flux).apply(
+            {"params": trained["flux"]}, noisy, siglip.reshape(B, N, -1),
+            jnp.zeros((B, 1, umm.flux.joint_attention_dim)), jnp.zeros((B, umm.flux.pooled_projection_dim)),
+            sigma, jnp.ones(B), umm.grid)
+        error = jnp.mean((velocity - (noise - latents)) ** 2)
+        return error, {"error": error}
+
+    trained = fit("diffusion", loss, {"vision": params["vision"], "flux": params["flux"]}, data, settings, key)
+    # Weight decay touched what the loss does not reach: the encoding half goes on as stage 1 left it.
+    vision = {name: (trained if name.startswith("post_") else params)["vision"][name] for name in params["vision"]}
+    return {**params, "flux": trained["flux"], "vision": vision}
+
+
+# ---- 4. backbone -------------------------------------------------------------------------------------------------
+
+@struct.dataclass
+class Pairs:
+    """Pictures with a text each: image_tokens [M, N], prompts (umm.Prompts) [M, ..]."""
+    image_tokens: object
+    prompts: object
+
+
+def train_backbone(umm, params, scenes, settings, rng, key):
+    """Next-token prediction both ways, through the very calls that GvU uses. The understanding branch sees short true
+    captions, full descriptions and yes/no questions; how unequal the diet is decides how weak generation starts."""
+    see = jax.jit(umm.see)
+    chunks = np.split(scenes, len(scenes) // 512)
+    tokens = np.concatenate([jax.device_get(see(params, world.render(chunk, rng))) for chunk in chunks])
+    forbidden = world.compositions(world.split_prompts()[1])
+    texts = write_texts(scenes, rng, forbidden, settings.captions_per_scene)
+    data = {part: encode_pairs(umm, tokens, rows) for part, rows in texts.items()}
+    data["prompts"] = data["captions"]
+
+    def loss(ar, batch, key):
+        trained, losses = {"ar": ar}, {}
+        for name, part in batch.items():
+            if name == "prompts":
+                logps = umm.image_logps(trained, part.prompts, part.image_tokens)
+                losses["drawing"] = objectives.cross_entropy(logps, jnp.ones_like(logps, bool))
+            else:
+                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.image_tokens, part.prompts))
+        return sum(losses.values()), losses
+
+    return {**params, "ar": fit("backbone", loss, params["ar"], data, settings, key)}
+
+
+def write_texts(scenes, rng, forbidden, captions_per_scene):
+    """{part: list of (scene index, question or None for the umm's own instruction, true answer)}."""
+    texts = {"captions": [], "descriptions": [], "questions": []}
+    for i, scene in enumerate(scenes):
+        for _ in range(captions_per_scene):
+            if meta := world.true_prompt(scene, rng, forbidden):
+                texts["captions"].append((i, None, meta["prompt"]))
+        texts["descriptions"].append((i, world.INSTRUCTIONS[1], world.describe(scene)))
+        for make, answer in ((world.true_prompt, "yes"), (world.false_prompt, "no")):
+            if meta := make(scene, rng, forbidden):
+                texts["questions"].append((i, world.question(meta), answer))
+    return texts
+
+
+def encode_pairs(umm, tokens, texts):
+    index, questions, answers = zip(*texts)
+    questions = [question or umm.instruction for question in questions]
+    return Pairs(tokens[np.array(index)], umm.encode_prompts(list(answers), questions=questions, end=True))
+
+
+def main(argv):
+    del argv
+    print(ensure_base(_CONFIG.value))
+
+
+if __name__ == "__main__":
+    from absl import app
+    from ml_collections import config_flags
+    _CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes.py", "The config whose base to train.")
+    app.run(main)

@@ -1,0 +1,227 @@
+"""The training loop.
+
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR [--config.key=value ...]
+
+Order: config -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop -> report.
+DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
+stopped goes on when the same command is given again.
+"""
+import json
+import shutil
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from clu import parameter_overview
+from ml_collections import config_flags
+
+from gvu_jax import checkpoint, cli, data, optim
+from gvu_jax.methods import gvu
+from gvu_jax.metrics import MetricsWriter, Progress, replace_file
+from gvu_jax.report import image_grid, write_report
+from gvu_jax.sampling import How
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.", required=True)
+
+
+def main(_):
+    if _CONFIG.value is None:
+        raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
+    train(_CONFIG.value, Path(_WORKDIR.value))
+
+
+def train(config, workdir):
+    """Runs the whole training described by `config` (ConfigDict) in `workdir`. Returns the run's summary (dict)."""
+    gvu.check(config)
+    started = time.time()
+    jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    claim(workdir, config)
+
+    # ---- base model: pretrained here, or converted before -------------------------------------------------------
+    umm, base = load_base(config, workdir)
+    timings = {"pretraining": time.time() - started}
+    logging.info("\n%s", parameter_overview.get_parameter_overview(base["ar"], include_stats=False))
+
+    # ---- prompts ------------------------------------------------------------------------------------------------
+    train_metas, held_out = prompts_of(config)
+    stream = data.prompt_stream(train_metas, config.seed)
+    lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
+
+    # ---- method, state, evaluation ------------------------------------------------------------------------------
+    how = How(images_per_prompt=config.gvu.group, **config.sampling)
+    optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
+    method = gvu.GvU(umm, config, how, optimizer)
+    root = jax.random.key(config.seed)
+    state = gvu.init_state(base, config, optimizer, jax.random.fold_in(root, 0))
+    checkpoints = checkpoint.Checkpoints(workdir)
+    resumed = checkpoints.latest()
+    if resumed is not None:
+        saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
+        state = gvu.State(jnp.asarray(resumed, jnp.int32), saved["trainable"], saved["opt_state"])
+    suite = build_suite(config, umm, method.programs, held_out, lengths)
+    summary = json.loads((workdir / "summary.json").read_text()) if resumed else {}
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+    first = int(state.step)
+    with (MetricsWriter(workdir, resume_step=resumed) as writer,
+          Progress(config.steps, "step", "GvU", done=first) as progress):
+
+        def evaluate(step, thorough):
+            """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
+            began = time.time()
+            policy = method.policy(base, state.trainable)
+            scores, areas, pictures, right = suite.draw(policy, base)
+            values = {f"eval/{name}": score for name, score in scores.items()}
+            if thorough:
+                moment, understanding = ("before" if step == 0 else "after"), suite.understand(policy)
+                values |= {f"understanding/{name}": score for name, score in understanding.items()}
+                summary.update({moment: {k: v for k, v in scores.items() if k != "reward"},
+                                f"understanding_{moment}": understanding, f"auc_{moment}": areas})
+                if step == 0:
+                    summary["auc"] = areas
+                replace_file(workdir / "summary.json", json.dumps(summary, indent=1))
+            writer.write(step, values)
+            name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
+            picture = sample_grid(suite, pictures, right)
+            picture.save(workdir / "samples" / f"{name}.png")
+            writer.image(step, "samples", np.asarray(picture))
+            timings["evaluation"] = timings.get("evaluation", 0.0) + time.time() - began
+
+        if first == 0:
+            evaluate(0, thorough=True)
+        began = time.time()
+        for step in range(first, config.steps):
+            clock = Stopwatch(on=step % config.log_every == config.log_every - 1 or step == first)
+            metas = data.batch(stream, step, config.gvu.prompts)
+            prompts = jax.device_put(umm.encode_prompts([meta["prompt"] for meta in metas], lengths))
+            grouped = prompts.repeat(config.gvu.group)
+            key_sample, key_render = jax.random.split(jax.random.fold_in(root, step + 1))
+            policy = method.policy(base, state.trainable)
+
+            image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
+            pixels = clock.lap("render", method.render(base, image_tokens, grouped, key_render))
+            reward, _ = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
+            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward))
+
+            shown = {}
+            if clock.on:
+                metrics = jax.device_get(metrics)
+                writer.write(step + 1, metrics | clock.seconds(len(reward)))
+                shown = {"reward": metrics["reward/mean"], "kl": metrics["kl"]}
+            progress.update(1, **shown)
+            done = step + 1 == config.steps
+            if done or (step + 1) % config.eval.every == 0:
+                evaluate(step + 1, thorough=done)
+            if done or (step + 1) % config.checkpoint_every == 0:
+                checkpoints.save(step + 1, state.trainable, state.opt_state)
+        timings["training"] = time.time() - began
+
+    checkpoints.close()
+    summary["timings"] = timings
+    replace_file(workdir / "summary.json", json.dumps(summary, indent=1))
+    report = write_report(workdir)
+    print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
+    return summary
+
+
+# ---- the parts named above ---------------------------------------------------------------------------------------
+
+def claim(workdir, config):
+    """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
+
+    A longer run may continue a shorter one, so `steps` may differ. Raises ValueError naming the settings that do not.
+    """
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    path, ours = workdir / "config.json", json.loads(config.to_json())
+    if path.exists():
+        theirs = json.loads(path.read_text())
+        ignored = ("steps", "cache")
+        flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (
+            flat(x, f"{at}{name}.") if isinstance(x, dict) else {f"{at}{name}": x}).items()}
+        mine, other = flat(ours), flat(theirs)
+        differ = sorted(k for k in mine.keys() | other.keys() if k not in ignored and mine.get(k) != other.get(k))
+        if differ:
+            raise ValueError(f"{workdir} holds a run with other settings ({', '.join(differ[:5])}): "
+                             f"give another --workdir, or the settings of {path}")
+    replace_file(path, json.dumps(ours, indent=1))
+
+
+def load_base(config, workdir):
+    """(umm, params) of the model that training starts from. A pretrained tiny base is copied into the run's folder,
+    which thereby needs nothing else; a converted checkpoint stays where config.model.checkpoint says."""
+    if config.model.get("checkpoint"):
+        folder = Path(config.model.checkpoint).expanduser()
+        if not folder.exists():
+            raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint)")
+    else:
+        folder = workdir / "base"
+        if not folder.exists():
+            from gvu_jax.shapes import pretrain
+            cached = pretrain.ensure_base(config)
+            partial = workdir / "base.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(cached, partial)
+            partial.rename(folder)
+    return checkpoint.load_model(folder)
+
+
+def prompts_of(config):
+    """(training prompts, held-out prompts), lists of dicts: the shapes world's own, or the files that the config names."""
+    if config.get("world"):
+        from gvu_jax.shapes import world
+        return world.split_prompts()
+    return data.read_prompts(config.data.prompts), data.read_prompts(config.data.held_out)
+
+
+def build_suite(config, umm, programs, held_out, lengths):
+    from gvu_jax.shapes import suite, world
+    metas = suite.choose_prompts(held_out, config.eval.batches * config.gvu.prompts, np.random.default_rng(config.seed))
+    return suite.Suite(umm, programs, metas, config.gvu.prompts, config.gvu.group, config.eval.choices, lengths,
+                       world.compositions(held_out), config.seed)
+
+
+def sample_grid(suite, pictures, right):
+    """Two prompts of each category, six pictures each, framed green or red by the checker."""
+    chosen = [i for tag in dict.fromkeys(meta["tag"] for meta in suite.metas)
+              for i in [i for i, meta in enumerate(suite.metas) if meta["tag"] == tag][:2]]
+    captions = [suite.metas[i]["prompt"] for i in chosen]
+    return image_grid(pictures[chosen][:, :6], captions, scale=max(1, 96 // pictures.shape[2]), marks=right[chosen][:, :6])
+
+
+class Stopwatch:
+    """Seconds of each phase of a step. It waits for the device only when on: other steps run asynchronously."""
+
+    def __init__(self, on):
+        self.on, self.laps = on, {}
+        self.began = time.perf_counter()
+
+    def lap(self, phase, result):
+        if self.on:
+            jax.block_until_ready(result)
+            now = time.perf_counter()
+            self.laps[f"seconds/{phase}"], self.began = now - self.began, now
+        return result
+
+    def seconds(self, pictures):
+        return self.laps | {"images_per_second": pictures / sum(self.laps.values())}
+
+
+def table(summary):
+    """The before / after table as text."""
+    before, after = summary.get("before", {}), summary.get("after", {})
+    lines = [f"{'held-out checker score':<24}{'before':>8}{'after':>8}{'change':>8}"]
+    for section, (old, new) in {"": (before, after), "understanding ": (
+            summary.get("understanding_before", {}), summary.get("understanding_after", {}))}.items():
+        lines += [f"{section + name:<24}{old[name]:8.3f}{new[name]:8.3f}{new[name] - old[name]:+8.3f}"
+                  for name in new if name in old]
+    lines += [f"{'reward AUC ' + name:<24}{area:8.3f}" for name, area in summary.get("auc", {}).items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

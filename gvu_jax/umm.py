@@ -1,0 +1,236 @@
+"""The one interface between models and methods, and X-Omni behind it.
+
+A method (GvU, SFT/DPO on own judgements, UAE) is written over these calls alone, and a new model family provides
+them. B images, N image tokens, L prompt words. Those that take `params` are pure and jittable.
+
+    encode_prompts(texts)                       -> Prompts: everything the model needs to know of B texts, as arrays
+    sample_image(params, prompts, key, how)     -> image_tokens [B*G, N], logps [B*G, N], a prompt's G side by side
+    image_logps(params, prompts, image_tokens)  -> [B, N]              teacher-forced, differentiable
+    render(params, image_tokens, prompts, key)  -> pixels [B, H, W, 3] float32 in [0, 1], on the 8-bit grid
+    see(params, pixels)                         -> seen: what the understanding branch reads ([B, N] tokens here)
+    text_logps(params, seen, prompts)           -> logps [B, L], mask [B, L]     one forward for all of B
+    answer(params, seen, question, key)         -> texts
+
+`params` is a nested dict: "ar", "vision", "flux", "vae", and, in a policy that carries one, "adapter". Without
+"adapter" the same call is the reference policy, bit for bit.
+"""
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from gvu_jax import sampling
+from gvu_jax.models import flux, siglip_vq, vae, xomni
+
+
+class Lengths(NamedTuple):
+    """Padded lengths of the three parts of `Prompts`; one set for a whole run means one compilation."""
+    prompt: int
+    question: int
+    words: int
+
+
+@struct.dataclass
+class Prompts:
+    """B encoded texts. All ids int32, all masks bool (True = real)."""
+    tokens: Any          # [B, P] prompt and image header, left-padded: what generation continues
+    mask: Any            # [B, P]
+    question: Any        # [B, Q] what follows the picture when the understanding branch is asked, left-padded
+    question_mask: Any   # [B, Q]
+    words: Any           # [B, L] the text whose probability is asked, right-padded
+    words_mask: Any      # [B, L]
+
+    def repeat(self, times):
+        """Each row `times` times, neighbours together: the samples of a group stand side by side."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class XOmni:
+    """X-Omni: one Qwen2 trunk with two vocabularies, a SigLIP-VQ tokenizer that reads, a FLUX head that writes.
+
+    The same class serves the published model and the tiny one of the shapes world: only the configs differ.
+    """
+    ar: xomni.Config
+    vision: siglip_vq.Config
+    flux: flux.Config
+    vae: vae.Config | vae.PatchConfig
+    tokenizer: Any                                      # a transformers tokenizer with a chat template
+    grid: tuple[int, int]                               # rows, columns of image tokens in a picture
+    diffusion_steps: int
+    diffusion_guidance: float = 1.0
+    instruction: str = "Describe the image in detail."
+
+    # ---- text, on the host -------------------------------------------------------------------------------------
+
+    @property
+    def image_tokens(self):
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def image_header(self):
+        return f"<SOM>{self.grid[0]} {self.grid[1]}<IMAGE>"
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @functools.lru_cache(maxsize=4096)
+    def _around(self, question):
+        """Ids before and after the picture's tokens when `question` is put, up to where the answer begins."""
+        picture = "".join(f"<MM-Token-{k}>" for k in [0] * self.image_tokens)
+        chat = [{"role": "user", "content": f"{self.image_header}{picture}<EOM>\n{question}"}]
+        ids = self._ids(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        start = ids.index(self.ar.vocab_size)           # <MM-Token-0> is the first multimodal id
+        return tuple(ids[:start]), tuple(ids[start + self.image_tokens:])
+
+    def _encode(self, texts, questions, end):
+        for i, text in enumerate(texts):
+            if not text.strip():
+                raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
+        stop = [self.tokenizer.eos_token_id] if end else []
+        return (self._ids([text + self.image_header for text in texts]),
+                [list(self._around(question)[1]) for question in questions],
+                [ids + stop for ids in self._ids(list(texts))])
+
+    def lengths(self, texts, questions=None, end=False):
+        """The smallest padded lengths that hold all of `texts`, rounded up to a multiple of 4."""
+        parts = self._encode(texts, questions or [self.instruction] * len(texts), end)
+        up = lambda n: -(-n // 4) * 4
+        return Lengths(*(max(map(len, part)) if i == 1 else up(max(map(len, part))) for i, part in enumerate(parts)))
+
+    def encode_prompts(self, texts, lengths=None, questions=None, end=False):
+        """B texts -> Prompts of int32 / bool numpy arrays.
+
+        lengths: padded lengths; None takes the smallest that hold these texts. questions: what the understanding
+        branch is asked, one per text (None: the instruction). end: also score the end-of-turn token (pretraining
+        does; the reward does not). Raises ValueError for an empty text and for one longer than `lengths`.
+        """
+        questions = questions or [self.instruction] * len(texts)
+        parts = self._encode(texts, questions, end)
+        lengths = lengths or self.lengths(texts, questions, end)
+        arrays = []
+        for rows, width, name, left in zip(parts, lengths, Lengths._fields, (True, True, False)):
+            ids, mask = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int32), np.zeros(
+                (len(rows), width), bool)
+            for i, row in enumerate(rows):
+                if len(row) > width:
+                    raise ValueError(f"the {name} of {texts[i]!r} has {len(row)} tokens, more than the {width} "
+                                     f"this run is padded to")
+                where = slice(width - len(row), None) if left else slice(0, len(row))
+                ids[i, where], mask[i, where] = row, True
+            arrays += [ids, mask]
+        return Prompts(*arrays)
+
+    # ---- generation branch -------------------------------------------------------------------------------------
+
+    def _variables(self, params):
+        return {"params": params["ar"]} | ({"lora": params["adapter"]} if "adapter" in params else {})
+
+    def sample_image(self, params, prompts, key, how, first=0):
+        """Draws how.images_per_prompt pictures a prompt: codes [B*G, N] int32 and the policy's log-probs [B*G, N].
+
+        first: index of the first sample in the whole that `key` is for (0 where this batch is the whole).
+        """
+        negative = jnp.array(self._ids(self.image_header), jnp.int32)
+        return sampling.decode(
+            xomni.XOmni(self.ar), self._variables(params), prompts.tokens, prompts.mask, key, how,
+            steps=self.image_tokens, head="image_logits", offset=self.ar.vocab_size, first=first,
+            negative=negative)
+
+    def image_logps(self, params, prompts, image_tokens):
+        """log pi(I_t | prompt, I_<t) of given pictures in one forward. image_tokens [B, N] -> [B, N] float32."""
+        N = self.image_tokens
+        tokens = jnp.concatenate([prompts.tokens, image_tokens[:, :-1] + self.ar.vocab_size], axis=1)  # [B, P+N-1]
+        mask = jnp.pad(prompts.mask, ((0, 0), (0, N - 1)), constant_values=True)
+        model, variables = xomni.XOmni(self.ar), self._variables(params)
+        hidden, _ = model.apply(variables, tokens, mask)
+        logits = model.apply(variables, hidden[:, -N:], method="image_logits")                      # [B, N, V]
+        return gather_logps(logits, image_tokens)
+
+    def render(self, params, image_tokens, prompts, key, first=0):
+        """Image tokens [B, N] -> pixels [B, H, W, 3] float32 in [0, 1], rounded to 8 bits as a saved file is.
+
+        This head has no text stream: `prompts` is unused, and nothing of the prompt can reach the pixels except
+        through the tokens.
+        """
+        del prompts
+        B = image_tokens.shape[0]
+        siglip = siglip_vq.SiglipVQ(self.vision).apply(
+            {"params": params["vision"]}, image_tokens, self.grid, method="decode")                 # [B, r, c, Z]
+        noise = jax.vmap(lambda k: jax.random.normal(k, (self.image_tokens, self.flux.in_channels)))(
+            sampling.sample_keys(key, first, B))                                                           # [B, N, C]
+        context = jnp.zeros((B, 1, self.flux.joint_attention_dim))
+        pooled = jnp.zeros((B, self.flux.pooled_projection_dim))
+        velocity = functools.partial(flux.FluxTransformer(self.flux).apply, {"params": params["flux"]}, grid=self.grid)
+        packed = flux.sample(velocity, noise, siglip.reshape(B, self.image_tokens, -1), context, pooled,
+                             self.diffusion_steps, self.diffusion_guidance, negative=(context, pooled))
+        latents = vae.from_latents(flux.unpack(packed, self.grid), self.vae)                          # [B, 2r, 2c, C/4]
+        raw = vae.module(self.vae).apply({"params": params["vae"]}, latents, method="decode")
+        return jnp.round(vae.to_pixels(raw) * 255) / 255
+
+    # ---- understanding branch ----------------------------------------------------------------------------------
+
+    def see(self, params, pixels):
+        """Pixels [B, H, W, 3] in [0, 1] -> the SigLIP-VQ tokens [B, N] that the understanding branch reads."""
+        return siglip_vq.SiglipVQ(self.vision).apply({"params": params["vision"]}, pixels, method="encode")
+
+    def _asked(self, seen, prompts):
+        """The chat up to where the answer begins: ids and mask [B, C]."""
+        B = seen.shape[0]
+        before = jnp.broadcast_to(jnp.array(self._around(self.instruction)[0], jnp.int32),
+                                  (B, len(self._around(self.instruction)[0])))
+        tokens = jnp.concatenate([before, seen + self.ar.vocab_size, prompts.question], axis=1)
+        mask = jnp.pad(prompts.question_mask, ((0, 0), (tokens.shape[1] - prompts.question.shape[1], 0)),
+                       constant_values=True)
+        return tokens, mask
+
+    def text_logps(self, params, seen, prompts):
+        """log p(word_j | picture, question, word_<j) for all words in one forward: [B, L] float32, mask [B, L]."""
+        L = prompts.words.shape[1]
+        asked, mask = self._asked(seen, prompts)
+        tokens = jnp.concatenate([asked, prompts.words[:, :-1]], axis=1)                            # [B, C+L-1]
+        mask = jnp.concatenate([mask, prompts.words_mask[:, :-1]], axis=1)
+        model, variables = xomni.XOmni(self.ar), self._variables(params)
+        hidden, _ = model.apply(variables, tokens, mask, positions=count_positions(mask))
+        logits = model.apply(variables, hidden[:, -L:], method="text_logits")                       # [B, L, V]
+        return gather_logps(logits, prompts.words), prompts.words_mask
+
+    def answer(self, params, seen, question, key, max_words=32, how=sampling.How(temperature=0.0)):
+        """Answers one question about each picture. Returns B strings (the words up to the end of turn)."""
+        prompts = self.encode_prompts(["-"] * len(seen), questions=[question] * len(seen))
+        ids = np.asarray(self._answer_tokens(params, seen, prompts, key, max_words, how))
+        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
+    def _answer_tokens(self, params, seen, prompts, key, max_words, how):
+        asked, mask = self._asked(seen, prompts)
+        return sampling.decode(xomni.XOmni(self.ar), self._variables(params), asked, mask, key, how, steps=max_words,
+                               head="text_logits", offset=0, stop=self.tokenizer.eos_token_id)[0]
+
+
+def count_positions(mask):
+    """Positions that count real tokens only; equal to 0..T-1 where nothing is padded. [B, T] bool -> int."""
+    return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+
+def gather_logps(logits, ids):
+    """log-softmax of logits [B, T, V] float32 at ids [B, T] -> [B, T]."""
+    return jnp.take_along_axis(logits, ids[:, :, None], axis=-1)[:, :, 0] - jax.nn.logsumexp(logits, axis=-1)
+
+
+class Programs(NamedTuple):
+    """The compiled calls that sampling, evaluation and every method share; each compiles once per set of shapes."""
+    sample: Any          # (params, prompts [B], key)            -> image_tokens [B*G, N], logps [B*G, N]
+    render: Any          # (params, image_tokens, prompts, key)  -> pixels [S, H, W, 3]
+    see: Any             # (params, pixels)                      -> seen
+    read: Any            # (params, seen, prompts [S])           -> logps [S, L], mask [S, L]
+
+
+def compile_programs(umm, how):
+    """jit of the interface for one way of sampling."""
+    return Programs(sample=jax.jit(functools.partial(umm.sample_image, how=how)), render=jax.jit(umm.render),
+                    see=jax.jit(umm.see), read=jax.jit(umm.text_logps))

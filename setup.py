@@ -1,0 +1,23 @@
+"""Installs gvu_jax. The core has neither torch nor TensorFlow in it."""
+from setuptools import find_packages, setup
+
+setup(
+    name="gvu_jax",
+    version="0.1.0",
+    description="Teach unified multimodal models to draw what they already understand: GvU on X-Omni, in JAX.",
+    license="Apache-2.0",
+    packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "ml-collections", "clu", "grain", "absl-py",
+        "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tensorboard": ["tensorboardX"],
+        "convert": ["safetensors", "torch"],
+        "tfds": ["tensorflow-datasets"],
+        "test": ["pytest", "tensorboardX", "safetensors", "torch==2.13.0", "diffusers>=0.34", "accelerate"],
+    },
+)

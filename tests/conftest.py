@@ -1,0 +1,54 @@
+"""A tiny untrained model of the shapes world, and where the golden data is."""
+import importlib.util
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
+
+
+def load_config(preset):
+    spec = importlib.util.spec_from_file_location("shapes_config", ROOT / "configs" / "shapes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(preset)
+
+
+def tiny_config(tmp_path):
+    """configs/shapes.py with every size and budget cut to what a test can pay."""
+    config = load_config("smoke")
+    config.cache = str(tmp_path / "cache")
+    config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
+                           num_key_value_heads=1)
+    config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
+    config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
+    config.pretrain.update(scenes=1024, crowded=512)
+    for stage in ("tokenizer", "diffusion", "backbone"):
+        config.pretrain[stage].steps = 4
+    config.gvu.update(prompts=6, group=4)
+    config.eval.update(every=2, batches=1, choices=6)
+    config.update(steps=4, log_every=1, checkpoint_every=2)
+    return config
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """(config, umm, params) of an untrained model."""
+    from gvu_jax.shapes import pretrain
+    config = tiny_config(tmp_path_factory.mktemp("tiny"))
+    return (config, *pretrain.build(config))
+
+
+@pytest.fixture(scope="session")
+def fixtures():
+    if not FIXTURES.is_dir():
+        pytest.skip(f"no golden data at {FIXTURES} (set GVU_FIXTURES)")
+    return FIXTURES
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)

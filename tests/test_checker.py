@@ -1,0 +1,130 @@
+"""The checker reads true pictures without error, survives noise and blur, and refuses what is no clear object."""
+
+import time
+
+import numpy as np
+import pytest
+
+from gvu_jax.shapes import checker
+from gvu_jax.shapes import world as w
+
+CODES = np.arange(1, 1 + len(w.SHAPES) * len(w.COLORS), dtype=np.int8)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return w.sample_scenes(np.random.default_rng(0), 1000)
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes):
+    return w.render(scenes, np.random.default_rng(1))
+
+
+def blur(pictures, sigma):
+    """Gaussian blur of [B, H, W, 3]; sigma in pixels."""
+    kernel = np.exp(-np.arange(-3, 4) ** 2 / (2 * sigma**2))
+    kernel /= kernel.sum()
+    for axis in (1, 2):
+        widths = [(3, 3) if a == axis else (0, 0) for a in range(4)]
+        wide = np.pad(pictures, widths, mode="edge")
+        size = pictures.shape[axis]
+        pictures = sum(k * np.take(wide, range(i, i + size), axis) for i, k in enumerate(kernel))
+    return pictures
+
+
+def noisy(pictures, sigma):
+    return np.clip(pictures + np.random.default_rng(2).normal(0, sigma, pictures.shape), 0, 1)
+
+
+def test_true_pictures_are_read_without_error(scenes, pictures):
+    assert np.array_equal(checker.read_pixels(pictures, 3), scenes)
+    assert np.array_equal(checker.read_pixels(w.render(scenes), 3), scenes)
+
+
+def test_every_object_in_every_variation():
+    for seed in range(3):
+        codes = np.tile(CODES, (60, 1))  # every object 60 times in a 5 x 5 scene
+        assert np.array_equal(checker.read_pixels(w.render(codes, np.random.default_rng(seed)), 5), codes)
+
+
+@pytest.mark.parametrize("side", [2, 4])
+def test_other_grids(side):
+    scenes = w.sample_scenes(np.random.default_rng(0), 200, w.World(side, 4))
+    assert np.array_equal(checker.read_pixels(w.render(scenes, np.random.default_rng(0)), side), scenes)
+
+
+def test_eight_bit_pictures_are_read_without_error(scenes, pictures):
+    assert np.array_equal(checker.read_pixels(np.round(pictures * 255) / 255, 3), scenes)
+
+
+@pytest.mark.parametrize("noise, blurring", [(0.05, 0), (0, 0.6), (0, 0.8), (0.05, 0.6)])
+def test_noise_and_slight_blur_do_no_harm(scenes, pictures, noise, blurring):
+    spoiled = noisy(blur(pictures, blurring) if blurring else pictures, noise)
+    read = checker.read_pixels(spoiled, 3)
+    assert (read == scenes).mean() > 0.999
+    assert not ((read != scenes) & (read > 0)).any()  # what is not read is refused, never mistaken
+
+
+def test_blends_are_refused():
+    """The average of two pictures, as an undecided decoder draws them, is mostly no object; across colors, never."""
+    rng = np.random.default_rng(0)
+    one, other = (code.ravel() for code in np.meshgrid(CODES, CODES))
+    one, other = (np.repeat(code[one < other], 10)[:, None] for code in (one, other))
+    read = checker.read_pixels((w.render(one, rng) + w.render(other, rng)) / 2, 1)
+    shape, color = np.divmod(np.concatenate([one, other], 1) - 1, len(w.COLORS))
+    same_color = color[:, 0] == color[:, 1]
+    assert (read[~same_color] > 0).mean() < 0.01
+    assert (read[same_color] > 0).mean() < 0.3
+
+
+def test_circle_cross_blend_is_refused():
+    circle, cross = (np.full((200, 1), 1 + w.SHAPES.index(shape) * len(w.COLORS)) for shape in ("circle", "cross"))
+    assert (checker.read_pixels((w.render(circle) + w.render(cross)) / 2, 1) == -1).all()
+    rng = np.random.default_rng(0)  # now of two sizes, at two places, in two brightnesses
+    blends = (w.render(circle, rng) + w.render(cross, rng)) / 2
+    assert (checker.read_pixels(blends, 1) == -1).mean() > 0.65
+
+
+def test_garbage_is_unreadable_and_blank_is_empty():
+    garbage = np.random.default_rng(0).random((20, 48, 48, 3))
+    assert (checker.read_pixels(garbage, 3) == -1).all()
+    for value in (0.0, 0.5, np.nan):
+        assert (checker.read_pixels(np.full((1, 48, 48, 3), value), 3) == -1).all()
+    for value in (0.9, 0.95, 1.0):  # about the background
+        assert (checker.read_pixels(np.full((1, 48, 48, 3), value), 3) == 0).all()
+
+
+def test_ghosts_and_foreign_colors_are_unreadable():
+    solid = w.render(CODES[:, None])
+    ghost = w.BACKGROUND + 0.6 * (solid - w.BACKGROUND)
+    assert (checker.read_pixels(ghost, 1) == -1).all()
+    orange = w.BACKGROUND + w.GLYPHS[0, 1][None, ..., None] * (np.array([1.0, 0.5, 0.0]) - w.BACKGROUND)
+    assert checker.read_pixels(orange, 1) == -1
+    half = np.concatenate([solid[0][:, :8], solid[2][:, 8:]], 1)[None]  # left half red, right half blue
+    assert checker.read_pixels(half, 1) == -1
+
+
+def test_judge_follows_the_scene(scenes, pictures):
+    rng = np.random.default_rng(0)
+    true = [w.true_prompt(scene, rng) for scene in scenes]
+    false = [w.false_prompt(scene, rng) for scene in scenes]
+    assert checker.judge(pictures, true).all()
+    assert not checker.judge(pictures, false).any()
+    assert not checker.judge(np.ones_like(pictures), true).any()
+    assert checker.judge(pictures[:2], true[:2]).dtype == bool
+
+
+def test_wrong_sizes_are_refused(pictures):
+    with pytest.raises(ValueError, match="expected pictures"):
+        checker.read_pixels(pictures, 4)
+    with pytest.raises(ValueError, match="cannot be judged"):
+        checker.judge(pictures[:2], [])
+    with pytest.raises(ValueError, match="expected pictures"):
+        checker.judge(np.zeros((1, 50, 50, 3)), [w.all_prompts()[0]])
+
+
+def test_reading_is_fast(pictures):
+    start = time.perf_counter()
+    checker.read_pixels(pictures, 3)
+    assert time.perf_counter() - start < 2.0  # usually 0.4 s for 1,000

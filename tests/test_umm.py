@@ -1,0 +1,138 @@
+"""The interface, on an untrained model: sampler, trainer and reward must agree on every number."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvu_jax import lora, rewards
+from gvu_jax.methods import gvu
+from gvu_jax.sampling import How
+
+TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo of a square left of a green diamond"]
+
+
+@pytest.mark.parametrize("how", [How(images_per_prompt=3), How(temperature=0.6, top_k=5), How(guidance=2.5, min_p=0.1)])
+def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(tiny, key, how):
+    _, umm, params = tiny
+    prompts = umm.encode_prompts(TEXTS)
+    tokens, logps = umm.sample_image(params, prompts, key, how)
+    assert tokens.shape == logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
+    teacher_forced = umm.image_logps(params, prompts.repeat(how.images_per_prompt), tokens)
+    np.testing.assert_allclose(logps, teacher_forced, atol=1e-4)
+
+
+def test_one_prefill_serves_the_group(tiny, key):
+    """G samples of B prompts are what B * G single prompts with the same keys give."""
+    _, umm, params = tiny
+    prompts = umm.encode_prompts(TEXTS)
+    together, _ = umm.sample_image(params, prompts, key, How(images_per_prompt=4))
+    apart, _ = umm.sample_image(params, prompts.repeat(4), key, How())
+    np.testing.assert_array_equal(together, apart)
+
+
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(tiny, key):
+    _, umm, params = tiny
+    lengths = umm.lengths(TEXTS)
+    whole, _ = umm.sample_image(params, umm.encode_prompts(TEXTS, lengths), key, How())
+    last, _ = umm.sample_image(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), first=2)
+    np.testing.assert_array_equal(whole[2:], last)
+
+
+def test_temperature_one_draws_from_the_policy(tiny, key):
+    """Over many samples, the first token's frequencies are its probabilities."""
+    _, umm, params = tiny
+    prompts = umm.encode_prompts(TEXTS[:1])
+    tokens, _ = umm.sample_image(params, prompts, key, How(images_per_prompt=4000))
+    K = umm.ar.image_vocab_size
+    every = jnp.tile(jnp.arange(K)[:, None], (1, umm.image_tokens))
+    probabilities = np.exp(umm.image_logps(params, prompts.repeat(K), every)[:, 0])
+    frequencies = np.bincount(tokens[:, 0], minlength=K) / 4000
+    assert abs(probabilities.sum() - 1) < 1e-4
+    np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(probabilities.max() / 4000))
+
+
+def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
+    """One forward per word, each on the chat up to that word and unpadded, as the published code does it."""
+    _, umm, params = tiny
+    from gvu_jax.models.xomni import XOmni
+    seen = jax.random.randint(key, (len(TEXTS), umm.image_tokens), 0, umm.ar.image_vocab_size)
+    prompts = umm.encode_prompts(TEXTS)
+    logps, mask = umm.text_logps(params, seen, prompts)
+    before, after = umm._around(umm.instruction)
+    for i, text in enumerate(TEXTS):
+        context, slowly = [*before, *(np.asarray(seen[i]) + umm.ar.vocab_size), *after], []
+        for word in umm.tokenizer(text)["input_ids"]:
+            tokens = jnp.array([context])
+            hidden, _ = XOmni(umm.ar).apply({"params": params["ar"]}, tokens, jnp.ones_like(tokens, bool))
+            logits = XOmni(umm.ar).apply({"params": params["ar"]}, hidden[0, -1], method="text_logits")
+            slowly.append(float(jax.nn.log_softmax(logits)[word]))
+            context.append(word)
+        assert mask[i].sum() == len(slowly)
+        np.testing.assert_allclose(logps[i][mask[i]], slowly, atol=1e-5)
+        np.testing.assert_allclose(rewards.geometric_mean(logps, mask)[i], np.exp(np.mean(slowly)), rtol=1e-4)
+
+
+def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(tiny, key):
+    config, umm, base = tiny
+    config = config.copy_and_resolve_references()
+    config.lora.rank = 4
+    adapter = lora.init(key, base["ar"], 4, config.lora.targets)
+    tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    logps = jax.jit(umm.image_logps)
+    prompts = umm.encode_prompts(TEXTS)
+    reference = logps(base, prompts, tokens)
+    fresh = gvu.policy_params(base, {"adapter": adapter}, config.lora)
+    np.testing.assert_array_equal(logps(fresh, prompts, tokens), reference)            # b is zero: nothing changed yet
+    trained = jax.tree.map(lambda x: x + 0.1, adapter)
+    policy = gvu.policy_params(base, {"adapter": trained}, config.lora)
+    assert not np.allclose(logps(policy, prompts, tokens), reference)
+    off = {name: part for name, part in policy.items() if name != "adapter"}
+    np.testing.assert_array_equal(logps(off, prompts, tokens), reference)
+
+
+def test_an_adapter_equals_the_weights_it_stands_for(tiny, key):
+    """x W + s x a b is x (W + s a b)."""
+    config, umm, base = tiny
+    adapter = jax.tree.map(lambda x: x + 0.02, lora.init(key, base["ar"], 2, r"_proj"))
+    merged = jax.tree_util.tree_map_with_path(lambda path, w: w, base["ar"])
+    for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        for name in names:
+            low = adapter["layers"]["layer"][block][f"{name}_proj"]
+            kernel = merged["layers"]["layer"][block][f"{name}_proj"]
+            kernel["kernel"] = kernel["kernel"] + 8.0 * low["a"] @ low["b"]
+    tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    prompts = umm.encode_prompts(TEXTS)
+    adapted = umm.image_logps({**base, "adapter": lora.scaled(adapter, 8.0)}, prompts, tokens)
+    np.testing.assert_allclose(adapted, umm.image_logps({**base, "ar": merged}, prompts, tokens), atol=1e-4)
+
+
+def test_rendering_is_blind_to_the_prompt_and_rounded_to_bytes(tiny, key):
+    _, umm, params = tiny
+    tokens = jax.random.randint(key, (2, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    one, other = (umm.render(params, tokens, umm.encode_prompts([text] * 2), key) for text in TEXTS[:2])
+    np.testing.assert_array_equal(one, other)
+    assert one.shape == (2, 48, 48, 3) and one.min() >= 0 and one.max() <= 1
+    np.testing.assert_array_equal(one, np.round(np.asarray(one) * 255) / np.float32(255))
+
+
+def test_answers_end_at_the_end_of_turn(tiny, key):
+    _, umm, params = tiny
+    seen = jnp.zeros((2, umm.image_tokens), jnp.int32)
+    answers = umm.answer(params, seen, "Does this image describe a photo of a red circle?", key, max_words=5)
+    assert len(answers) == 2 and all(isinstance(answer, str) and "<|im_end|>" not in answer for answer in answers)
+
+
+@pytest.mark.parametrize("texts, word", [(["a circle", "  "], "prompt 1 is empty"), (["a circle " * 20], "padded")])
+def test_prompts_that_cannot_be_encoded_are_refused(tiny, texts, word):
+    _, umm, _ = tiny
+    with pytest.raises(ValueError, match=word):
+        umm.encode_prompts(texts, umm.lengths(TEXTS))
+
+
+def test_padding_sides_and_masks(tiny):
+    _, umm, _ = tiny
+    prompts = umm.encode_prompts(TEXTS)
+    assert prompts.mask[:, -1].all() and not prompts.mask[0, 0] and prompts.words_mask[:, 0].all()
+    decode = lambda ids: umm.tokenizer.decode(ids)
+    assert decode(prompts.tokens[0][prompts.mask[0]]) == TEXTS[0] + "<SOM>3 3<IMAGE>"
+    assert decode(prompts.words[2][prompts.words_mask[2]]) == TEXTS[2]

@@ -1,0 +1,131 @@
+"""The backbone against the golden data of the published model, and against transformers' Qwen2 where they coincide."""
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvu_jax import sampling
+from gvu_jax.models import xomni
+
+TINY = xomni.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                    num_key_value_heads=2, vocab_size=50, mm_vocab_size=12, image_vocab_size=8, num_mm_adap_layers=1,
+                    num_mm_head_layers=1)
+
+
+@pytest.fixture(scope="module")
+def golden(fixtures):
+    """(config, params, folder of expected values) of the golden checkpoint."""
+    from safetensors.numpy import load_file
+    folder = fixtures / "xomni"
+    told = json.loads((folder / "config.json").read_text())
+    names = [field.name for field in dataclasses.fields(xomni.Config)]
+    config = xomni.Config(**{k: v for k, v in told.items() if k in names} | {
+        "sliding_window": told["sliding_window"] if told["use_sliding_window"] else None})
+    return config, xomni.from_torch(load_file(folder / "model.safetensors"), config), folder / "expected"
+
+
+def test_golden_logits_and_every_layer(golden):
+    config, params, folder = golden
+    expected, model = np.load(folder / "logits.npz"), xomni.XOmni(config)
+    tokens, mask = expected["input_ids"], expected["attention_mask"].astype(bool)
+    for suffix, positions in (("", None), ("_explicit_pos", expected["position_ids_generate"])):
+        (hidden, _), state = model.apply({"params": params}, tokens, mask, positions, mutable=["intermediates"])
+        text = model.apply({"params": params}, hidden, method="text_logits")
+        image = model.apply({"params": params}, hidden, method="image_logits")
+        V, K = config.vocab_size, config.image_vocab_size
+        np.testing.assert_allclose(text[mask], expected[f"logits_text{suffix}"][mask][:, :V], atol=2e-4)
+        np.testing.assert_allclose(image[mask], expected[f"logits_image{suffix}"][mask][:, V:V + K], atol=2e-4)
+        if positions is None:
+            np.testing.assert_allclose(hidden[mask], expected["last_hidden_state"][mask], atol=2e-4)
+            inputs = state["intermediates"]["layers"]["layer_input"][0]                             # [layers, B, T, D]
+            np.testing.assert_allclose(inputs[:, mask], expected["layer_hidden_states"][:, mask], atol=2e-4)
+
+
+@pytest.mark.parametrize("guidance", [1, 3])
+def test_golden_greedy_pictures(golden, guidance):
+    config, params, folder = golden
+    expected = np.load(folder / "generate.npz")
+    codes = expected[f"tokens_cfg{guidance}"] - config.vocab_size
+    suppress = [t - config.vocab_size for t in expected["suppress_tokens"].tolist()]
+    how = sampling.How(temperature=0.0, guidance=float(guidance),
+                       suppress=tuple(t for t in suppress if 0 <= t < config.image_vocab_size))
+    drawn, _ = sampling.decode(
+        xomni.XOmni(config), {"params": params}, jnp.asarray(expected["input_ids"]),
+        jnp.asarray(expected["attention_mask"], bool), jax.random.key(0), how, steps=codes.shape[1],
+        head="image_logits", offset=config.vocab_size, negative=jnp.asarray(expected["negative_prompt_ids"][0]))
+    np.testing.assert_array_equal(drawn, codes)
+
+
+def test_golden_answer(golden):
+    config, params, folder = golden
+    expected = np.load(folder / "understand.npz")
+    tokens = jnp.asarray(expected["input_ids"])
+    drawn, _ = sampling.decode(
+        xomni.XOmni(config), {"params": params}, tokens, jnp.ones_like(tokens, bool), jax.random.key(0),
+        sampling.How(temperature=0.0), steps=expected["tokens"].shape[1], head="text_logits", offset=0)
+    np.testing.assert_array_equal(drawn, expected["tokens"])
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_on_text_without_multimodal_layers_it_is_qwen2(window):
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    config = dataclasses.replace(TINY, num_mm_adap_layers=0, num_mm_head_layers=0, sliding_window=window,
+                                 max_window_layers=1)
+    theirs = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False, max_window_layers=1,
+        use_sliding_window=window is not None, sliding_window=window, attn_implementation="eager")).eval()
+    tensors = {k.replace("embed_tokens", "lm_embed_tokens").replace("model.norm", "model.lm_norm"): v.detach().numpy()
+               for k, v in theirs.state_dict().items()}
+    tensors |= {"model.mm_embed_tokens.weight": np.zeros((12, 32), np.float32),
+                "model.mm_norm.weight": np.ones(32, np.float32), "mm_head.weight": np.zeros((12, 32), np.float32)}
+    params, model = xomni.from_torch(tensors, config), xomni.XOmni(config)
+    tokens = np.random.default_rng(0).integers(0, 50, (2, 11))
+    hidden, _ = model.apply({"params": params}, tokens, np.ones_like(tokens, bool))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(model.apply({"params": params}, hidden, method="text_logits"), expected, atol=2e-4)
+
+
+def test_multimodal_layers_leave_text_alone_but_let_pictures_read_it():
+    """With every layer multimodal, a text position ends as norm(embedding), and a picture still depends on the text."""
+    config = dataclasses.replace(TINY, num_mm_adap_layers=3, num_mm_head_layers=0)
+    params, model = xomni.init(config, jax.random.key(0)), xomni.XOmni(config)
+    tokens = jnp.array([[3, 4, 51, 52]])
+    run = lambda tokens: model.apply({"params": params}, tokens, jnp.ones_like(tokens, bool))[0]
+    embedded = params["lm_embed_tokens"]["embedding"][jnp.array([3, 4])]
+    rms = jnp.sqrt(jnp.mean(embedded ** 2, axis=-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(run(tokens)[0, :2], embedded / rms, rtol=1e-5)
+    assert not np.allclose(run(tokens)[0, 2:], run(tokens.at[0, 0].set(9))[0, 2:])
+
+
+def test_padding_on_the_left_changes_nothing():
+    params, model = xomni.init(TINY, jax.random.key(0)), xomni.XOmni(TINY)
+    tokens = jnp.array([[3, 4, 51, 52]])
+    padded, mask = jnp.pad(tokens, ((0, 0), (3, 0))), jnp.pad(jnp.ones((1, 4), bool), ((0, 0), (3, 0)))
+    plain, _ = model.apply({"params": params}, tokens, jnp.ones((1, 4), bool))
+    np.testing.assert_allclose(model.apply({"params": params}, padded, mask)[0][:, 3:], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("spoil, word", [
+    (lambda t: t.pop("model.lm_norm.weight"), "model.lm_norm.weight"),
+    (lambda t: t.update(extra=np.zeros(1)), "extra"),
+    (lambda t: t.update({"mm_head.weight": np.zeros((3, 32))}), "mm_head.weight")])
+def test_a_wrong_checkpoint_is_named_by_its_key(spoil, word):
+    shapes = jax.eval_shape(lambda: xomni.init(TINY, jax.random.key(0)))
+    from gvu_jax.models.torch_keys import torch_name
+    from flax import traverse_util
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+        name, stacked = torch_name(path, xomni.RULES), leaf.shape
+        for i in range(3) if "{layer}" in name else [0]:
+            shape = stacked[1:] if "{layer}" in name else stacked
+            tensors[name.format(layer=i)] = np.zeros(shape[::-1] if path.endswith("kernel") else shape)
+    xomni.from_torch(tensors, TINY)
+    spoil(tensors)
+    with pytest.raises(ValueError, match=word.replace(".", r"\.")):
+        xomni.from_torch(tensors, TINY)
