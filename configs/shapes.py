@@ -42,7 +42,7 @@ def get_config(preset="normal"):
     config.pretrain.tokenizer = dict(steps=1500, lr=2e-3, batch=dict(pictures=32))
     config.pretrain.diffusion = dict(steps=4000, lr=7e-4, batch=dict(pictures=32))
     config.pretrain.backbone = dict(
-        steps=2800, lr=2e-3, captions_per_scene=2,
+        steps=3400, lr=2e-3, captions_per_scene=2,
         batch=dict(captions=32, descriptions=4, questions=6, prompts=8))
 
     # ---- GvU ----
@@ -55,4 +55,16 @@ def get_config(preset="normal"):
     config.eval = dict(every=50, batches=4, choices=288)
     config.log_every = 5
     config.checkpoint_every = 100
+
+    if preset == "weak":                       # the paper's weak base: generation sees little, understanding does not
+        config.pretrain.backbone.batch.prompts = 2
+    if preset == "smoke":
+        config.steps = 60
+        config.pretrain.tokenizer.steps = 800
+        config.pretrain.diffusion.steps = 1000
+        config.pretrain.backbone.steps = 450
+        config.pretrain.scenes = 8192
+        config.pretrain.crowded = 4096
+        config.gvu.update(prompts=12, group=12)
+        config.eval.update(every=30, batches=6, choices=48)
     return config

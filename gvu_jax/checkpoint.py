@@ -36,7 +36,7 @@ def save_model(folder, umm, params):
                 "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
                 "instruction": umm.instruction}
     metadata |= {name: dataclasses.asdict(getattr(umm, name)) for name in ("ar", "vision", "flux", "vae")}
-    ocp.save_pytree(partial / "params", params)
+    ocp.save_pytree(partial / "params", jax.device_put(params))      # numpy leaves would be stored differently
     umm.tokenizer.save_pretrained(partial / "tokenizer")
     replace_file(partial / "metadata.json", json.dumps(metadata, indent=1))
     if folder.exists():                     # another process was faster; its model is as good as this one

@@ -82,6 +82,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=
     if how.guidance != 1.0 and negative is None:
         raise ValueError("guidance needs a negative context")
     G, rows = how.images_per_prompt, tokens.shape[0] * how.images_per_prompt
+    text_only = head == "text_logits"
     logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
 
     def prefill(tokens, mask):
@@ -90,7 +91,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                    # [B, P + steps]
         dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
         cache = model.empty_cache(B, P + steps, dtype)
-        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache)
+        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only)
         times = rows // B
         repeat = lambda x: jnp.repeat(x, times, axis=0)
         return repeat(hidden[:, -1]), cache.repeat(times), repeat(mask), repeat(positions)
@@ -100,7 +101,8 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=
         _, cache, mask, positions = context
         at = mask.shape[1] - steps + t
         hidden, cache = model.apply(variables, (drawn + offset)[:, None], mask,
-                                    jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at)
+                                    jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at,
+                                    text_only=text_only)
         return hidden[:, 0], cache, mask, positions
 
     def draw(contexts, key, done):

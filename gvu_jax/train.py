@@ -96,7 +96,7 @@ def train(config, workdir):
             evaluate(0, thorough=True)
         began = time.time()
         for step in range(first, config.steps):
-            clock = Stopwatch(on=step % config.log_every == config.log_every - 1 or step == first)
+            clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == first else None)
             metas = data.batch(stream, step, config.gvu.prompts)
             prompts = jax.device_put(umm.encode_prompts([meta["prompt"] for meta in metas], lengths))
             grouped = prompts.repeat(config.gvu.group)
@@ -194,10 +194,12 @@ def sample_grid(suite, pictures, right):
 
 
 class Stopwatch:
-    """Seconds of each phase of a step. It waits for the device only when on: other steps run asynchronously."""
+    """Seconds of each phase of a step. It waits for the device only when given the state that the step starts from:
+    other steps run asynchronously, and what they left running must not be counted."""
 
-    def __init__(self, on):
-        self.on, self.laps = on, {}
+    def __init__(self, state):
+        self.on, self.laps = state is not None, {}
+        jax.block_until_ready(state)
         self.began = time.perf_counter()
 
     def lap(self, phase, result):

@@ -195,7 +195,7 @@ class XOmni:
         tokens = jnp.concatenate([asked, prompts.words[:, :-1]], axis=1)                            # [B, C+L-1]
         mask = jnp.concatenate([mask, prompts.words_mask[:, :-1]], axis=1)
         model, variables = xomni.XOmni(self.ar), self._variables(params)
-        hidden, _ = model.apply(variables, tokens, mask, positions=count_positions(mask))
+        hidden, _ = model.apply(variables, tokens, mask, positions=count_positions(mask), text_only=True)
         logits = model.apply(variables, hidden[:, -L:], method="text_logits")                       # [B, L, V]
         return gather_logps(logits, prompts.words), prompts.words_mask
 

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from gvu_jax import lora, rewards
 from gvu_jax.methods import gvu
@@ -94,12 +95,11 @@ def test_an_adapter_equals_the_weights_it_stands_for(tiny, key):
     """x W + s x a b is x (W + s a b)."""
     config, umm, base = tiny
     adapter = jax.tree.map(lambda x: x + 0.02, lora.init(key, base["ar"], 2, r"_proj"))
-    merged = jax.tree_util.tree_map_with_path(lambda path, w: w, base["ar"])
-    for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
-        for name in names:
-            low = adapter["layers"]["layer"][block][f"{name}_proj"]
-            kernel = merged["layers"]["layer"][block][f"{name}_proj"]
-            kernel["kernel"] = kernel["kernel"] + 8.0 * low["a"] @ low["b"]
+    flat, low = (traverse_util.flatten_dict(tree) for tree in (base["ar"], adapter))
+    merged = traverse_util.unflatten_dict({
+        path: w + 8.0 * low[path[:-1] + ("a",)] @ low[path[:-1] + ("b",)] if path[:-1] + ("a",) in low else w
+        for path, w in flat.items()})
+    assert len(low) == 2 * 2 * 7                                                     # a and b, two stacks, 7 kernels
     tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
     prompts = umm.encode_prompts(TEXTS)
     adapted = umm.image_logps({**base, "adapter": lora.scaled(adapter, 8.0)}, prompts, tokens)

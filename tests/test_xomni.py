@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from gvu_jax import sampling
-from gvu_jax.models import xomni
+from gvu_jax.models import torch_keys, xomni
 
 TINY = xomni.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=50, mm_vocab_size=12, image_vocab_size=8, num_mm_adap_layers=1,
@@ -40,7 +41,8 @@ def test_golden_logits_and_every_layer(golden):
         np.testing.assert_allclose(image[mask], expected[f"logits_image{suffix}"][mask][:, V:V + K], atol=2e-4)
         if positions is None:
             np.testing.assert_allclose(hidden[mask], expected["last_hidden_state"][mask], atol=2e-4)
-            inputs = state["intermediates"]["layers"]["layer_input"][0]                             # [layers, B, T, D]
+            inputs = np.concatenate([state["intermediates"][stack]["layer_input"][0]                # [layers, B, T, D]
+                                     for stack in ("layers", "mm_head_layers") if stack in state["intermediates"]])
             np.testing.assert_allclose(inputs[:, mask], expected["layer_hidden_states"][:, mask], atol=2e-4)
 
 
@@ -116,16 +118,22 @@ def test_padding_on_the_left_changes_nothing():
     (lambda t: t.update(extra=np.zeros(1)), "extra"),
     (lambda t: t.update({"mm_head.weight": np.zeros((3, 32))}), "mm_head.weight")])
 def test_a_wrong_checkpoint_is_named_by_its_key(spoil, word):
-    shapes = jax.eval_shape(lambda: xomni.init(TINY, jax.random.key(0)))
-    from gvu_jax.models.torch_keys import torch_name
-    from flax import traverse_util
+    shapes = traverse_util.flatten_dict(jax.eval_shape(lambda: xomni.init(TINY, jax.random.key(0))), sep="/")
     tensors = {}
-    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
-        name, stacked = torch_name(path, xomni.RULES), leaf.shape
-        for i in range(3) if "{layer}" in name else [0]:
-            shape = stacked[1:] if "{layer}" in name else stacked
-            tensors[name.format(layer=i)] = np.zeros(shape[::-1] if path.endswith("kernel") else shape)
+    for path, leaf in shapes.items():
+        name = torch_keys.torch_name(path, xomni.rules(TINY))
+        shape = leaf.shape[1:] if "{layer" in name else leaf.shape
+        for row in torch_keys.layer_names(name, leaf.shape[0]):
+            tensors[row] = np.zeros(shape[::-1] if path.endswith("kernel") else shape)
     xomni.from_torch(tensors, TINY)
     spoil(tensors)
     with pytest.raises(ValueError, match=word.replace(".", r"\.")):
         xomni.from_torch(tensors, TINY)
+
+
+def test_text_can_do_without_the_trailing_multimodal_layers():
+    params, model = xomni.init(TINY, jax.random.key(0)), xomni.XOmni(TINY)
+    tokens = jnp.array([[3, 51, 52, 4, 7]])
+    whole, cut = (model.apply({"params": params}, tokens, jnp.ones_like(tokens, bool), text_only=t)[0] for t in (0, 1))
+    np.testing.assert_array_equal(whole[0, 3:], cut[0, 3:])
+    assert not np.allclose(whole[0, 1:3], cut[0, 1:3])

@@ -11,13 +11,21 @@ from flax import traverse_util
 
 
 def torch_name(path, rules):
-    """The torch name of the parameter `path` ("blocks/attn/qkv/kernel"); `{layer}` in it stands for a stacked axis.
+    """The torch name of the parameter `path` ("blocks/attn/qkv/kernel"); `{layer}` in it stands for a stacked axis,
+    `{layer+4}` for one whose first row is layer 4.
 
     `rules` are (regex, replacement) pairs applied in order; what every model shares comes last.
     """
     for pattern, replacement in rules:
         path = re.sub(pattern, replacement, path)
     return re.sub(r"(kernel|scale)$", "weight", path).replace("/", ".")
+
+
+def layer_names(name, count):
+    """The torch names of the rows of a stacked parameter, or the one name of another: list of str."""
+    if "{layer" not in name:
+        return [name]
+    return [re.sub(r"\{layer(\+\d+)?\}", lambda m: str(i + int(m[1] or 0)), name) for i in range(count)]
 
 
 def to_flax_layout(tensor, path):
@@ -37,9 +45,7 @@ def to_params(tensors, shapes, rules, ignored=()):
     shapes = traverse_util.flatten_dict(shapes, sep="/")
     names = {}                                                     # path -> the torch names that fill it, in order
     for path, leaf in shapes.items():
-        name = torch_name(path, rules)
-        stacked = "{layer}" in name
-        names[path] = [name.format(layer=i) for i in range(leaf.shape[0])] if stacked else [name]
+        names[path] = layer_names(torch_name(path, rules), leaf.shape[0])
     wanted = {name for group in names.values() for name in group}
     missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - set(ignored))
     if missing or unknown:
@@ -47,7 +53,7 @@ def to_params(tensors, shapes, rules, ignored=()):
 
     params = {}
     for path, group in names.items():
-        stacked = "{layer}" in torch_name(path, rules)
+        stacked = "{layer" in torch_name(path, rules)
         expected = shapes[path].shape[1:] if stacked else shapes[path].shape
         leaves = [to_flax_layout(np.asarray(tensors[name]), path) for name in group]
         for name, leaf in zip(group, leaves):

@@ -5,7 +5,8 @@
 
 The first `num_mm_adap_layers` and last `num_mm_head_layers` layers are multimodal: evaluated for the whole sequence
 (text supplies keys and values there), after which every text position gets its incoming state back. Image and text
-positions end in norms of their own, and two heads read the result.
+positions end in norms of their own, and two heads read the result. The trailing layers are a stack of their own,
+because text can do without them.
 """
 import dataclasses
 
@@ -65,21 +66,25 @@ class XOmni(nn.Module):
         self.lm_embed_tokens = Embed(c.vocab_size, c.hidden_size)
         self.mm_embed_tokens = Embed(c.mm_vocab_size, c.hidden_size)
         layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
-        self.layers = nn.scan(
+        stack = lambda length: nn.scan(
             layer, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
-            in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=c.num_hidden_layers)(c)
+            in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=length)(c)
+        self.layers = stack(c.num_hidden_layers - c.num_mm_head_layers)
+        self.mm_head_layers = stack(c.num_mm_head_layers) if c.num_mm_head_layers else None
         self.lm_norm = RMSNorm(c.rms_norm_eps)
         self.mm_norm = RMSNorm(c.rms_norm_eps)
         self.lm_head = Dense(c.vocab_size)
         self.mm_head = Dense(c.mm_vocab_size)
 
-    def __call__(self, tokens, mask, positions=None, cache=None, at=0):
+    def __call__(self, tokens, mask, positions=None, cache=None, at=0, text_only=False):
         """Runs the stack over `tokens` and returns what the heads read.
 
         tokens     [B, T] int
         mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache
         positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
         cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to
+        text_only  the caller reads text positions alone: the trailing multimodal layers give those back untouched,
+                   so they are not run, and the result at image positions means nothing
         Returns (hidden [B, T, D] after the final norm, cache).
         """
         c, (B, T) = self.config, tokens.shape
@@ -96,8 +101,13 @@ class XOmni(nn.Module):
         near = None if c.sliding_window is None else ago < c.sliding_window                         # [T, S]
         index = jnp.arange(c.num_hidden_layers)
         multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)
-        (x, cache), _ = self.layers((x, cache), index, multimodal, index >= c.max_window_layers,
-                                    positions, readable, near, at, is_image)
+        per_layer = (index, multimodal, index >= c.max_window_layers)
+        cut = c.num_hidden_layers - c.num_mm_head_layers
+        carry, _ = self.layers((x, cache), *(flag[:cut] for flag in per_layer), positions, readable, near, at, is_image)
+        if self.mm_head_layers is not None and not text_only:
+            carry, _ = self.mm_head_layers(
+                carry, *(flag[cut:] for flag in per_layer), positions, readable, near, at, is_image)
+        x, cache = carry
         return jnp.where(is_image[:, :, None], self.mm_norm(x), self.lm_norm(x)), cache
 
     def text_logits(self, hidden):
@@ -123,14 +133,17 @@ def init(config, key):
     return XOmni(config).init(key, tokens, jnp.ones_like(tokens, bool), method="everything")["params"]
 
 
-RULES = (
-    (r"^(lm_embed_tokens|mm_embed_tokens|lm_norm|mm_norm)", r"model.\1"),
-    (r"^layers/layer/", "model.layers.{layer}."),
-    (r"embedding$", "weight"),
-)
+def rules(config):
+    """How the parameters are called in a checkpoint (see torch_keys): both stacks are `model.layers` there."""
+    return (
+        (r"^(lm_embed_tokens|mm_embed_tokens|lm_norm|mm_norm)", r"model.\1"),
+        (r"^layers/layer/", "model.layers.{layer}."),
+        (r"^mm_head_layers/layer/", f"model.layers.{{layer+{config.num_hidden_layers - config.num_mm_head_layers}}}."),
+        (r"embedding$", "weight"),
+    )
 
 
 def from_torch(tensors, config):
     """The checkpoint's tensors (name -> array) -> params, numpy. ValueError names missing, unknown, misshapen keys."""
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return torch_keys.to_params(tensors, shapes, RULES)
+    return torch_keys.to_params(tensors, shapes, rules(config))

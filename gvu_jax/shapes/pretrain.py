@@ -11,6 +11,7 @@ The result is cached under a hash of everything that shaped it. Held-out prompts
 
     python -m gvu_jax.shapes.pretrain --config=configs/shapes.py        # trains the base alone and prints its folder
 """
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -56,10 +57,7 @@ def build(config):
                 vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
                 grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
                 instruction=config.model.instruction)
-    keys = jax.random.split(jax.random.key(config.pretrain.seed), 4)
-    params = {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
-              "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
-    return umm, params
+    return umm, jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(config.pretrain.seed))
 
 
 def pretrain(config):
@@ -159,7 +157,7 @@ def cluster(vectors, count, rng):
 
 def fit_autoencoder(umm, params, scenes, rng):
     """The patch autoencoder, in closed form."""
-    return {**params, "vae": vae.principal_components(world.render(scenes, rng), umm.vae)}
+    return {**params, "vae": jax.device_put(vae.principal_components(world.render(scenes, rng), umm.vae))}
 
 
 # ---- 3. diffusion head -------------------------------------------------------------------------------------------

@@ -1,0 +1,205 @@
+"""The whole loop on a model that is too small to learn: what it writes, that it resumes, that it compiles once."""
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import ROOT, tiny_config
+from gvu_jax import optim
+from gvu_jax.methods import gvu
+from gvu_jax.metrics import read_metrics
+from gvu_jax.sampling import How
+from gvu_jax.train import train
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, workdir) of a finished run of four steps."""
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(folder)
+    train(config, folder / "work")
+    return config, folder / "work"
+
+
+def method_of(tiny, **changes):
+    config, umm, base = tiny
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    optimizer = optim.build(config.optim, 10)
+    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer)
+    state = gvu.init_state(base, config, optimizer, jax.random.key(1))
+    texts = ["a photo of a red circle", "a photo of two crosses"] * (config.gvu.prompts // 2)
+    return method, base, state, umm.encode_prompts(texts)
+
+
+def one_step(method, base, state, prompts, key):
+    """All four programs once. Returns the state, metrics and what was drawn."""
+    grouped = prompts.repeat(method.config.gvu.group)
+    policy = method.policy(base, state.trainable)
+    tokens, logps = method.sample(policy, prompts, key)
+    pixels = method.render(base, tokens, grouped, key)
+    reward, _ = method.reward(base, policy, tokens, pixels, grouped)
+    state, metrics = method.update(state, base, grouped, tokens, logps, reward)
+    return state, metrics, (tokens, logps, reward)
+
+
+def test_it_writes_what_its_contract_says(run):
+    _, work = run
+    lines = read_metrics(work / "metrics.jsonl")
+    training = [line for line in lines if "loss" in line]
+    evaluations = [line for line in lines if "eval/overall" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4] and [line["step"] for line in evaluations] == [0, 2, 4]
+    for name in ("reward/mean reward/std kl entropy loss grad_norm logp_gap images_per_second seconds/sample "
+                 "seconds/render seconds/reward seconds/update").split():
+        assert all(name in line for line in training), name
+    for tag in "single_object two_object counting colors position color_attr".split():
+        assert all(0 <= line[f"eval/{tag}"] <= 1 for line in evaluations)
+    for name in "config.json summary.json report.html samples/before.png samples/step_000002.png samples/after.png".split():
+        assert (work / name).stat().st_size > 0, name
+    assert all(line["logp_gap"] < 1e-4 for line in training)
+
+
+def test_giving_the_command_again_continues_a_longer_run(run):
+    """Four steps, then two more, are the six steps of an unbroken run: same metrics, no line twice."""
+    config, work = run
+    config = config.copy_and_resolve_references()
+    config.steps = 6
+    train(config, work)
+    train(config, work.with_name("unbroken"))
+    timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k} for line in
+                             read_metrics(path / "metrics.jsonl")]
+    broken, unbroken = timeless(work), timeless(work.with_name("unbroken"))
+    assert [line for line in broken if "loss" in line] == [line for line in unbroken if "loss" in line]
+
+
+def test_another_config_is_refused_in_the_same_workdir(run):
+    config, work = run
+    config = config.copy_and_resolve_references()
+    config.gvu.beta = 0.5
+    with pytest.raises(ValueError, match="gvu.beta"):
+        train(config, work)
+
+
+def test_a_finished_run_can_be_loaded_and_used(run, tmp_path):
+    import gvu_jax
+    _, work = run
+    model = gvu_jax.load(work)
+    prompts = ["a photo of a red circle", "an image of two crosses"]
+    pictures = model.generate(prompts, seed=3, images_per_prompt=2)
+    assert pictures.shape == (2, 2, 48, 48, 3) and pictures.dtype == np.uint8
+    np.testing.assert_array_equal(pictures, model.generate(prompts, seed=3, images_per_prompt=2, batch=1))
+    score = model.score(pictures[:, 0], prompts)[1]
+    assert score.words == ["an", "image", "of", "two", "crosses"]
+    np.testing.assert_allclose(score.reward, np.exp(np.log(score.probabilities).mean()), rtol=1e-5)
+    assert len(model.describe(pictures[:, 0])) == 2
+
+
+def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
+    _, work = run
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a photo of a red circle"}\n\n{"prompt": "a photo of a cross"}\n')
+    call("generate", f"--checkpoint={work}", f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/flat")
+    assert sorted(p.name for p in (tmp_path / "flat").iterdir()) == [
+        *(f"0000{i}_{j}.png" for i in range(2) for j in range(4)), "grid.png"]
+    call("generate", f"--checkpoint={work}", f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/geneval",
+         "--layout=geneval", "--images_per_prompt=1")
+    assert (tmp_path / "geneval/00001/samples/00000.png").exists()
+    assert json.loads((tmp_path / "geneval/00001/metadata.jsonl").read_text())["prompt"] == "a photo of a cross"
+    printed = call("evaluate", f"--checkpoint={work}", "--suite=shapes", f"--out={tmp_path}/eval", "--prompts=24",
+                   "--images_per_prompt=1", "--choices=6")
+    results = json.loads((tmp_path / "eval/results.json").read_text())
+    assert f"{results['scores']['overall']:.3f}" in printed and set(results["understanding"]) == {
+        "four_way", "relation", "count", "binding"}
+
+
+@pytest.mark.parametrize("tool, arguments, word", [
+    ("train", ["--config=configs/nothing.py", "--workdir=w"], "nothing.py"),
+    ("train", ["--config=configs/shapes.py:odd", "--workdir=w"], "odd"),
+    ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.groop=3"], "groop"),
+    ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.group=1"], "at least 2"),
+    ("train", ["--config=configs/shapes.py"], "workdir"),
+    ("generate", ["--checkpoint=nowhere", "--prompts=none.txt", "--out=o"], "none.txt"),
+    ("evaluate", ["--checkpoint=nowhere", "--suite=shapes", "--out=o"], "nowhere"),
+    ("evaluate", ["--checkpoint=nowhere", "--suite=imagenet", "--out=o"], "imagenet")])
+def test_a_mistake_ends_in_one_line(tmp_path, tool, arguments, word):
+    arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
+    done = subprocess.run([sys.executable, "-m", f"gvu_jax.{tool}", *arguments], cwd=tmp_path, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    said = [line for line in done.stderr.splitlines() if "tpu" not in line.lower()]
+    assert done.returncode != 0 and len(said) == 1 and word in said[0], done.stderr
+
+
+def call(tool, *arguments):
+    done = subprocess.run([sys.executable, "-m", f"gvu_jax.{tool}", *arguments], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_ratio_is_exactly_one_at_the_first_inner_step_and_moves_at_the_second(tiny, key):
+    for inner_steps, moved in ((1, False), (2, True)):
+        _, metrics, _ = one_step(*method_of(tiny, **{"gvu.inner_steps": inner_steps, "optim.warmup": 0}), key)
+        assert (float(metrics["ratio_max"]) != 1.0) == moved
+
+
+def test_micro_batches_accumulate_to_the_whole_gradient(tiny, key):
+    whole, _, _ = one_step(*method_of(tiny), key)
+    sliced, _, _ = one_step(*method_of(tiny, **{"gvu.micro_batches": 4}), key)
+    for a, b in zip(jax.tree.leaves(whole.trainable), jax.tree.leaves(sliced.trainable)):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_an_update_makes_better_pictures_likelier(tiny, key):
+    """Along a small step, log-probabilities rise with the advantage."""
+    method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-3, "optim.warmup": 0})
+    after, _, (tokens, logps, reward) = one_step(method, base, gvu.init_state(
+        base, method.config, method.optimizer, jax.random.key(1)), prompts, key)
+    from gvu_jax.objectives import group_advantages
+    new = method.umm.image_logps(method.policy(base, after.trainable), prompts.repeat(method.config.gvu.group), tokens)
+    gain = (new - logps).sum(axis=1)
+    assert jnp.sum(gain * group_advantages(reward, method.config.gvu.group, 1e-4)) > 0
+
+
+@pytest.mark.parametrize("rank, changed", [(0, {"ar"}), (4, {"adapter"})])
+def test_only_the_trainable_part_exists_in_the_state(tiny, key, rank, changed):
+    method, base, state, prompts = method_of(tiny, **{"lora.rank": rank})
+    assert set(state.trainable) == changed
+    before = jax.device_get(base["ar"])
+    state, metrics, _ = one_step(method, base, state, prompts, key)
+    assert float(metrics["grad_norm"]) > 0 and int(state.step) == 1
+    for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(base["ar"])):
+        np.testing.assert_array_equal(a, b)                                         # the reference has not moved
+
+
+def test_teacher_and_view_are_what_the_config_says(tiny, key):
+    rewards = {}
+    for teacher in ("base", "policy"):
+        for view in ("pixels", "tokens"):
+            method, base, state, prompts = method_of(tiny, **{"reward.teacher": teacher, "reward.view": view})
+            grouped, moved = prompts.repeat(4), jax.tree.map(lambda x: x * 1.1, state.trainable)
+            policy = method.policy(base, moved)
+            tokens, _ = method.sample(policy, prompts, key)
+            pixels = method.render(base, tokens, grouped, key)
+            assert (pixels is None) == (view == "tokens")
+            rewards[teacher, view] = np.asarray(method.reward(base, policy, tokens, pixels, grouped)[0])
+    assert len({array.tobytes() for array in rewards.values()}) == 4
+
+
+def test_nothing_compiles_after_the_first_step(tiny, key):
+    method, base, state, prompts = method_of(tiny)
+    counts = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: counts.append(event) if event.endswith("backend_compile_duration") else None)
+    prompts = jax.device_put(prompts)
+    state, _, _ = one_step(method, base, state, prompts, jax.random.fold_in(key, 0))
+    jax.block_until_ready(state)
+    assert counts
+    counts.clear()
+    for step in range(1, 4):
+        state, _, _ = one_step(method, base, state, prompts, jax.random.fold_in(key, step))
+    jax.block_until_ready(state)
+    assert not counts
