@@ -16,7 +16,7 @@ def get_config(preset="normal"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
     config.seed = 0
-    config.steps = 200
+    config.steps = 240
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
 
     config.world = dict(side=3, max_objects=5)
@@ -40,21 +40,21 @@ def get_config(preset="normal"):
     config.pretrain.scenes = 20480
     config.pretrain.crowded = 8192
     config.pretrain.tokenizer = dict(steps=1500, lr=2e-3, batch=dict(pictures=32))
-    config.pretrain.diffusion = dict(steps=4000, lr=7e-4, batch=dict(pictures=32))
+    config.pretrain.diffusion = dict(steps=5500, lr=7e-4, batch=dict(pictures=32))
     config.pretrain.backbone = dict(
         steps=3400, lr=2e-3, captions_per_scene=2,
-        batch=dict(captions=32, descriptions=4, questions=6, prompts=8))
+        batch=dict(captions=40, descriptions=2, questions=4, prompts=8))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     config.reward = dict(teacher="base", view="pixels")
-    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
+    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.04, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")               # rank 0: full fine-tuning of the backbone
-    config.optim = dict(lr=5e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
+    config.optim = dict(lr=5e-4, warmup=10, schedule="cosine", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
-    config.eval = dict(every=50, batches=4, choices=288)
+    config.eval = dict(every=60, batches=4, choices=576)
     config.log_every = 5
-    config.checkpoint_every = 100
+    config.checkpoint_every = 60
 
     if preset == "weak":                       # the paper's weak base: generation sees little, understanding does not
         config.pretrain.backbone.batch.prompts = 2

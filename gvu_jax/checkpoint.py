@@ -36,7 +36,7 @@ def save_model(folder, umm, params):
                 "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
                 "instruction": umm.instruction}
     metadata |= {name: dataclasses.asdict(getattr(umm, name)) for name in ("ar", "vision", "flux", "vae")}
-    ocp.save_pytree(partial / "params", jax.device_put(params))      # numpy leaves would be stored differently
+    ocp.save(partial / "params", jax.device_put(params))      # numpy leaves would be stored differently
     umm.tokenizer.save_pretrained(partial / "tokenizer")
     replace_file(partial / "metadata.json", json.dumps(metadata, indent=1))
     if folder.exists():                     # another process was faster; its model is as good as this one
@@ -64,8 +64,10 @@ def load_model(folder):
                     diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
-    shapes = jax.eval_shape(lambda: init(umm, jax.random.key(0)))
-    return umm, ocp.load_pytree(folder / "params", shapes)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+                          jax.eval_shape(lambda: init(umm, jax.random.key(0))))
+    return umm, ocp.load(folder / "params", wanted)
 
 
 def init(umm, key):

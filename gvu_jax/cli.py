@@ -2,7 +2,7 @@
 import os
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 
 
 def run(main):
@@ -18,6 +18,7 @@ def run(main):
             sys.exit(f"error: {' '.join(str(error).split())}")
 
     def guarded(argv):
+        logging.set_verbosity(logging.WARNING)        # libraries are talkative; ours prints what it has to say
         try:
             return main(argv)
         except (ValueError, OSError) as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
@@ -45,7 +45,7 @@ def train(config, workdir):
     # ---- base model: pretrained here, or converted before -------------------------------------------------------
     umm, base = load_base(config, workdir)
     timings = {"pretraining": time.time() - started}
-    logging.info("\n%s", parameter_overview.get_parameter_overview(base["ar"], include_stats=False))
+    print(", ".join(f"{name}: {parameter_overview.count_parameters(part):,} parameters" for name, part in base.items()))
 
     # ---- prompts ------------------------------------------------------------------------------------------------
     train_metas, held_out = prompts_of(config)

@@ -56,17 +56,21 @@ def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
     """One forward per word, each on the chat up to that word and unpadded, as the published code does it."""
     _, umm, params = tiny
     from gvu_jax.models.xomni import XOmni
-    seen = jax.random.randint(key, (len(TEXTS), umm.image_tokens), 0, umm.ar.image_vocab_size)
-    prompts = umm.encode_prompts(TEXTS)
+    texts = TEXTS[:2]
+    seen = jax.random.randint(key, (len(texts), umm.image_tokens), 0, umm.ar.image_vocab_size)
+    prompts = umm.encode_prompts(texts)
     logps, mask = umm.text_logps(params, seen, prompts)
     before, after = umm._around(umm.instruction)
-    for i, text in enumerate(TEXTS):
+
+    @jax.jit
+    def last_logps(tokens):
+        hidden, _ = XOmni(umm.ar).apply({"params": params["ar"]}, tokens, jnp.ones_like(tokens, bool))
+        return jax.nn.log_softmax(XOmni(umm.ar).apply({"params": params["ar"]}, hidden[0, -1], method="text_logits"))
+
+    for i, text in enumerate(texts):
         context, slowly = [*before, *(np.asarray(seen[i]) + umm.ar.vocab_size), *after], []
         for word in umm.tokenizer(text)["input_ids"]:
-            tokens = jnp.array([context])
-            hidden, _ = XOmni(umm.ar).apply({"params": params["ar"]}, tokens, jnp.ones_like(tokens, bool))
-            logits = XOmni(umm.ar).apply({"params": params["ar"]}, hidden[0, -1], method="text_logits")
-            slowly.append(float(jax.nn.log_softmax(logits)[word]))
+            slowly.append(float(last_logps(jnp.array([context]))[word]))
             context.append(word)
         assert mask[i].sum() == len(slowly)
         np.testing.assert_allclose(logps[i][mask[i]], slowly, atol=1e-5)
@@ -97,7 +101,8 @@ def test_an_adapter_equals_the_weights_it_stands_for(tiny, key):
     adapter = jax.tree.map(lambda x: x + 0.02, lora.init(key, base["ar"], 2, r"_proj"))
     flat, low = (traverse_util.flatten_dict(tree) for tree in (base["ar"], adapter))
     merged = traverse_util.unflatten_dict({
-        path: w + 8.0 * low[path[:-1] + ("a",)] @ low[path[:-1] + ("b",)] if path[:-1] + ("a",) in low else w
+        path: w + 8.0 * low[path[:-1] + ("a",)] @ low[path[:-1] + ("b",)]
+        if path[-1] == "kernel" and path[:-1] + ("a",) in low else w
         for path, w in flat.items()})
     assert len(low) == 2 * 2 * 7                                                     # a and b, two stacks, 7 kernels
     tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
@@ -112,7 +117,7 @@ def test_rendering_is_blind_to_the_prompt_and_rounded_to_bytes(tiny, key):
     one, other = (umm.render(params, tokens, umm.encode_prompts([text] * 2), key) for text in TEXTS[:2])
     np.testing.assert_array_equal(one, other)
     assert one.shape == (2, 48, 48, 3) and one.min() >= 0 and one.max() <= 1
-    np.testing.assert_array_equal(one, np.round(np.asarray(one) * 255) / np.float32(255))
+    np.testing.assert_allclose(one * 255, np.round(one * 255), atol=1e-3)
 
 
 def test_answers_end_at_the_end_of_turn(tiny, key):

@@ -23,11 +23,11 @@ UNREADABLE = -1
 # Distances are Euclidean in RGB, each channel in [0, 1].
 INK_DISTANCE = 0.25  # from the background: five times the pixel noise that must be tolerated; yellow ink is at 0.86
 LEAST_INK = 20  # pixels; fewer are a speck or a neighbour's blur. The smallest glyph covers over 50.
-COLOR_DISTANCE = 0.2  # from the palette, whose closest two colors are about 0.5 apart
+COLOR_DISTANCE = 0.18  # from the palette, whose closest two colors are about 0.5 apart
 CONTRAST = 1.5  # by which coverages are sharpened before they are compared: undoes slight blur and noise
 # Of overlaps (see `_shapes`; 1 is perfect). The closest pair are circle and square: 0.93 for ideal glyphs.
 LEAST_OVERLAP = 0.88
-LEAST_MARGIN = 0.02  # of the best shape above the next
+LEAST_MARGIN = 0.033  # of the best shape above the next
 CHUNK = 1024  # cells compared with all templates at a time, which bounds the memory (8 MB)
 
 

@@ -192,7 +192,7 @@ INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "belo
 RELATIONS = tuple(INVERSE)
 
 # The six GenEval tags, and how often pretraining meets each: relations are learned last and need the most practice.
-TAG_WEIGHTS = {"single_object": 1, "two_object": 1, "counting": 2, "colors": 1, "position": 4, "color_attr": 1}
+TAG_WEIGHTS = {"single_object": 1, "two_object": 1, "counting": 6, "colors": 1, "position": 8, "color_attr": 2}
 TAGS = tuple(TAG_WEIGHTS)
 
 
