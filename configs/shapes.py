@@ -60,11 +60,11 @@ def get_config(preset="normal"):
         config.pretrain.backbone.batch.prompts = 2
     if preset == "smoke":
         config.steps = 60
-        config.pretrain.tokenizer.steps = 800
-        config.pretrain.diffusion.steps = 1000
+        config.pretrain.tokenizer.steps = 700
+        config.pretrain.diffusion.steps = 900
         config.pretrain.backbone.steps = 450
         config.pretrain.scenes = 8192
         config.pretrain.crowded = 4096
         config.gvu.update(prompts=12, group=12)
-        config.eval.update(every=30, batches=6, choices=48)
+        config.eval.update(every=30, batches=4, choices=48)
     return config
