@@ -8,7 +8,10 @@
 """
 import dataclasses
 import json
+import os
 from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells everyone that torch is not installed
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +20,6 @@ import numpy as np
 from gvu_jax import checkpoint, rewards
 from gvu_jax.methods import gvu
 from gvu_jax.sampling import How
-
 
 
 @dataclasses.dataclass(frozen=True)

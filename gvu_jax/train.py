@@ -44,7 +44,9 @@ def train(config, workdir):
 
     # ---- base model: pretrained here, or converted before -------------------------------------------------------
     umm, base = load_base(config, workdir)
-    timings = {"pretraining": time.time() - started}
+    summary = json.loads(path.read_text()) if (path := workdir / "summary.json").exists() else {}
+    timings = summary.setdefault("timings", {"pretraining": 0.0, "training": 0.0, "evaluation": 0.0})   # seconds, summed
+    timings["pretraining"] += time.time() - started                                 # over the sittings of a run
     print(", ".join(f"{name}: {parameter_overview.count_parameters(part):,} parameters" for name, part in base.items()))
 
     # ---- prompts ------------------------------------------------------------------------------------------------
@@ -64,11 +66,11 @@ def train(config, workdir):
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
         state = gvu.State(jnp.asarray(resumed, jnp.int32), saved["trainable"], saved["opt_state"])
     suite = build_suite(config, umm, method.programs, held_out, lengths)
-    summary = json.loads((workdir / "summary.json").read_text()) if resumed else {}
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first = int(state.step)
-    with (MetricsWriter(workdir, resume_step=resumed) as writer,
+    # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
+    with (MetricsWriter(workdir, resume_step=-1 if resumed is None else resumed) as writer,
           Progress(config.steps, "step", "GvU", done=first) as progress):
 
         def evaluate(step, thorough):
@@ -90,11 +92,11 @@ def train(config, workdir):
             picture = sample_grid(suite, pictures, right)
             picture.save(workdir / "samples" / f"{name}.png")
             writer.image(step, "samples", np.asarray(picture))
-            timings["evaluation"] = timings.get("evaluation", 0.0) + time.time() - began
+            timings["evaluation"] += time.time() - began
 
         if first == 0:
             evaluate(0, thorough=True)
-        began = time.time()
+        began, evaluating = time.time(), timings["evaluation"]
         for step in range(first, config.steps):
             clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == first else None)
             metas = data.batch(stream, step, config.gvu.prompts)
@@ -119,10 +121,9 @@ def train(config, workdir):
                 evaluate(step + 1, thorough=done)
             if done or (step + 1) % config.checkpoint_every == 0:
                 checkpoints.save(step + 1, state.trainable, state.opt_state)
-        timings["training"] = time.time() - began
+        timings["training"] += time.time() - began - (timings["evaluation"] - evaluating)
 
     checkpoints.close()
-    summary["timings"] = timings
     replace_file(workdir / "summary.json", json.dumps(summary, indent=1))
     report = write_report(workdir)
     print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")

@@ -31,6 +31,7 @@ def tiny_config(tmp_path):
     config.gvu.update(prompts=6, group=4)
     config.eval.update(every=2, batches=1, choices=6)
     config.update(steps=4, log_every=1, checkpoint_every=2)
+    config.optim.schedule = "constant"       # a schedule over the run's length would change when a run is prolonged
     return config
 
 

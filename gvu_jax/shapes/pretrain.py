@@ -259,7 +259,8 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    from absl import app
     from ml_collections import config_flags
+
+    from gvu_jax import cli
     _CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes.py", "The config whose base to train.")
-    app.run(main)
+    cli.run(main)
