@@ -64,10 +64,13 @@ def load_model(folder):
                     diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
+    return umm, ocp.load(folder / "params", placed(jax.eval_shape(lambda: init(umm, jax.random.key(0)))))
+
+
+def placed(tree):
+    """Shapes of arrays, each to be loaded onto the first device: what Orbax wants to know before it reads."""
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
-                          jax.eval_shape(lambda: init(umm, jax.random.key(0))))
-    return umm, ocp.load(folder / "params", wanted)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
 
 
 def init(umm, key):
@@ -96,7 +99,7 @@ class Checkpoints:
 
     def load(self, step, **like):
         """The items named in `like` (trainable=..., opt_state=...), each restored into the given structure."""
-        return self._checkpointer.load_checkpointables(step, like)
+        return self._checkpointer.load_checkpointables(step, {name: placed(tree) for name, tree in like.items()})
 
     def close(self):
         self._checkpointer.close()

@@ -13,7 +13,8 @@ def build(config, steps):
     if config.schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(0.0, config.lr, config.warmup, max(steps, config.warmup + 1))
     elif config.schedule == "constant":
-        rate = optax.warmup_constant_schedule(0.0, config.lr, config.warmup)
+        # optax reads a warm-up of no steps as "stay at the initial value", which would be a rate of zero for ever.
+        rate = optax.warmup_constant_schedule(0.0, config.lr, config.warmup) if config.warmup else config.lr
     else:
         raise ValueError(f"optim.schedule is {config.schedule!r}; it must be 'constant' or 'cosine'")
     return optax.chain(optax.clip_by_global_norm(config.clip_norm),

@@ -114,7 +114,7 @@ class GvU:
             zeros = jax.tree.map(jnp.zeros_like, trainable)
             grads, (metrics, logps) = jax.lax.scan(slice_step, zeros, (batches, old_logps))
             updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
-            metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.global_norm(grads)}
+            metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
             old_logps = jnp.where(i == 0, logps, old_logps)
             return (optax.apply_updates(trainable, updates), opt_state, old_logps), metrics
 
