@@ -40,7 +40,7 @@ def get_config(preset="normal"):
     config.pretrain.scenes = 20480
     config.pretrain.crowded = 8192
     config.pretrain.tokenizer = dict(steps=1500, lr=2e-3, batch=dict(pictures=32))
-    config.pretrain.diffusion = dict(steps=5500, lr=7e-4, batch=dict(pictures=32))
+    config.pretrain.diffusion = dict(steps=7000, lr=5e-4, batch=dict(pictures=32))
     config.pretrain.backbone = dict(
         steps=3400, lr=2e-3, captions_per_scene=2,
         batch=dict(captions=40, descriptions=2, questions=4, prompts=8))
@@ -48,9 +48,9 @@ def get_config(preset="normal"):
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     config.reward = dict(teacher="base", view="pixels")
-    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.04, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
+    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")               # rank 0: full fine-tuning of the backbone
-    config.optim = dict(lr=5e-4, warmup=10, schedule="cosine", b2=0.99, weight_decay=0.0, clip_norm=1.0)
+    config.optim = dict(lr=5e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
     config.eval = dict(every=60, batches=4, choices=576)
     config.log_every = 5
@@ -61,7 +61,7 @@ def get_config(preset="normal"):
     if preset == "smoke":
         config.steps = 60
         config.pretrain.tokenizer.steps = 700
-        config.pretrain.diffusion.steps = 900
+        config.pretrain.diffusion.update(steps=900, lr=1e-3)
         config.pretrain.backbone.steps = 450
         config.pretrain.scenes = 8192
         config.pretrain.crowded = 4096
