@@ -81,7 +81,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=
     """
     if how.guidance != 1.0 and negative is None:
         raise ValueError("guidance needs a negative context")
-    G, rows = how.images_per_prompt, tokens.shape[0] * how.images_per_prompt
+    rows = tokens.shape[0] * how.images_per_prompt
     text_only = head == "text_logits"
     logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
 

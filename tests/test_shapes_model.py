@@ -1,5 +1,4 @@
 """Pretraining's parts and the suite: what each must achieve before the next can work."""
-import jax
 import numpy as np
 import pytest
 
