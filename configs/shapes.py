@@ -43,7 +43,7 @@ def get_config(preset="normal"):
     config.pretrain.diffusion = dict(steps=7000, lr=5e-4, batch=dict(pictures=32))
     config.pretrain.backbone = dict(
         steps=3400, lr=2e-3, captions_per_scene=2,
-        batch=dict(captions=40, descriptions=2, questions=4, prompts=8))
+        batch=dict(captions=40, descriptions=2, questions=4, details=12, prompts=8))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)

@@ -4,8 +4,8 @@
                         clustered into the codebook
     2. autoencoder      pixels <-> latents of the diffusion head, by principal components
     3. diffusion head   rectified flow from noise to latents, given the image tokens
-    4. backbone         next-token prediction in both directions: pictures -> captions, full descriptions and yes/no
-                        answers (understanding); prompts -> pictures (generation, given less)
+    4. backbone         next-token prediction in both directions: pictures -> captions, full descriptions, answers to
+                        questions (understanding); prompts -> pictures (generation, given less)
 
 The result is cached under a hash of everything that shaped it. Held-out prompts occur nowhere in it.
 
@@ -175,7 +175,7 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
     @jax.jit
     def prepare(params, pixels):
         mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
-        return {"tokens": umm.see(params, pixels), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
+        return {"tokens": umm.see(params, pixels).reshape(-1, N), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
 
     data = [jax.device_get(prepare(params, chunk)) for chunk in np.split(pixels, len(pixels) // 256)]
     data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}
@@ -204,53 +204,58 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
 
 @struct.dataclass
 class Pairs:
-    """Pictures with a text each: image_tokens [M, N], prompts (umm.Prompts) [M, ..]."""
-    image_tokens: object
+    """Pictures seen [M, r, c] and what is said of each: prompts (umm.Prompts) [M, ..] or, K texts each, [M, K, ..]."""
+    seen: object
     prompts: object
 
 
 def train_backbone(umm, params, scenes, settings, rng, key):
-    """Next-token prediction both ways, through the very calls that GvU uses. The understanding branch sees short true
-    captions, full descriptions and yes/no questions; how unequal the diet is decides how weak generation starts."""
+    """Next-token prediction both ways, through the very calls that GvU uses. How unequal the diet of the two branches
+    is decides how weak generation starts."""
     see = jax.jit(umm.see)
     chunks = np.split(scenes, len(scenes) // 512)
-    tokens = np.concatenate([jax.device_get(see(params, world.render(chunk, rng))) for chunk in chunks])
+    seen = np.concatenate([jax.device_get(see(params, world.render(chunk, rng))) for chunk in chunks])
     forbidden = world.compositions(world.split_prompts()[1])
-    texts = write_texts(scenes, rng, forbidden, settings.captions_per_scene)
-    data = {part: encode_pairs(umm, tokens, rows) for part, rows in texts.items()}
+    K = settings.captions_per_scene
+    data = {part: encode_pairs(umm, seen, rows) for part, rows in write_texts(scenes, rng, forbidden, K).items()}
     data["prompts"] = data["captions"]
+    data["captions"] = Pairs(data["captions"].seen[::K],
+                             jax.tree.map(lambda x: x.reshape(-1, K, x.shape[-1]), data["captions"].prompts))
 
     def loss(ar, batch, key):
         trained, losses = {"ar": ar}, {}
         for name, part in batch.items():
+            prompts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), part.prompts)              # [M*K, ..]
             if name == "prompts":
-                logps = umm.image_logps(trained, part.prompts, part.image_tokens)
+                logps = umm.image_logps(trained, prompts, part.seen.reshape(len(part.seen), -1))
                 losses["drawing"] = objectives.cross_entropy(logps, jnp.ones_like(logps, bool))
             else:
-                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.image_tokens, part.prompts))
+                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.seen, prompts))
         return sum(losses.values()), losses
 
     return {**params, "ar": fit("backbone", loss, params["ar"], data, settings, key)}
 
 
 def write_texts(scenes, rng, forbidden, captions_per_scene):
-    """{part: list of (scene index, question or None for the umm's own instruction, true answer)}."""
-    texts = {"captions": [], "descriptions": [], "questions": []}
+    """What the understanding branch reads, {part: list of (scene index, question or None for the umm's own, answer)}:
+    captions (as many of each scene, side by side), full descriptions, yes/no questions, and questions of detail."""
+    texts = {"captions": [], "descriptions": [], "questions": [], "details": []}
     for i, scene in enumerate(scenes):
-        for _ in range(captions_per_scene):
-            if meta := world.true_prompt(scene, rng, forbidden):
-                texts["captions"].append((i, None, meta["prompt"]))
+        captions = [world.true_prompt(scene, rng, forbidden) for _ in range(captions_per_scene)]
+        if None not in captions:
+            texts["captions"] += [(i, None, meta["prompt"]) for meta in captions]
         texts["descriptions"].append((i, world.INSTRUCTIONS[1], world.describe(scene)))
         for make, answer in ((world.true_prompt, "yes"), (world.false_prompt, "no")):
             if meta := make(scene, rng, forbidden):
                 texts["questions"].append((i, world.question(meta), answer))
+        texts["details"] += [(i, *asked) for _ in range(2) if (asked := world.ask(scene, rng, forbidden))]
     return texts
 
 
-def encode_pairs(umm, tokens, texts):
+def encode_pairs(umm, seen, texts):
     index, questions, answers = zip(*texts)
     questions = [question or umm.instruction for question in questions]
-    return Pairs(tokens[np.array(index)], umm.encode_prompts(list(answers), questions=questions, end=True))
+    return Pairs(seen[np.array(index)], umm.encode_prompts(list(answers), questions=questions, end=True))
 
 
 def main(argv):

@@ -408,6 +408,28 @@ def question(meta: dict) -> str:
     return f"Does this image describe {meta['prompt']}?"
 
 
+def ask(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> tuple | None:
+    """Draws a question about one kind of object in a scene [cells], and its answer: where the only one is
+    ("Where is the red circle?", "top left") or how many there are ("How many circles are there?", "three").
+
+    Captions alone teach places and numbers slowly, because they name them only in relation to other things. Nothing
+    in `forbidden` is asked about; None means that the scene leaves nothing to ask.
+    """
+    cells: dict[tuple[str, str | None], list[int]] = {}
+    for cell, shape, color in _objects(scene):
+        for thing in ((shape, None), (shape, color)):
+            cells.setdefault(thing, []).append(cell)
+    hidden = lambda thing: (f"colors: {_noun(thing)}" in forbidden or
+                            f"counting: {len(cells[thing])} {_noun(thing)}" in forbidden)
+    things = [thing for thing in cells if not hidden(thing)]
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    if len(cells[thing]) == 1 and rng.random() < 0.75:
+        return f"Where is the {_noun(thing)}?", _places(side_of(len(scene)))[cells[thing][0]]
+    return f"How many {_plural(_noun(thing))} are there?", NUMBERS[len(cells[thing]) - 1]
+
+
 def describe(scene: np.ndarray) -> str:
     """The one full description of a scene [cells]: its objects in reading order, e.g.
     "top left red circle, middle center blue square"; "nothing" for an empty scene. `read_description` is the inverse.
@@ -639,7 +661,8 @@ def vocabulary() -> list[str]:
     """Every word and punctuation mark, in lower case, that the functions above can produce for any grid, and the
     digits of the grid sizes; in a fixed order and without repetition."""
     texts = [*LEAD_INS, *COLORS, *SHAPES, *map(_plural, SHAPES), "and", *RELATIONS, *NUMBERS]
-    texts += [*_places(3), *_places(2), "nothing", "does this image describe", *ANSWERS]
+    texts += [*_places(3), *_places(2), "nothing", "does this image describe", "where is the", "how many are there"]
+    texts += ANSWERS
     texts += [instruction.rstrip(".").lower() for instruction in INSTRUCTIONS]
     texts += [str(side) for side in range(2, len(NUMBERS) + 1)]
     return list(dict.fromkeys([*" ".join(texts).split(" "), *PUNCTUATION]))
