@@ -60,7 +60,7 @@ def _full_run(workdir: Path) -> Path:
     for name in ("before", "after", "step_000020"):
         image_grid(np.zeros((1, 2, 4, 4, 3)), [EVIL], 2, None).save(workdir / "samples" / f"{name}.png")
     (workdir / "config.json").write_text(json.dumps({"prompt": EVIL, "learning_rate": 0.00037}))
-    summary = {"auc": {"counting": 0.8125}, "timings": {"training": 4000, "evaluation": 1000}}
+    summary = {"auc_before": {"counting": 0.8125}, "auc_after": {"counting": 0.75}, "timings": {"training": 4000, "evaluation": 1000}}
     (workdir / "summary.json").write_text(json.dumps(summary))
     return workdir
 
@@ -73,7 +73,7 @@ def test_full_run(tmp_path):
     assert "half of the gain by step 40" in text
     assert "counting 0.100 0.250 +0.150 +150 %" in text
     assert "vqa 0.700 0.760 +0.060 +9 %" in text
-    assert "counting 0.812" in text, "the AUC table"
+    assert "counting 0.812 0.750 −0.062 −8 %" in text, "the AUC table"
     assert "sample 1 s 50 %" in text, "the first line, which compiles, does not count"
     assert "training 1 h 6 min 80 %" in text
     assert "grad_norm was not finite in 1 line." in text
