@@ -25,8 +25,8 @@ from gvu_jax.sampling import How
 @dataclasses.dataclass(frozen=True)
 class Score:
     """How well a picture fits a prompt, in the model's own eyes."""
-    reward: float                  # geometric mean of the words' probabilities, in (0, 1]
-    words: list[str]               # the prompt's tokens, as text
+    reward: float                  # geometric mean of the probabilities of the prompt's tokens, in (0, 1]
+    words: list[str]               # the prompt's words, each of one token or more
     probabilities: np.ndarray      # [words] float32: p(word | picture, instruction, the words before)
 
 
@@ -93,8 +93,12 @@ class Model:
         encoded = self.umm.encode_prompts(prompts)
         logps, mask = self._read(self.params, self._look(images), encoded)
         reward, probabilities = np.asarray(rewards.geometric_mean(logps, mask)), np.exp(np.asarray(logps))
-        return [Score(float(reward[i]), [self.umm.tokenizer.decode([t]) for t in encoded.words[i][encoded.words_mask[i]]],
-                      probabilities[i][encoded.words_mask[i]]) for i in range(len(prompts))]
+        spans = self.umm.tokenizer(list(prompts), add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+        scores = []
+        for i, prompt in enumerate(prompts):
+            words, products = rewards.join_tokens(prompt, spans[i], probabilities[i][encoded.words_mask[i]])
+            scores.append(Score(float(reward[i]), words, np.array(products, np.float32)))
+        return scores
 
     def describe(self, images):
         """What the model says to each picture when given its instruction: a list of strings."""
@@ -105,6 +109,11 @@ class Model:
         return self.umm.answer(self.params, self._look(images), question, jax.random.key(0))
 
     def _look(self, images):
-        images = np.asarray(images)
+        images, patch = np.asarray(images), self.umm.vision.patch_size
+        height, width = (side * patch for side in self.umm.grid)
+        if images.shape[1:] != (height, width, 3):
+            given = " x ".join(map(str, images.shape[1:3]))
+            raise ValueError(f"pictures of {given} pixels given; this model reads {height} x {width} pixels (height x "
+                             f"width) in RGB")
         pixels = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
         return self._see(self.params, jnp.asarray(pixels))

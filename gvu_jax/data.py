@@ -1,8 +1,10 @@
-"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step."""
+"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures: read."""
 import json
 from pathlib import Path
 
 import grain
+import numpy as np
+from PIL import Image, ImageOps
 
 
 def read_prompts(path):
@@ -49,3 +51,25 @@ def prompt_stream(metas, seed):
 def batch(stream, step, size):
     """The prompts of one step: a list of `size` dicts."""
     return [stream[step * size + i] for i in range(size)]
+
+
+def read_picture(path):
+    """Any file that PIL opens -> uint8 [H, W, 3], as a viewer shows it: turned as EXIF says, transparency over white.
+
+    Takes the first frame of an animation and the upper 8 bits of 16-bit grey. Raises FileNotFoundError where there is
+    no such file, ValueError where it is no picture or a broken one; both name it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no picture file {path}")
+    try:
+        with Image.open(path) as file:
+            picture = ImageOps.exif_transpose(file)
+        if picture.mode.startswith("I"):                # 16-bit grey, which PIL would cut off at 255
+            picture = Image.fromarray((np.clip(np.asarray(picture), 0, 2**16 - 1) >> 8).astype(np.uint8))
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", picture.size, "white")
+            picture = Image.alpha_composite(white, picture.convert("RGBA"))
+        return np.asarray(picture.convert("RGB"))
+    except Exception as error:                          # PIL's readers let every kind of exception out of a broken file
+        raise ValueError(f"{path} cannot be read as a picture: {error}") from error

@@ -7,8 +7,8 @@ WORKDIR/report.html: one self-contained page, with curves as inline SVG and pict
 has not written yet is left out. The trainer calls `write_report` itself, so that the command is only for writing
 the page anew.
 
-The file reads in that order: gather the run, work out each section, lay the curves out, paint the sample grids; the
-page itself, a jinja2 template that escapes every string it is given, comes last.
+The file reads in that order: gather the run, work out each section, lay the curves out, paint the pictures, write
+numbers for people. The page itself is the jinja2 template report.html.j2; it escapes every string it is given.
 """
 
 import argparse
@@ -49,15 +49,18 @@ def write_report(workdir: str | os.PathLike) -> Path:
     understanding = _before_and_after(
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
     )
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    areas = _before_and_after({}, "", summary.get("auc_before") or summary.get("auc"), summary.get("auc_after"))
+    page = jinja2.Environment(
+        loader=jinja2.PackageLoader("gvu_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
     page.filters.update(number=_number, signed=_signed, direction=_direction, percent=_percent, duration=_duration)
-    html = page.from_string(PAGE).render(
+    html = page.get_template("report.html.j2").render(
         name=workdir.resolve().name,
         steps=max(run, default=0),
         headline=_headline(run, scores),
         scores=[row for row in scores if row["name"] != "reward"],
         understanding=understanding,
-        auc=summary.get("auc") or {},
+        auc=areas,
         learning=_learning_curves(run),
         health=_health_curves(run),
         not_finite=_count_not_finite(metrics),
@@ -296,7 +299,7 @@ def _smooth(points: Points) -> Points:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Sample grids
+# Pictures: grids of samples, and one picture beside the probabilities of its prompt's words
 # ---------------------------------------------------------------------------------------------------------------
 
 GAP, BORDER, FONT_SIZE, LINE_HEIGHT = 8, 3, 14, 18  # pixels
@@ -343,12 +346,82 @@ def image_grid(
     return canvas
 
 
+HEATMAP_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, p = 0 to 1
+PANEL, PICTURE, WORD_SIZE, WORD_HEIGHT, LEGEND_HEIGHT = 420, 288, 20, 34, 64  # pixels
+
+
+def word_heatmap(picture: np.ndarray, words: list[str], probabilities: np.ndarray, reward: float) -> Image.Image:
+    """A picture beside the words of its prompt, each on the colour of its probability, with the scale below.
+
+    Args:
+      picture: [H, W, 3], uint8 or float in [0, 1]. A small one is enlarged by a whole factor, a big one shrunk.
+      words: the prompt; a word that is wider than the panel is cut short.
+      probabilities: one of each word, in [0, 1].
+      reward: written above the words.
+    """
+    shown = Image.fromarray(_to_uint8(np.asarray(picture)))
+    scale = max(1, PICTURE // max(shown.size))
+    shown = shown.resize((scale * shown.width, scale * shown.height), Image.Resampling.NEAREST)
+    shown.thumbnail((2 * PICTURE, 2 * PICTURE))
+    font, small = ImageFont.load_default(WORD_SIZE), ImageFont.load_default(FONT_SIZE)
+
+    placed, x, y = [], 0, WORD_HEIGHT  # (word, probability, x, y, width), from the panel's corner
+    for word, probability in zip(words, probabilities, strict=True):
+        word = _cut_short(word, font, PANEL - 2 * GAP)
+        width = math.ceil(font.getlength(word)) + 2 * GAP
+        if x > 0 and x + width > PANEL:
+            x, y = 0, y + WORD_HEIGHT
+        placed.append((word, probability, x, y, width))
+        x += width + BORDER
+
+    panel_height = y + WORD_HEIGHT + LEGEND_HEIGHT
+    left = shown.width + 3 * GAP
+    canvas = Image.new("RGB", (left + PANEL + 2 * GAP, max(shown.height, panel_height) + 2 * GAP), "white")
+    canvas.paste(shown, (GAP, GAP))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((left, GAP), f"reward {reward:.3g}", fill="black", font=font)
+    for word, probability, x, y, width in placed:
+        color = probability_color(probability)
+        x, y = left + x, GAP + y
+        pen.rounded_rectangle((x, y, x + width - 1, y + WORD_HEIGHT - BORDER - 1), radius=BORDER + 1, fill=color)
+        middle = y + (WORD_HEIGHT - BORDER) / 2
+        pen.text((x + GAP, middle), word, fill=text_color(color), font=font, anchor="lm")
+
+    top = GAP + panel_height - LEGEND_HEIGHT + GAP
+    pen.text((left, top), "probability of the word, given the picture and the words before", fill="black", font=small)
+    for i in range(PANEL):
+        pen.line((left + i, top + 20, left + i, top + 32), fill=probability_color(i / (PANEL - 1)))
+    for tick, anchor in ((0, "la"), (0.25, "ma"), (0.5, "ma"), (0.75, "ma"), (1, "ra")):
+        pen.text((left + tick * PANEL, top + 36), f"{tick:g}", fill="black", font=small, anchor=anchor)
+    return canvas
+
+
+def _cut_short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while font.getlength(text + "...") > width:
+        text = text[: len(text) * 9 // 10]
+    return text + "..."
+
+
+def probability_color(probability: float) -> tuple[int, int, int]:
+    """Dark violet for 0, over blue and green, to yellow for 1: equal steps look equal, to the colour-blind too."""
+    stops = np.linspace(0, 1, len(HEATMAP_COLORS))
+    return tuple(round(float(np.interp(probability, stops, channel))) for channel in zip(*HEATMAP_COLORS))
+
+
+def text_color(background: tuple[int, int, int]) -> str:
+    """Black or white, whichever stands out more (WCAG's relative luminance): a contrast of 4.5 at the least."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(background) / 255]
+    return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
+
+
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     return pixels if pixels.dtype == np.uint8 else np.rint(np.clip(pixels, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The page
+# Numbers for people: the template's filters
 # ---------------------------------------------------------------------------------------------------------------
 
 
@@ -386,235 +459,6 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.3g} s"
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min {round(seconds) % 60} s"
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }} – GvU run</title>
-<style>
-:root { color-scheme: light dark; --paper: #fbfbfa; --card: #fff; --ink: #1b1f24; --soft: #67707b; --rule: #e3e5e8;
-  --up: #07805c; --down: #c62f2f; --c0: #2a78d6; --c1: #e07b00; --c2: #12a07a; --c3: #b0399b; --c4: #6a5acd;
-  --c5: #c2410c; --c6: #0e8fa8; --c7: #7a8a00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #121417; --card: #1a1d21; --ink: #e8eaed; --soft: #98a1ac;
-  --rule: #2d3238; --up: #3ecf9c; --down: #ff7b72; --c0: #5aa2f5; --c1: #f0a040; --c2: #3fc79c; --c3: #e07fd0;
-  --c4: #a99cf5; --c5: #ff8a5c; --c6: #4cc3d9; --c7: #b9c94a; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1240px; padding: 40px 28px 64px; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; font-variant-numeric: tabular-nums; }
-.eyebrow, figcaption span, .soft, th { color: var(--soft); font-weight: 400; }
-h1 { margin: 2px 0 20px; font-size: 24px; font-weight: 600; overflow-wrap: anywhere; }
-h2 { margin: 44px 0 14px; font-size: 18px; font-weight: 600; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(440px, 100%), 1fr)); gap: 18px; }
-.tables { margin-top: 18px; align-items: start; }
-details .grid { margin-top: 12px; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr)); }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(250px, 100%), 1fr)); gap: 18px; }
-.column { display: grid; gap: 18px; align-content: start; }
-.card, figure { margin: 0; padding: 18px 20px; background: var(--card); border: 1px solid var(--rule);
-  border-radius: 10px; min-width: 0; }
-.big { font-size: 30px; font-weight: 600; line-height: 1.25; white-space: nowrap; }
-.big .soft { font-size: 24px; }
-.up { color: var(--up); } .down { color: var(--down); }
-table { width: 100%; border-collapse: collapse; }
-th, td { padding: 6px 0 6px 14px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }
-th:first-child, td:first-child { padding-left: 0; text-align: left; white-space: normal; overflow-wrap: break-word; }
-tr:last-child td { border-bottom: 0; } tr.overall td { font-weight: 600; }
-caption { padding-bottom: 8px; text-align: left; font-weight: 600; }
-.range { position: relative; overflow: hidden; width: 150px; height: 12px; margin-left: auto; border-radius: 6px;
-  background: var(--rule); }
-@media (max-width: 640px) { .range { width: 60px; } body { padding: 24px 12px; } th, td { padding-left: 8px; } }
-.range i { position: absolute; top: 0; height: 12px; }
-.range .gain { background: var(--up); } .range .loss { background: var(--down); }
-.range .level { left: 0; border-radius: 6px 0 0 6px; background: var(--soft); opacity: .55; }
-figure { display: flex; flex-direction: column; } figure svg { margin-top: auto; }
-figcaption { font-weight: 600; } figcaption span { margin-left: 8px; font-size: 13px; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 6px; font-size: 13px; }
-.legend b { font-weight: 600; } .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 6px;
-  border-radius: 2px; vertical-align: middle; }
-svg { width: 100%; height: auto; } svg text { font-size: 12px; fill: var(--soft); }
-svg .rule { stroke: var(--rule); } svg polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
-svg polyline.faint { stroke-width: 1; opacity: .3; } svg polyline.ink { stroke-width: 3; }
-{% for color in ["ink", "c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7"] %}
-polyline.{{ color }} { stroke: var(--{{ color }}); } circle.{{ color }} { fill: var(--{{ color }}); }
-i.{{ color }} { background: var(--{{ color }}); }
-{% endfor %}
-.stack { display: flex; gap: 2px; height: 22px; margin: 8px 0; border-radius: 6px; overflow: hidden; }
-figure img { display: block; width: 100%; margin-top: 10px; border-radius: 6px; }
-details { margin-top: 18px; } summary { cursor: pointer; color: var(--soft); }
-pre { overflow-x: auto; font: 13px/1.5 ui-monospace, Menlo, Consolas, monospace; }
-</style>
-</head>
-<body>
-{% macro chart(c) %}
-<figure>
-<figcaption>{{ c.title }}<span>{{ c.note }}</span></figcaption>
-<div class="legend">
-{% for curve in c.curves %}
-{% if c.curves | length == 1 %}
-<span class="soft">last <b>{{ "%.3g" % curve.last }}</b> · low {{ "%.3g" % curve.low }} · high \
-{{ "%.3g" % curve.high }}</span>
-{% else %}
-<span><i class="{{ curve.color }}"></i>{{ curve.name }} <b>{{ "%.3g" % curve.last }}</b></span>
-{% endif %}
-{% endfor %}
-</div>
-<svg viewBox="0 0 {{ frame.width }} {{ frame.height }}" role="img" aria-label="{{ c.title }}">
-{% for y, label in c.y_ticks %}
-<line class="rule" x1="{{ frame.left }}" x2="{{ frame.right }}" y1="{{ y }}" y2="{{ y }}"/>
-<text x="{{ frame.left - 8 }}" y="{{ y + 4 }}" text-anchor="end">{{ label }}</text>
-{% endfor %}
-{% for x, label in c.x_ticks %}
-<text x="{{ x }}" y="{{ frame.bottom + 20 }}" text-anchor="middle">{{ label }}</text>
-{% endfor %}
-{% for curve in c.curves | reverse %}
-{% if curve.faint %}
-<polyline class="{{ curve.color }} faint" points="{{ curve.faint }}"/>
-{% endif %}
-<polyline class="{{ curve.color }}" points="{{ curve.line }}"/>
-{% for x, y, label in curve.dots %}
-<circle class="{{ curve.color }}" cx="{{ x }}" cy="{{ y }}" r="3.2"><title>{{ label }}</title></circle>
-{% endfor %}
-{% endfor %}
-</svg>
-</figure>
-{% endmacro %}
-{% macro change(row) %}
-<span class="{{ row | direction }}">{{ row | signed }}</span>
-{% endmacro %}
-{% macro before_after(title, rows, bars) %}
-<div class="card">
-<table>
-<caption>{{ title }}</caption>
-<tr><th></th><th>before</th><th>after</th><th>change</th><th></th>{% if bars %}<th>0 to 1</th>{% endif %}</tr>
-{% for row in rows %}
-<tr class="{{ 'overall' if row.name == 'overall' }}"><td>{{ row.name }}</td><td>{{ row.before | number }}</td>\
-<td>{{ row.after | number }}</td><td>{{ change(row) }}</td><td class="soft">{{ row | percent }}</td>
-{% if bars %}
-<td><div class="range">{% if row.before is number %}
-{% set after = row.after if row.after is number else row.before %}
-{% set low, high = [row.before, after] | min * 100, [row.before, after] | max * 100 %}
-<i class="level" style="width: {{ low | round(1) }}%"></i>\
-<i class="{{ 'gain' if after >= row.before else 'loss' }}" \
-style="left: {{ low | round(1) }}%; width: {{ (high - low) | round(1) }}%"></i>
-{% endif %}</div></td>
-{% endif %}
-</tr>
-{% endfor %}
-</table>
-</div>
-{% endmacro %}
-{% macro stack(title, parts) %}
-<div class="card">
-<b>{{ title }}</b>
-<div class="stack">{% for part in parts %}<i class="c{{ loop.index0 % 8 }}" style="flex: {{ part.share }}"></i>\
-{% endfor %}</div>
-<div class="legend">
-{% for part in parts %}
-<span><i class="c{{ loop.index0 % 8 }}"></i>{{ part.name }} <b>{{ part.seconds | duration }}</b> \
-<span class="soft">{{ "%.0f" % part.share }} %</span></span>
-{% endfor %}
-</div>
-</div>
-{% endmacro %}
-
-<div class="eyebrow">Learning to generate via understanding</div>
-<h1>{{ name }}</h1>
-<div class="tiles">
-<div class="card">
-{% if headline.before is number %}
-<div class="soft">Overall score, held-out prompts</div>
-<div class="big">{% if headline.after is number %}<span class="soft">{{ headline.before | number }} →</span> \
-{{ headline.after | number }}{% else %}{{ headline.before | number }}{% endif %}</div>
-<div>{% if headline.after is number %}{{ change(headline) }} <span class="soft">{{ headline | percent }}</span>\
-{% else %}<span class="soft">before training; no later evaluation yet</span>{% endif %}</div>
-{% else %}
-<div class="soft">Overall score</div><div class="big">–</div><div class="soft">no evaluation yet</div>
-{% endif %}
-</div>
-{% if headline.reward %}
-{% set reward = {"before": headline.reward[0], "after": headline.reward[1]} %}
-<div class="card"><div class="soft">Reward, training prompts</div>
-<div class="big"><span class="soft">{{ reward.before | number }} →</span> {{ reward.after | number }}</div>
-<div>{{ change(reward) }} <span class="soft">{{ reward | percent }}</span></div></div>
-{% endif %}
-<div class="card"><div class="soft">Steps</div><div class="big">{{ steps }}</div>
-<div class="soft">{% if headline.half_way is number %}half of the gain by step {{ headline.half_way }}\
-{% elif not steps %}nothing trained yet{% endif %}</div></div>
-{% if cost.run or cost.a_step %}
-<div class="card"><div class="soft">Time</div>
-<div class="big">{{ (cost.run or cost.a_step * steps) | duration }}</div>
-<div class="soft">{% if cost.a_step %}{{ cost.a_step | duration }} a step{% endif %}\
-{% if cost.images_per_second is number %}, {{ "%.3g" % cost.images_per_second }} images/s{% endif %}</div></div>
-{% endif %}
-</div>
-
-{% if scores or learning %}
-<h2>Did it learn?</h2>
-<div class="grid">
-{% for c in learning %}{{ chart(c) }}{% endfor %}
-</div>
-{% endif %}
-{% if scores or understanding or auc %}
-<div class="grid tables">
-{% if scores %}{{ before_after("Score by category, before and after", scores, true) }}{% endif %}
-<div class="column">
-{% if understanding %}{{ before_after("Understanding, before and after", understanding, false) }}{% endif %}
-{% if auc %}
-<div class="card"><table>
-<caption>Does the reward know right from wrong?</caption>
-<tr><th></th><th>AUC: 0.5 is chance, 1 is perfect</th></tr>
-{% for category, value in auc.items() %}
-<tr><td>{{ category }}</td><td>{{ value | number }}</td></tr>
-{% endfor %}
-</table></div>
-{% endif %}
-</div>
-</div>
-{% endif %}
-
-{% if pictures.pair %}
-<h2>{{ "Same prompts, same seeds" if pictures.pair | length > 1 else "Samples" }}</h2>
-<div class="grid">
-{% for picture in pictures.pair %}
-<figure><figcaption>{{ picture.title }}</figcaption><img alt="{{ picture.title }}" src="{{ picture.source }}"></figure>
-{% endfor %}
-</div>
-{% if pictures.steps %}
-<details><summary>On the way: {{ pictures.steps | length }} of {{ pictures.all_steps }} grids</summary>
-<div class="grid">
-{% for picture in pictures.steps %}
-<figure><figcaption>{{ picture.title }}</figcaption><img alt="{{ picture.title }}" src="{{ picture.source }}"></figure>
-{% endfor %}
-</div></details>
-{% endif %}
-{% endif %}
-
-{% if health or not_finite %}
-<h2>Was the optimisation sound?</h2>
-{% for metric, count in not_finite.items() %}
-<p class="down">{{ metric }} was not finite in {{ count }} line{{ "s" if count > 1 }}.</p>
-{% endfor %}
-<div class="grid">
-{% for c in health %}{{ chart(c) }}{% endfor %}
-</div>
-{% endif %}
-
-{% if cost.step or cost.total %}
-<h2>What did it cost?</h2>
-<div class="grid">
-{% if cost.step %}{{ stack("One training step, " ~ (cost.a_step | duration), cost.step) }}{% endif %}
-{% if cost.total %}{{ stack("The whole run, " ~ (cost.run | duration), cost.total) }}{% endif %}
-</div>
-{% endif %}
-
-{% if config is not none %}
-<details><summary>Config</summary><pre>{{ config }}</pre></details>
-{% endif %}
-</body>
-</html>
-"""
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""From the understanding branch's log-probabilities of the prompt's words to one reward a picture."""
+"""From the probabilities of the prompt's tokens to one reward a picture, and to one probability a word."""
+import unicodedata
+
 import jax.numpy as jnp
 
 
@@ -9,3 +11,29 @@ def geometric_mean(logps, mask):
     The product itself would underflow: 0.01^170 is 0 in float32, while the mean of logarithms is -4.6.
     """
     return jnp.exp(jnp.sum(jnp.where(mask, logps, 0.0), axis=1) / jnp.sum(mask, axis=1))
+
+
+def join_tokens(text, spans, probabilities):
+    """Tokens to words: (words, probabilities); a word's probability is the product of its tokens'.
+
+    spans: (start, end) of each token in `text`. A token goes on with the word before it where both meet in letters or
+    digits ("un|believ|able"), and where it holds only a part of a character. Blanks belong to the word after them, a
+    comma is a word of its own, and so is each token of a script that is written without blanks (Chinese, Japanese).
+    """
+    def is_letter(character):
+        return unicodedata.category(character)[0] in "LMN" and unicodedata.east_asian_width(character) not in "WF"
+
+    starts, products, reach = [], [], 0
+    for (start, end), probability in zip(spans, probabilities):
+        goes_on = starts and (start < reach                                        # the rest of a character
+                              or not text[starts[-1]:start].strip()                # nothing but blanks so far
+                              or not text[start:].strip()                          # nothing but blanks from here on
+                              or is_letter(text[start - 1]) and is_letter(text[start]))
+        if goes_on:
+            products[-1] *= float(probability)
+        else:
+            starts.append(start)
+            products.append(float(probability))
+        reach = max(reach, end)
+    words = [" ".join(text[start:end].split()) for start, end in zip(starts, [*starts[1:], len(text)])]
+    return words, products

@@ -1,5 +1,9 @@
-"""Prompt files and the stream."""
+"""Prompt files and the stream; picture files."""
+import io
+
+import numpy as np
 import pytest
+from PIL import Image
 
 from gvu_jax import data
 
@@ -36,3 +40,68 @@ def test_every_batch_holds_the_tags_evenly():
     for step in range(10):
         tags = [meta["tag"] for meta in data.batch(data.prompt_stream(metas, 0), step, 6)]
         assert tags.count("few") == tags.count("many") == 3
+
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def palette(transparent):
+    picture = Image.new("P", (2, 2), 1)
+    picture.putpalette([0, 0, 0, *RED])
+    picture.putpixel((0, 0), 0)
+    return picture, {"transparency": 0} if transparent else {}
+
+
+def alpha():
+    picture = Image.new("RGBA", (2, 2), (*RED, 255))
+    picture.putpixel((0, 0), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 51))
+    return picture
+
+
+@pytest.mark.parametrize("picture, options, pixels", [
+    (*palette(False), [(0, 0, 0), RED, RED, RED]),
+    (*palette(True), [WHITE, RED, RED, RED]),
+    (alpha(), {}, [WHITE, (204, 204, 204), RED, RED]),
+    (Image.new("LA", (1, 1), (0, 0)), {}, [WHITE]),
+    (Image.new("L", (1, 1), 7), {}, [(7, 7, 7)]),
+    (Image.new("1", (1, 1), 1), {}, [WHITE]),
+    (Image.fromarray(np.array([[0, 257], [32768, 65535]], np.uint16)), {}, [(0,) * 3, (1,) * 3, (128,) * 3, WHITE])],
+    ids=["palette", "transparent palette", "alpha", "grey and alpha", "1x1 grey", "1 bit", "16-bit grey"])
+def test_a_picture_of_any_kind_becomes_rgb(tmp_path, picture, options, pixels):
+    picture.save(tmp_path / "picture.png", **options)
+    read = data.read_picture(tmp_path / "picture.png")
+    assert read.dtype == np.uint8 and read.shape == (*picture.size[::-1], 3)
+    assert [tuple(pixel) for pixel in read.reshape(-1, 3).tolist()] == pixels
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                    # Orientation: turn clockwise by a quarter
+    picture = Image.new("RGB", (3, 2))
+    picture.putpixel((0, 0), RED)
+    picture.save(tmp_path / "picture.png", exif=exif)
+    read = data.read_picture(tmp_path / "picture.png")
+    assert read.shape == (3, 2, 3) and tuple(read[0, 1]) == RED
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
+def test_a_broken_picture_is_refused_by_its_name(tmp_path, kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)).save(buffer, kind)
+    whole, path = buffer.getvalue(), tmp_path / "picture"
+    path.write_bytes(whole)
+    assert data.read_picture(path).shape == (40, 40, 3)
+    for part in (0, 1, 10, 30, len(whole) // 2):
+        path.write_bytes(whole[:part])
+        with pytest.raises(ValueError, match="picture cannot be read as a picture"):
+            data.read_picture(path)
+
+
+def test_what_is_no_picture_is_refused(tmp_path):
+    (tmp_path / "notes.png").write_text("a photo of a red circle")
+    with pytest.raises(ValueError, match="notes.png"):
+        data.read_picture(tmp_path / "notes.png")
+    for missing in (tmp_path, tmp_path / "none.png"):
+        with pytest.raises(FileNotFoundError, match="no picture file"):
+            data.read_picture(missing)

@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from gvu_jax.metrics import MetricsWriter
-from gvu_jax.report import BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, write_report
+from gvu_jax.report import (
+    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap, write_report)
 
 EVIL = "<script>alert('a red circle')</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -60,7 +61,8 @@ def _full_run(workdir: Path) -> Path:
     for name in ("before", "after", "step_000020"):
         image_grid(np.zeros((1, 2, 4, 4, 3)), [EVIL], 2, None).save(workdir / "samples" / f"{name}.png")
     (workdir / "config.json").write_text(json.dumps({"prompt": EVIL, "learning_rate": 0.00037}))
-    summary = {"auc": {"counting": 0.8125}, "timings": {"training": 4000, "evaluation": 1000}}
+    areas = {"auc_before": {"counting": 0.8125}, "auc_after": {"counting": 0.75}}
+    summary = areas | {"timings": {"training": 4000, "evaluation": 1000}}
     (workdir / "summary.json").write_text(json.dumps(summary))
     return workdir
 
@@ -73,7 +75,7 @@ def test_full_run(tmp_path):
     assert "half of the gain by step 40" in text
     assert "counting 0.100 0.250 +0.150 +150 %" in text
     assert "vqa 0.700 0.760 +0.060 +9 %" in text
-    assert "counting 0.812" in text, "the AUC table"
+    assert "counting 0.812 0.750 −0.062 −8 %" in text, "the AUC table"
     assert "sample 1 s 50 %" in text, "the first line, which compiles, does not count"
     assert "training 1 h 6 min 80 %" in text
     assert "grad_norm was not finite in 1 line." in text
@@ -182,3 +184,34 @@ def test_image_grid_floats_and_captions():
     assert captioned[GAP : GAP + 18].min() < 100, "there is dark text above the first row"
     with pytest.raises(ValueError, match="captions"):
         image_grid(rows, ["one"], 1, None)
+
+
+def test_word_heatmap_paints_each_word_in_its_colour():
+    picture = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
+    words, probabilities = ["a", "red", "circle"], [0.9, 0.5, 0.01]
+    drawn = np.asarray(word_heatmap(picture, words, probabilities, 0.2))
+    np.testing.assert_array_equal(drawn[GAP : GAP + 288, GAP : GAP + 288], picture.repeat(6, axis=0).repeat(6, axis=1))
+    panel = drawn[:, 288 + 2 * GAP :]
+    for probability in probabilities:
+        patch = (panel == probability_color(probability)).all(axis=2)
+        assert patch.sum() > 200, probability
+
+
+@pytest.mark.parametrize("words", [["x" * 500], ["w"] * 400, ["红色", "🦄", "É"]], ids=["long", "many", "other"])
+@pytest.mark.parametrize("shape", [(1, 1), (2000, 100), (48, 48)])
+def test_word_heatmap_of_odd_prompts_and_pictures(words, shape):
+    drawn = word_heatmap(np.zeros((*shape, 3)), words, np.linspace(0, 1, len(words)), 0.0)
+    assert drawn.width < 1100 and 288 <= drawn.height < 2000
+    assert (np.asarray(drawn)[:, -GAP:] == 255).all(), "nothing reaches the right edge"
+
+
+def test_text_on_every_colour_is_legible():
+    def luminance(color):
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(color) / 255]
+        return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+    lights = [luminance(probability_color(p)) for p in np.linspace(0, 1, 101)]
+    assert all(a < b for a, b in zip(lights, lights[1:])), "the scale only grows lighter"
+    for p, light in zip(np.linspace(0, 1, 101), lights):
+        ink = luminance((0, 0, 0) if text_color(probability_color(p)) == "black" else (255, 255, 255))
+        assert (max(ink, light) + 0.05) / (min(ink, light) + 0.05) >= 4.5

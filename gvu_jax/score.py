@@ -1,0 +1,46 @@
+"""Asks a model how well a picture fits a prompt, word by word: the intrinsic reward of GvU.
+
+    python -m gvu_jax.score --checkpoint=DIR --image=PNG --prompt="a photo of a red circle" [--heatmap=out.png]
+
+Prints the reward, the geometric mean over the prompt's tokens, and the probability of each word. --heatmap draws the
+picture beside the words, each on the colour of its probability.
+"""
+import sys
+from pathlib import Path
+
+from absl import flags
+
+import gvu_jax
+from gvu_jax import cli
+from gvu_jax.data import read_picture
+from gvu_jax.report import word_heatmap
+
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
+_IMAGE = flags.DEFINE_string("image", None, "The picture, in any format that PIL opens.", required=True)
+_PROMPT = flags.DEFINE_string("prompt", None, "What the picture should show.", required=True)
+_HEATMAP = flags.DEFINE_string("heatmap", None, "Where to draw the words' probabilities, e.g. out.png.")
+
+
+def main(_):
+    if not _PROMPT.value.strip():
+        raise ValueError("--prompt is empty: it needs at least one word")
+    picture, model = read_picture(_IMAGE.value), gvu_jax.load(_CHECKPOINT.value)
+    score = model.score(picture[None], [_PROMPT.value])[0]
+    print(f"{'reward':>11}  {figure(score.reward)}\n{'probability':>11}  word")
+    for word, probability in zip(score.words, score.probabilities):
+        print(f"{figure(probability):>11}  {word}")
+    tokenizer = model.umm.tokenizer
+    if unknown := [word for word in score.words if tokenizer.unk_token_id in tokenizer(word)["input_ids"]]:
+        print(f"note: this model does not know {', '.join(unknown)}; it reads {tokenizer.unk_token}", file=sys.stderr)
+    if _HEATMAP.value:
+        Path(_HEATMAP.value).parent.mkdir(parents=True, exist_ok=True)
+        word_heatmap(picture, score.words, score.probabilities, score.reward).save(_HEATMAP.value)
+
+
+def figure(probability):
+    """Four decimals, or an exponent where they would all be zero."""
+    return f"{probability:.4f}" if probability >= 5e-5 else f"{probability:.1e}"
+
+
+if __name__ == "__main__":
+    cli.run(main)
