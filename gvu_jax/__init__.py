@@ -16,18 +16,22 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells e
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
 
 from gvu_jax import checkpoint, rewards
 from gvu_jax.methods import gvu
+from gvu_jax.models import siglip_vq
 from gvu_jax.sampling import How
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
     """How well a picture fits a prompt, in the model's own eyes."""
-    reward: float                  # geometric mean of the probabilities of the prompt's tokens, in (0, 1]
-    words: list[str]               # the prompt's words, each of one token or more
-    probabilities: np.ndarray      # [words] float32: p(word | picture, instruction, the words before)
+    reward: float                      # geometric mean of token_probabilities, in (0, 1]
+    tokens: list[str]                  # the prompt as the model reads it
+    token_probabilities: np.ndarray    # [tokens] float32: p(token | picture, instruction, the tokens before)
+    words: list[str]                   # the prompt's words, each of one token or more
+    probabilities: np.ndarray          # [words] float32: the product over a word's tokens
 
 
 def load(path):
@@ -59,7 +63,8 @@ def base_of_run(workdir, config):
 
 
 class Model:
-    """A unified model and its parameters. Pictures are uint8 [B, H, W, 3], or float in [0, 1]; texts are lists."""
+    """A unified model and its parameters. Texts are lists; pictures are uint8 [B, H, W, 3] or float in [0, 1], or a
+    list of them, of several sizes where the model fits pictures to itself."""
 
     def __init__(self, umm, params):
         self.umm, self.params = umm, params
@@ -87,17 +92,21 @@ class Model:
         return np.concatenate(pictures)[:len(prompts)]
 
     def score(self, images, prompts):
-        """The intrinsic reward of each picture for its prompt, word by word: a list of `Score`."""
+        """The intrinsic reward of each picture for its prompt, token by token and word by word: a list of `Score`."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures cannot be scored for {len(prompts)} prompts")
-        encoded = self.umm.encode_prompts(prompts)
-        logps, mask = self._read(self.params, self._look(images), encoded)
-        reward, probabilities = np.asarray(rewards.geometric_mean(logps, mask)), np.exp(np.asarray(logps))
-        spans = self.umm.tokenizer(list(prompts), add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-        scores = []
-        for i, prompt in enumerate(prompts):
-            words, products = rewards.join_tokens(prompt, spans[i], probabilities[i][encoded.words_mask[i]])
-            scores.append(Score(float(reward[i]), words, np.array(products, np.float32)))
+        tokenizer, lengths, scores = self.umm.tokenizer, self.umm.lengths(prompts), [None] * len(prompts)
+        for rows, seen in self._look(images):
+            encoded = self.umm.encode_prompts([prompts[i] for i in rows], lengths)
+            logps, mask = self._read(self.params, seen, encoded)
+            reward, logps = np.asarray(rewards.geometric_mean(logps, mask)), np.asarray(logps)
+            for j, i in enumerate(rows):
+                ids, real = encoded.words[j], encoded.words_mask[j]
+                probabilities = np.exp(logps[j][real])
+                spans = tokenizer(prompts[i], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+                words, products = rewards.join_tokens(prompts[i], spans, probabilities)
+                scores[i] = Score(float(reward[j]), [tokenizer.decode([t]) for t in ids[real]], probabilities, words,
+                                  np.array(products, np.float32))
         return scores
 
     def describe(self, images):
@@ -106,14 +115,29 @@ class Model:
 
     def answer(self, images, question):
         """The model's most probable answer to one question about each picture: a list of strings."""
-        return self.umm.answer(self.params, self._look(images), question, jax.random.key(0))
+        answers = [None] * len(images)
+        for rows, seen in self._look(images):
+            for i, text in zip(rows, self.umm.answer(self.params, seen, question, jax.random.key(0))):
+                answers[i] = text
+        return answers
 
     def _look(self, images):
-        images, patch = np.asarray(images), self.umm.vision.patch_size
-        height, width = (side * patch for side in self.umm.grid)
-        if images.shape[1:] != (height, width, 3):
-            given = " x ".join(map(str, images.shape[1:3]))
-            raise ValueError(f"pictures of {given} pixels given; this model reads {height} x {width} pixels (height x "
+        """Pictures as the understanding branch sees them, those of one size together: pairs of their places in the
+        list and seen [B, r, c]. Where the model has a transform, it fits pictures of any size first."""
+        fitted, sizes = [self._fit(image) for image in images], {}
+        for i, pixels in enumerate(fitted):
+            sizes.setdefault(pixels.shape, []).append(i)
+        for rows in sizes.values():
+            yield rows, self._see(self.params, jnp.asarray(np.stack([fitted[i] for i in rows])))
+
+    def _fit(self, image):
+        image = np.asarray(image)
+        if self.umm.transform is not None:
+            image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
+            return siglip_vq.fit_image(Image.fromarray(image), self.umm.transform)
+        height, width = (side * self.umm.vision.patch_size for side in self.umm.grid)
+        if image.shape != (height, width, 3):
+            given = " x ".join(map(str, image.shape[:2]))
+            raise ValueError(f"a picture of {given} pixels given; this model reads {height} x {width} pixels (height x "
                              f"width) in RGB")
-        pixels = images.astype(np.float32) / 255 if images.dtype == np.uint8 else images
-        return self._see(self.params, jnp.asarray(pixels))
+        return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image

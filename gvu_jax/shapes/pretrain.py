@@ -109,27 +109,37 @@ def fit(label, loss, params, data, settings, key):
 def train_tokenizer(umm, params, scenes, settings, rng, key):
     """ViT and projection, then the codebook. params["vision"] changes except for its decoding half.
 
-    The features must tell apart what a token stands for and nothing else: from the unit vector of a patch, with noise
-    added, a linear head draws the patch in its canonical size, place and light.
+    The features must tell apart what a token stands for and nothing else. From the unit vector of a patch, with noise
+    added, one linear head names the cell and another draws it in its canonical size and light: drawing lays the vectors
+    out as the pictures are, naming keeps those apart that look alike (a yellow circle and a yellow square).
     """
     model, patch = siglip_vq.SiglipVQ(umm.vision), umm.vision.patch_size
 
     def loss(trained, batch, key):
-        vectors = unit(model.apply({"params": trained["vision"]}, batch["pictures"]["pixels"], method="project"))
-        noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)
-        drawn = noisy @ trained["head"]["kernel"] + trained["head"]["bias"]                         # [B, r, c, 3pp]
-        error = jnp.mean((drawn - vae.space_to_depth(batch["pictures"]["canonical"], patch)) ** 2)
-        return error, {"error": error}
+        pictures = batch["pictures"]
+        vectors = unit(model.apply({"params": trained["vision"]}, pictures["pixels"], method="project"))
+        noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)                               # [B, r, c, C]
+        named = optax.softmax_cross_entropy_with_integer_labels(
+            (noisy @ trained["name"]).reshape(-1, NAMES), pictures["scenes"].ravel()).mean()
+        target = vae.space_to_depth(pictures["canonical"], patch)                                   # [B, r, c, 3pp]
+        drawn = jnp.mean((noisy @ trained["draw"]["kernel"] + trained["draw"]["bias"] - target) ** 2)
+        return named + DRAWING * drawn, {"naming": named, "drawing": drawn}
 
-    size = 3 * patch * patch
-    head = {"kernel": jax.random.normal(key, (umm.vision.codebook_dim, size)) * 0.1, "bias": jnp.zeros(size)}
-    data = {"pictures": {"pixels": world.render(scenes, rng), "canonical": world.render(scenes)}}
-    trained = fit("tokenizer", loss, {"vision": params["vision"], "head": head}, data, settings, key)
+    size, C = 3 * patch * patch, umm.vision.codebook_dim
+    heads = {"name": jax.random.normal(key, (C, NAMES)),
+             "draw": {"kernel": jax.random.normal(key, (C, size)) * 0.1, "bias": jnp.zeros(size)}}
+    data = {"pictures": {"pixels": world.render(scenes, rng), "canonical": world.render(scenes),
+                         "scenes": scenes.astype(np.int32)}}
+    trained = fit("tokenizer", loss, {"vision": params["vision"], **heads}, data, settings, key)
 
     vectors = unit(jax.jit(lambda p, x: model.apply({"params": p}, x, method="project"))(
         trained["vision"], data["pictures"]["pixels"][:1024]))
     codebook = cluster(np.asarray(vectors).reshape(-1, umm.vision.codebook_dim), umm.vision.codebook_size, rng)
     return {**params, "vision": {**trained["vision"], "codebook": jnp.asarray(codebook)}}
+
+
+NAMES = 1 + len(world.SHAPES) * len(world.COLORS)          # what a cell can hold: nothing, or one object
+DRAWING = 100                                              # weight that brings the two errors to one size
 
 
 def unit(x):

@@ -66,15 +66,15 @@ class World:
 def sample_scenes(rng: np.random.Generator, count: int, world: World = World()) -> np.ndarray:
     """Draws `count` scenes, int8 [count, cells].
 
-    Half of them hold one to three objects of distinct shapes, as short prompts ask for. A quarter holds one to
-    `max_objects` objects of any kind: more crowded than prompts need, because relations are learned from crowds. The
-    last quarter is made for counting: two to `max_objects` objects of one shape, in half of these scenes all of one
-    color, and objects of other shapes in some of the remaining places.
+    Two fifths of them hold one to three objects of distinct shapes, as short prompts ask for, but seldom one. A fifth
+    holds up to `max_objects` objects of any kind: more crowded than prompts need, because relations are learned from
+    crowds. Two fifths are made for counting: two to `max_objects` objects of one shape, in half of these scenes all of
+    one color, and objects of other shapes in some of the remaining places.
     """
-    kind = rng.integers(4, size=(count, 1))  # 0, 1: distinct shapes; 2: anything; 3: counting
+    kind = rng.integers(5, size=(count, 1))  # 0, 1: distinct shapes; 2: anything; 3, 4: counting
     slot = np.arange(world.max_objects)  # an object's place in the drawing order
     distinct = kind < 2
-    counting = kind == 3
+    counting = kind > 2
 
     shape = rng.integers(len(SHAPES), size=(count, world.max_objects))
     shape_order = rng.permuted(np.tile(np.arange(len(SHAPES)), (count, 1)), axis=1)
@@ -89,7 +89,8 @@ def sample_scenes(rng: np.random.Generator, count: int, world: World = World()) 
     one_color = counted & (rng.random((count, 1)) < 0.5)
     color = np.where(one_color, color[:, :1], color)
 
-    objects = rng.integers(1, np.where(distinct, 3, world.max_objects), size=(count, 1), endpoint=True)
+    fewest = np.where(rng.random((count, 1)) < 0.8, 2, 1)  # a lone object has nothing to teach but its name
+    objects = rng.integers(fewest, np.where(distinct, 3, world.max_objects), size=(count, 1), endpoint=True)
     objects = np.where(counting, rng.integers(same, world.max_objects, endpoint=True), objects)
     codes = np.where(slot < objects, 1 + shape * len(COLORS) + color, 0)
 
@@ -515,7 +516,8 @@ def _true_spec(tag: str, objects: list[tuple[int, str, str]], side: int, rng: np
         things = [thing for thing, number in numbers.items() if number in COUNTS]
         if not things:
             return None
-        thing = _pick(rng, things)
+        # Small numbers are common in any scene: without this weight "two" would be the answer to everything.
+        thing = _pick(rng, [thing for thing in things for _ in range(numbers[thing] - 1)])
         return _Spec(lead_in, tag, (thing,), numbers[thing])
 
     # The others speak of two objects of different shapes; those of color_attr differ in color too.
