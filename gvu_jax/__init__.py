@@ -79,7 +79,7 @@ class Model:
             rows = [prompts[i % len(prompts)] for i in range(start, start + batch)]     # the last batch is filled up
             encoded, first = self.umm.encode_prompts(rows, lengths), start * images_per_prompt
             tokens, _ = self._sample(self.params, encoded, keys[0], how=how, first=first)
-            pixels = self._render(self.params, tokens, encoded.repeat(images_per_prompt), keys[1], first=first)
+            pixels = self._render(self.params, tokens, encoded, keys[1], first=first)
             pictures.append(np.asarray(jnp.round(pixels * 255), np.uint8).reshape(batch, images_per_prompt,
                                                                                   *pixels.shape[1:]))
             if progress:

@@ -3,7 +3,7 @@
 A model folder holds everything that loading needs, and nothing that must be executed to load it:
 
     metadata.json     format version, kind of model, every config
-    tokenizer/        tokenizer.json and the chat template
+    tokenizer/        tokenizer.json and the chat template; t5_tokenizer/ and clip_tokenizer/ where the head reads text
     params/           the parameters, Orbax
 
 A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
@@ -20,10 +20,11 @@ from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
 
 from gvu_jax.metrics import replace_file
-from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.umm import XOmni
 
-FORMAT = 1
+FORMAT = 2
+TOKENIZERS = ("tokenizer", "t5_tokenizer", "clip_tokenizer")
 
 
 def save_model(folder, umm, params):
@@ -32,17 +33,43 @@ def save_model(folder, umm, params):
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    metadata = {"format": FORMAT, "kind": "xomni", "vae_class": type(umm.vae).__name__, "grid": umm.grid,
-                "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
-                "instruction": umm.instruction}
-    metadata |= {name: dataclasses.asdict(getattr(umm, name)) for name in ("ar", "vision", "flux", "vae")}
+    write_metadata(partial, umm)
     ocp.save(partial / "params", jax.device_put(params))      # numpy leaves would be stored differently
-    umm.tokenizer.save_pretrained(partial / "tokenizer")
-    replace_file(partial / "metadata.json", json.dumps(metadata, indent=1))
     if folder.exists():                     # another process was faster; its model is as good as this one
         shutil.rmtree(partial)
     else:
         partial.rename(folder)
+
+
+def write_metadata(folder, umm):
+    """Everything of a model folder but the parameters: metadata.json and the tokenizers."""
+    metadata = {"format": FORMAT, "kind": "xomni", "vae_class": type(umm.vae).__name__, "grid": umm.grid,
+                "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
+                "instruction": umm.instruction}
+    for part in ("ar", "vision", "flux", "vae", "schedule", "transform", "t5", "clip"):
+        config = getattr(umm, part)
+        metadata[part] = None if config is None else dataclasses.asdict(config)
+    for name in TOKENIZERS:
+        if (tokenizer := getattr(umm, name)) is not None:
+            tokenizer.save_pretrained(folder / name)
+    replace_file(folder / "metadata.json", json.dumps(metadata, indent=1))
+
+
+def read_metadata(folder):
+    """The umm of a model folder. Raises KeyError, TypeError or ValueError where the metadata is not ours."""
+    metadata = json.loads((folder / "metadata.json").read_text())
+    if metadata["format"] != FORMAT or metadata["kind"] != "xomni":
+        raise ValueError(f"it is format {metadata['format']} of kind {metadata['kind']!r}; this version of gvu_jax "
+                         f"reads format {FORMAT} of kind 'xomni'")
+    classes = {"ar": xomni.Config, "vision": siglip_vq.Config, "flux": flux.Config, "schedule": flux.Schedule,
+               "vae": {"Config": vae.Config, "PatchConfig": vae.PatchConfig}[metadata["vae_class"]],
+               "transform": siglip_vq.Transform, "t5": text_encoders.T5Config, "clip": text_encoders.ClipConfig}
+    tuples = lambda settings: {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    parts = {part: None if metadata[part] is None else cls(**tuples(metadata[part])) for part, cls in classes.items()}
+    tokenizers = {name: PreTrainedTokenizerFast.from_pretrained(folder / name)
+                  for name in TOKENIZERS if (folder / name).exists()}
+    return XOmni(**parts, **tokenizers, grid=tuple(metadata["grid"]), diffusion_steps=metadata["diffusion_steps"],
+                 diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
 
 
 def load_model(folder):
@@ -51,17 +78,7 @@ def load_model(folder):
     if not (folder / "metadata.json").exists():
         raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json")
     try:
-        metadata = json.loads((folder / "metadata.json").read_text())
-        if metadata["format"] != FORMAT or metadata["kind"] != "xomni":
-            raise ValueError(f"it is format {metadata['format']} of kind {metadata['kind']!r}; this version of gvu_jax "
-                             f"reads format {FORMAT} of kind 'xomni'")
-        tuples = lambda settings: {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-        vae_class = {"Config": vae.Config, "PatchConfig": vae.PatchConfig}[metadata["vae_class"]]
-        umm = XOmni(ar=xomni.Config(**metadata["ar"]), vision=siglip_vq.Config(**metadata["vision"]),
-                    flux=flux.Config(**tuples(metadata["flux"])), vae=vae_class(**tuples(metadata["vae"])),
-                    tokenizer=PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer"),
-                    grid=tuple(metadata["grid"]), diffusion_steps=metadata["diffusion_steps"],
-                    diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
+        umm = read_metadata(folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
     return umm, ocp.load(folder / "params", placed(jax.eval_shape(lambda: init(umm, jax.random.key(0)))))
@@ -74,10 +91,13 @@ def placed(tree):
 
 
 def init(umm, key):
-    """Random parameters of all four parts; under jax.eval_shape, their shapes."""
-    keys = jax.random.split(key, 4)
-    return {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
-            "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
+    """Random parameters of all parts; under jax.eval_shape, their shapes."""
+    keys = jax.random.split(key, 6)
+    params = {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
+              "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
+    if umm.t5 is not None:
+        params |= {"t5": text_encoders.init_t5(umm.t5, keys[4]), "clip": text_encoders.init_clip(umm.clip, keys[5])}
+    return params
 
 
 class Checkpoints:

@@ -106,7 +106,7 @@ def train(config, workdir):
             policy = method.policy(base, state.trainable)
 
             image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
-            pixels = clock.lap("render", method.render(base, image_tokens, grouped, key_render))
+            pixels = clock.lap("render", method.render(base, image_tokens, prompts, key_render))
             reward, _ = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
             state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward))
 

@@ -6,13 +6,13 @@ them. B images, N image tokens, L prompt words. Those that take `params` are pur
     encode_prompts(texts)                       -> Prompts: everything the model needs to know of B texts, as arrays
     sample_image(params, prompts, key, how)     -> image_tokens [B*G, N], logps [B*G, N], a prompt's G side by side
     image_logps(params, prompts, image_tokens)  -> [B, N]              teacher-forced, differentiable
-    render(params, image_tokens, prompts, key)  -> pixels [B, H, W, 3] float32 in [0, 1], on the 8-bit grid
-    see(params, pixels)                         -> seen: what the understanding branch reads ([B, N] tokens here)
-    text_logps(params, seen, prompts)           -> logps [B, L], mask [B, L]     one forward for all of B
+    render(params, image_tokens, prompts, key)  -> pixels [B*G, H, W, 3] float32 in [0, 1], on the 8-bit grid
+    see(params, pixels)                         -> seen: what the understanding branch reads (tokens [B, r, c] here)
+    text_logps(params, seen, prompts)           -> logps [B*K, L], mask [B*K, L]   one forward for K texts a picture
     answer(params, seen, question, key)         -> texts
 
-`params` is a nested dict: "ar", "vision", "flux", "vae", and, in a policy that carries one, "adapter". Without
-"adapter" the same call is the reference policy, bit for bit.
+`params` is a nested dict: "ar", "vision", "flux", "vae", "t5" and "clip" where the diffusion head reads the prompt,
+and, in a policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
 """
 import dataclasses
 import functools
@@ -24,7 +24,9 @@ import numpy as np
 from flax import struct
 
 from gvu_jax import sampling
-from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
+
+T5_LENGTH = 512         # tokens of a prompt that the published diffusion head reads
 
 
 class Lengths(NamedTuple):
@@ -43,6 +45,8 @@ class Prompts:
     question_mask: Any   # [B, Q]
     words: Any           # [B, L] the text whose probability is asked, right-padded
     words_mask: Any      # [B, L]
+    t5: Any = None       # [B, X] the prompt for the diffusion head's text encoders, where it has them
+    clip: Any = None     # [B, Y]
 
     def repeat(self, times):
         """Each row `times` times, neighbours together: the samples of a group stand side by side."""
@@ -64,6 +68,12 @@ class XOmni:
     diffusion_steps: int
     diffusion_guidance: float = 1.0
     instruction: str = "Describe the image in detail."
+    schedule: flux.Schedule = flux.Schedule()
+    transform: siglip_vq.Transform | None = None        # how pictures of any size are fitted; None: they must fit
+    t5: text_encoders.T5Config | None = None            # None: the diffusion head has no text stream
+    clip: text_encoders.ClipConfig | None = None
+    t5_tokenizer: Any = None
+    clip_tokenizer: Any = None
 
     # ---- text, on the host -------------------------------------------------------------------------------------
 
@@ -79,13 +89,14 @@ class XOmni:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     @functools.lru_cache(maxsize=4096)
-    def _around(self, question):
-        """Ids before and after the picture's tokens when `question` is put, up to where the answer begins."""
-        picture = "".join(f"<MM-Token-{k}>" for k in [0] * self.image_tokens)
-        chat = [{"role": "user", "content": f"{self.image_header}{picture}<EOM>\n{question}"}]
+    def _around(self, question, grid):
+        """Ids before and after a picture's tokens when `question` is put about it, up to where the answer begins."""
+        rows, cols = grid
+        picture = f"<SOM>{rows} {cols}<IMAGE>{'<MM-Token-0>' * (rows * cols)}<EOM>"
+        chat = [{"role": "user", "content": f"{picture}\n{question}"}]
         ids = self._ids(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
         start = ids.index(self.ar.vocab_size)           # <MM-Token-0> is the first multimodal id
-        return tuple(ids[:start]), tuple(ids[start + self.image_tokens:])
+        return tuple(ids[:start]), tuple(ids[start + rows * cols:])
 
     def _encode(self, texts, questions, end):
         for i, text in enumerate(texts):
@@ -93,7 +104,7 @@ class XOmni:
                 raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
         stop = [self.tokenizer.eos_token_id] if end else []
         return (self._ids([text + self.image_header for text in texts]),
-                [list(self._around(question)[1]) for question in questions],
+                [list(self._around(question, self.grid)[1]) for question in questions],
                 [ids + stop for ids in self._ids(list(texts))])
 
     def lengths(self, texts, questions=None, end=False):
@@ -123,7 +134,19 @@ class XOmni:
                 where = slice(width - len(row), None) if left else slice(0, len(row))
                 ids[i, where], mask[i, where] = row, True
             arrays += [ids, mask]
-        return Prompts(*arrays)
+        return Prompts(*arrays, *self._head_ids(texts))
+
+    def _head_ids(self, texts):
+        """What the diffusion head's text encoders read: T5 ids [B, X], CLIP ids [B, Y], or two Nones.
+
+        Both are padded to their full length, and the padding is read as well: that is how the head was trained.
+        """
+        if self.t5 is None:
+            return None, None
+        ids = lambda tokenizer, length: tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")["input_ids"]
+        return (ids(self.t5_tokenizer, T5_LENGTH).astype(np.int32),
+                ids(self.clip_tokenizer, self.clip.max_position_embeddings).astype(np.int32))
 
     # ---- generation branch -------------------------------------------------------------------------------------
 
@@ -152,55 +175,84 @@ class XOmni:
         return gather_logps(logits, image_tokens)
 
     def render(self, params, image_tokens, prompts, key, first=0):
-        """Image tokens [B, N] -> pixels [B, H, W, 3] float32 in [0, 1], rounded to 8 bits as a saved file is.
+        """Image tokens [B*G, N] of B prompts -> pixels [B*G, H, W, 3] float32 in [0, 1], on the grid of 8 bits.
 
-        This head has no text stream: `prompts` is unused, and nothing of the prompt can reach the pixels except
-        through the tokens.
+        A prompt is encoded once for its G pictures. A head without text encoders does not read it at all: nothing can
+        reach the pixels then except through the tokens.
         """
-        del prompts
-        B = image_tokens.shape[0]
+        S = image_tokens.shape[0]
         siglip = siglip_vq.SiglipVQ(self.vision).apply(
-            {"params": params["vision"]}, image_tokens, self.grid, method="decode")                 # [B, r, c, Z]
+            {"params": params["vision"]}, image_tokens, self.grid, method="decode")                 # [S, r, c, Z]
         noise = jax.vmap(lambda k: jax.random.normal(k, (self.image_tokens, self.flux.in_channels)))(
-            sampling.sample_keys(key, first, B))                                                           # [B, N, C]
-        context = jnp.zeros((B, 1, self.flux.joint_attention_dim))
-        pooled = jnp.zeros((B, self.flux.pooled_projection_dim))
+            sampling.sample_keys(key, first, S))                                                    # [S, N, C]
+        if self.t5 is None:
+            context = jnp.zeros((S, 1, self.flux.joint_attention_dim))
+            pooled = jnp.zeros((S, self.flux.pooled_projection_dim))
+            negative = context, pooled
+        else:
+            G = S // prompts.t5.shape[0]
+            context, pooled = (jnp.repeat(x, G, axis=0) for x in self._head_text(params, prompts.t5, prompts.clip))
+            negative = self._head_text(params, *self._head_ids([""]))
         velocity = functools.partial(flux.FluxTransformer(self.flux).apply, {"params": params["flux"]}, grid=self.grid)
-        packed = flux.sample(velocity, noise, siglip.reshape(B, self.image_tokens, -1), context, pooled,
-                             self.diffusion_steps, self.diffusion_guidance, negative=(context, pooled))
-        latents = vae.from_latents(flux.unpack(packed, self.grid), self.vae)                          # [B, 2r, 2c, C/4]
-        raw = vae.module(self.vae).apply({"params": params["vae"]}, latents, method="decode")
-        return jnp.round(vae.to_pixels(raw) * 255) / 255
+        packed = flux.sample(velocity, noise, siglip.reshape(S, self.image_tokens, -1), context, pooled,
+                             self.diffusion_steps, self.diffusion_guidance, negative, self.schedule)
+        latents = vae.from_latents(flux.unpack(packed, self.grid), self.vae)                        # [S, 2r, 2c, C/4]
+        dtype = jax.tree.leaves(params["vae"])[0].dtype
+        raw = vae.module(self.vae).apply({"params": params["vae"]}, latents.astype(dtype), method="decode")
+        return jnp.round(vae.to_pixels(raw.astype(jnp.float32)) * 255) / 255
+
+    def _head_text(self, params, t5_ids, clip_ids):
+        """-> context [B, X, .] and pooled vector [B, .] of the diffusion head."""
+        context = text_encoders.T5Encoder(self.t5).apply({"params": params["t5"]}, t5_ids)
+        _, pooled = text_encoders.ClipText(self.clip).apply({"params": params["clip"]}, clip_ids)
+        return context, pooled
 
     # ---- understanding branch ----------------------------------------------------------------------------------
 
     def see(self, params, pixels):
-        """Pixels [B, H, W, 3] in [0, 1] -> the SigLIP-VQ tokens [B, N] that the understanding branch reads."""
-        return siglip_vq.SiglipVQ(self.vision).apply({"params": params["vision"]}, pixels, method="encode")
+        """Pixels [B, H, W, 3] in [0, 1] -> the SigLIP-VQ tokens [B, r, c] that the understanding branch reads."""
+        dtype = params["vision"]["codebook"].dtype
+        tokens = siglip_vq.SiglipVQ(self.vision).apply(
+            {"params": params["vision"]}, pixels.astype(dtype), method="encode")                    # [B, N]
+        return tokens.reshape(len(pixels), *(side // self.vision.patch_size for side in pixels.shape[1:3]))
 
     def _asked(self, seen, prompts):
         """The chat up to where the answer begins: ids and mask [B, C]."""
-        B = seen.shape[0]
-        before = jnp.broadcast_to(jnp.array(self._around(self.instruction)[0], jnp.int32),
-                                  (B, len(self._around(self.instruction)[0])))
-        tokens = jnp.concatenate([before, seen + self.ar.vocab_size, prompts.question], axis=1)
+        B, *grid = seen.shape
+        before = jnp.array(self._around(self.instruction, tuple(grid))[0], jnp.int32)
+        before = jnp.broadcast_to(before, (B, len(before)))
+        tokens = jnp.concatenate([before, seen.reshape(B, -1) + self.ar.vocab_size, prompts.question], axis=1)
         mask = jnp.pad(prompts.question_mask, ((0, 0), (tokens.shape[1] - prompts.question.shape[1], 0)),
                        constant_values=True)
         return tokens, mask
 
     def text_logps(self, params, seen, prompts):
-        """log p(word_j | picture, question, word_<j) for all words in one forward: [B, L] float32, mask [B, L]."""
-        L = prompts.words.shape[1]
-        asked, mask = self._asked(seen, prompts)
-        tokens = jnp.concatenate([asked, prompts.words[:, :-1]], axis=1)                            # [B, C+L-1]
-        mask = jnp.concatenate([mask, prompts.words_mask[:, :-1]], axis=1)
+        """log p(word_j | picture, question, word_<j) for all words in one forward: [B*K, L] float32, mask [B*K, L].
+
+        seen [B, r, c]; prompts of B*K texts, the K of a picture side by side and with one question among them. Picture
+        and question are read once: the K texts follow them in one row, and none of them reads another.
+        """
+        (S, L), B = prompts.words.shape, seen.shape[0]
+        K = S // B
+        asked, asked_mask = self._asked(seen, jax.tree.map(lambda x: x[::K], prompts))              # [B, C]
+        C = asked.shape[1]
+        said, said_mask = prompts.words[:, :-1], prompts.words_mask[:, :-1]                         # [B*K, L-1]
+        tokens = jnp.concatenate([asked, said.reshape(B, -1)], axis=1)                              # [B, C+K(L-1)]
+        mask = jnp.concatenate([asked_mask, said_mask.reshape(B, -1)], axis=1)
+        text = jnp.concatenate([jnp.full(C, -1), jnp.repeat(jnp.arange(K), L - 1)])                 # -1: read by all
+        together = (text[None, :] == -1) | (text[:, None] == text[None, :])                         # [T, T]
+        counted = jnp.concatenate([jnp.repeat(asked_mask, K, axis=0), said_mask], axis=1)           # [B*K, C+L-1]
+        positions = count_positions(counted)
+        positions = jnp.concatenate([positions[::K, :C], positions[:, C:].reshape(B, -1)], axis=1)
         model, variables = xomni.XOmni(self.ar), self._variables(params)
-        hidden, _ = model.apply(variables, tokens, mask, positions=count_positions(mask), text_only=True)
-        logits = model.apply(variables, hidden[:, -L:], method="text_logits")                       # [B, L, V]
+        hidden, _ = model.apply(variables, tokens, mask[:, None, :] & together, positions=positions, text_only=True)
+        ends = jnp.repeat(hidden[:, C - 1:C], K, axis=0)                      # each text's first word is said from here
+        hidden = jnp.concatenate([ends, hidden[:, C:].reshape(S, L - 1, -1)], axis=1)               # [B*K, L, D]
+        logits = model.apply(variables, hidden, method="text_logits")                               # [B*K, L, V]
         return gather_logps(logits, prompts.words), prompts.words_mask
 
     def answer(self, params, seen, question, key, max_words=32, how=sampling.How(temperature=0.0)):
-        """Answers one question about each picture. Returns B strings (the words up to the end of turn)."""
+        """Answers one question about each picture seen [B, r, c]. Returns B strings (what precedes the end of turn)."""
         prompts = self.encode_prompts(["-"] * len(seen), questions=[question] * len(seen))
         ids = np.asarray(self._answer_tokens(params, seen, prompts, key, max_words, how))
         return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -225,7 +277,7 @@ def gather_logps(logits, ids):
 class Programs(NamedTuple):
     """The compiled calls that sampling, evaluation and every method share; each compiles once per set of shapes."""
     sample: Any          # (params, prompts [B], key)            -> image_tokens [B*G, N], logps [B*G, N]
-    render: Any          # (params, image_tokens, prompts, key)  -> pixels [S, H, W, 3]
+    render: Any          # (params, image_tokens [S], prompts [B], key) -> pixels [S, H, W, 3]
     see: Any             # (params, pixels)                      -> seen
     read: Any            # (params, seen, prompts [S])           -> logps [S, L], mask [S, L]
 

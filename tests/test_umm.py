@@ -57,10 +57,10 @@ def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
     _, umm, params = tiny
     from gvu_jax.models.xomni import XOmni
     texts = TEXTS[:2]
-    seen = jax.random.randint(key, (len(texts), umm.image_tokens), 0, umm.ar.image_vocab_size)
+    seen = jax.random.randint(key, (len(texts), *umm.grid), 0, umm.ar.image_vocab_size)
     prompts = umm.encode_prompts(texts)
     logps, mask = umm.text_logps(params, seen, prompts)
-    before, after = umm._around(umm.instruction)
+    before, after = umm._around(umm.instruction, umm.grid)
 
     @jax.jit
     def last_logps(tokens):
@@ -68,13 +68,35 @@ def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
         return jax.nn.log_softmax(XOmni(umm.ar).apply({"params": params["ar"]}, hidden[0, -1], method="text_logits"))
 
     for i, text in enumerate(texts):
-        context, slowly = [*before, *(np.asarray(seen[i]) + umm.ar.vocab_size), *after], []
+        context, slowly = [*before, *(np.asarray(seen[i]).ravel() + umm.ar.vocab_size), *after], []
         for word in umm.tokenizer(text)["input_ids"]:
             slowly.append(float(last_logps(jnp.array([context]))[word]))
             context.append(word)
         assert mask[i].sum() == len(slowly)
         np.testing.assert_allclose(logps[i][mask[i]], slowly, atol=1e-5)
         np.testing.assert_allclose(rewards.geometric_mean(logps, mask)[i], np.exp(np.mean(slowly)), rtol=1e-4)
+
+
+def test_texts_that_share_a_picture_are_scored_as_if_each_had_its_own(tiny, key):
+    _, umm, params = tiny
+    texts = [*TEXTS, *TEXTS[::-1]]
+    seen = jax.random.randint(key, (2, *umm.grid), 0, umm.ar.image_vocab_size)
+    prompts = umm.encode_prompts(texts)
+    shared, mask = umm.text_logps(params, seen, prompts)
+    alone, _ = umm.text_logps(params, jnp.repeat(seen, len(TEXTS), axis=0), prompts)
+    assert shared.shape == mask.shape == prompts.words.shape
+    np.testing.assert_allclose(shared[mask], alone[mask], atol=2e-6)
+
+
+def test_pictures_of_any_grid_are_read(tiny, key):
+    """The chat around a picture names its own rows and columns, not those of the pictures that the model draws."""
+    _, umm, params = tiny
+    patch = umm.vision.patch_size
+    seen = umm.see(params, jax.random.uniform(key, (1, 2 * patch, 4 * patch, 3)))
+    assert seen.shape == (1, 2, 4)
+    assert "2 4" in umm.tokenizer.decode(umm._around(umm.instruction, (2, 4))[0])
+    logps, mask = umm.text_logps(params, seen, umm.encode_prompts(TEXTS[:1]))
+    assert np.isfinite(logps[mask]).all()
 
 
 def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(tiny, key):
@@ -122,7 +144,7 @@ def test_rendering_is_blind_to_the_prompt_and_rounded_to_bytes(tiny, key):
 
 def test_answers_end_at_the_end_of_turn(tiny, key):
     _, umm, params = tiny
-    seen = jnp.zeros((2, umm.image_tokens), jnp.int32)
+    seen = jnp.zeros((2, *umm.grid), jnp.int32)
     answers = umm.answer(params, seen, "Does this image describe a photo of a red circle?", key, max_words=5)
     assert len(answers) == 2 and all(isinstance(answer, str) and "<|im_end|>" not in answer for answer in answers)
 

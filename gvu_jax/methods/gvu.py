@@ -77,7 +77,7 @@ class GvU:
     def reward(self, base, policy, image_tokens, pixels, prompts):
         """-> reward [S] in (0, 1], word log-probabilities [S, L]. prompts: one row per sample."""
         teacher = base if self.config.reward.teacher == "base" else policy
-        seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens
+        seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
         logps, mask = self.programs.read(teacher, seen, prompts)
         return self.mean(logps, mask), logps
 

@@ -80,7 +80,8 @@ class XOmni(nn.Module):
         """Runs the stack over `tokens` and returns what the heads read.
 
         tokens     [B, T] int
-        mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache
+        mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache. Or [B, T, S]: what
+                   each position may read, where texts that share a beginning are packed into one row
         positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
         cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to
         text_only  the caller reads text positions alone: the trailing multimodal layers give those back untouched,
@@ -88,7 +89,8 @@ class XOmni(nn.Module):
         Returns (hidden [B, T, D] after the final norm, cache).
         """
         c, (B, T) = self.config, tokens.shape
-        S = mask.shape[1]
+        S = mask.shape[-1]
+        mask = mask if mask.ndim == 3 else mask[:, None, :]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         is_image = tokens >= c.vocab_size                                                           # [B, T]
@@ -97,7 +99,7 @@ class XOmni(nn.Module):
         x = jnp.where(is_image[:, :, None], image, text)                                            # [B, T, D]
 
         ago = (at + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]                                # [T, S]
-        readable = (ago >= 0) & mask[:, None, :]                                                    # [B, T, S]
+        readable = (ago >= 0) & mask                                                                 # [B, T, S]
         near = None if c.sliding_window is None else ago < c.sliding_window                         # [T, S]
         index = jnp.arange(c.num_hidden_layers)
         multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)

@@ -175,7 +175,7 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
     @jax.jit
     def prepare(params, pixels):
         mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
-        return {"tokens": umm.see(params, pixels), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
+        return {"tokens": umm.see(params, pixels).reshape(-1, N), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
 
     data = [jax.device_get(prepare(params, chunk)) for chunk in np.split(pixels, len(pixels) // 256)]
     data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}
@@ -204,8 +204,8 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
 
 @struct.dataclass
 class Pairs:
-    """Pictures with a text each: image_tokens [M, N], prompts (umm.Prompts) [M, ..]."""
-    image_tokens: object
+    """Pictures with a text each: seen [M, r, c], prompts (umm.Prompts) [M, ..]."""
+    seen: object
     prompts: object
 
 
@@ -219,15 +219,19 @@ def train_backbone(umm, params, scenes, settings, rng, key):
     texts = write_texts(scenes, rng, forbidden, settings.captions_per_scene)
     data = {part: encode_pairs(umm, tokens, rows) for part, rows in texts.items()}
     data["prompts"] = data["captions"]
+    several = lambda x: x.reshape(-1, settings.captions_per_scene, *x.shape[1:])
+    data["captions"] = Pairs(several(data["captions"].seen)[:, 0], jax.tree.map(several, data["captions"].prompts))
 
     def loss(ar, batch, key):
         trained, losses = {"ar": ar}, {}
         for name, part in batch.items():
+            if name == "captions":
+                part = Pairs(part.seen, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), part.prompts))
             if name == "prompts":
-                logps = umm.image_logps(trained, part.prompts, part.image_tokens)
+                logps = umm.image_logps(trained, part.prompts, part.seen.reshape(len(part.seen), -1))
                 losses["drawing"] = objectives.cross_entropy(logps, jnp.ones_like(logps, bool))
             else:
-                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.image_tokens, part.prompts))
+                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.seen, part.prompts))
         return sum(losses.values()), losses
 
     return {**params, "ar": fit("backbone", loss, params["ar"], data, settings, key)}
@@ -237,9 +241,9 @@ def write_texts(scenes, rng, forbidden, captions_per_scene):
     """{part: list of (scene index, question or None for the umm's own instruction, true answer)}."""
     texts = {"captions": [], "descriptions": [], "questions": []}
     for i, scene in enumerate(scenes):
-        for _ in range(captions_per_scene):
-            if meta := world.true_prompt(scene, rng, forbidden):
-                texts["captions"].append((i, None, meta["prompt"]))
+        captions = [world.true_prompt(scene, rng, forbidden) for _ in range(captions_per_scene)]
+        if None not in captions:
+            texts["captions"] += [(i, None, meta["prompt"]) for meta in captions]
         texts["descriptions"].append((i, world.INSTRUCTIONS[1], world.describe(scene)))
         for make, answer in ((world.true_prompt, "yes"), (world.false_prompt, "no")):
             if meta := make(scene, rng, forbidden):

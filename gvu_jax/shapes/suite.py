@@ -58,7 +58,7 @@ class Suite:
             grouped = prompts.repeat(self.group)
             keys = jax.random.split(jax.random.fold_in(self.key, i))
             tokens, _ = self.programs.sample(policy, prompts, keys[0])
-            pixels = self.programs.render(policy, tokens, grouped, keys[1])
+            pixels = self.programs.render(policy, tokens, prompts, keys[1])
             logps, mask = self.programs.read(teacher, self.programs.see(teacher, pixels), grouped)
             scores.append(np.asarray(self.mean(logps, mask)))
             pixels = np.asarray(pixels)
