@@ -6,12 +6,14 @@
 
 None of them ever holds more than the tensor asked for, and none executes what a file contains.
 """
+import base64
 import json
 import math
 import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorstore
@@ -193,7 +195,8 @@ class ParameterStore:
 
     def __init__(self, folder):
         self._folder = Path(folder).absolute()
-        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
+        # Waiting for the disk after each of thousands of small tensors would cost most of the time: `finish` waits once.
+        self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         self._arrays, self._written = {}, {}
 
     def create(self, path, shape, dtype, stacked):
@@ -267,7 +270,10 @@ class ParameterStore:
         handler = "orbax.checkpoint.experimental.v1._src.handlers.pytree_handler.PyTreeHandler"
         whole = {"item_handlers": {"state": handler}, "metrics": {}, "performance_metrics": {},
                  "init_timestamp_nsecs": None, "commit_timestamp_nsecs": None, "custom_metadata": {}}
+        here = json.dumps({"sharding_type": "SingleDeviceSharding", "device_str": str(jax.devices()[0])})
+        shardings = {base64.b64encode(path.replace("/", ".").encode()).decode(): here for path in self._written}
         (self._folder / "state" / "_METADATA").write_text(json.dumps(tree))
+        (self._folder / "state" / "_sharding").write_text(json.dumps(shardings))
         (self._folder / "_CHECKPOINT_METADATA").write_text(json.dumps(whole))
         (self._folder / "orbax.checkpoint").touch()
         os.sync()
