@@ -9,8 +9,8 @@ setup(
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "ml-collections", "clu", "grain", "absl-py",
-        "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
+        "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu", "grain",
+        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],

@@ -5,6 +5,7 @@ A model folder holds everything that loading needs, and nothing that must be exe
     metadata.json     format version, kind of model, every config
     tokenizer/        tokenizer.json and the chat template; t5_tokenizer/ and clip_tokenizer/ where the head reads text
     params/           the parameters, Orbax
+    source/           where the model was converted: what the way back needs (see convert.py)
 
 A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
 each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items.

@@ -96,11 +96,13 @@ class Described:
 
 def ar_config(described):
     """config.json -> xomni.Config."""
-    described.insist(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False)
     head_dim = described["hidden_size"] // described["num_attention_heads"]
-    described.insist(head_dim=head_dim)
-    windowed = described.get("use_sliding_window", False)
-    return described.numbers(xomni.Config, sliding_window=described["sliding_window"] if windowed else None)
+    described.insist(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, head_dim=head_dim)
+    windowed = described["use_sliding_window"]
+    return described.numbers(
+        xomni.Config, rms_norm_eps=described["rms_norm_eps"], rope_theta=described["rope_theta"],
+        sliding_window=described["sliding_window"] if windowed else None,
+        max_window_layers=described["max_window_layers"] if windowed else 0)
 
 
 def vision_config(encoder, transform, folder, vit, projector):
@@ -111,8 +113,9 @@ def vision_config(encoder, transform, folder, vit, projector):
         side = math.isqrt(vit["pos_embed"].shape[1])
         layers = 1 + max(int(name.split(".")[1]) for name in vit if name.startswith("blocks."))
         config = siglip_vq.Config(
-            width=width, layers=layers, heads=_heads(encoder, folder), mlp_hidden=vit["blocks.0.mlp.fc1.weight"].shape[0],
-            patch_size=patch, pos_table_side=side, codebook_size=projector["quantize.embedding.weight"].shape[0],
+            width=width, layers=layers, heads=_heads(encoder, folder), patch_size=patch,
+            mlp_hidden=vit["blocks.0.mlp.fc1.weight"].shape[0], pos_table_side=side,
+            codebook_size=projector["quantize.embedding.weight"].shape[0],
             codebook_dim=projector["quantize.embedding.weight"].shape[1],
             z_channels=projector["post_quant_conv.weight"].shape[0])
     except (KeyError, IndexError) as error:
@@ -168,13 +171,15 @@ def schedule_config(described):
 def read_tokenizer(folder, name):
     """The tokenizer in `folder`, from its own tokenizer.json where there is one.
 
-    transformers 5 would rebuild T5's from the vocabulary, with other ids than the model was trained on.
+    transformers 5 rebuilds T5's from the vocabulary, with other ids than the model was trained on, so T5 needs one.
     """
+    ready = (folder / "tokenizer.json").is_file()
+    if name == "t5_tokenizer" and not ready:
+        raise FileNotFoundError(f"there is no {folder / 'tokenizer.json'}")
     try:
-        fast = PreTrainedTokenizerFast if (folder / "tokenizer.json").is_file() else AutoTokenizer
-        return fast.from_pretrained(folder)
+        return (PreTrainedTokenizerFast if ready else AutoTokenizer).from_pretrained(folder)
     except Exception as error:                           # transformers raises anything from KeyError to its own
-        raise ValueError(f"cannot read {name} in {folder}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"cannot read {name} in {folder}: {error}") from error
 
 
 def check_tokenizer(tokenizer, ar, specials):
@@ -255,7 +260,8 @@ def read_source(src, flux_folder=None, image_size=None):
         raise FileNotFoundError(f"there is no FLUX.1-dev folder {base}: pass --flux=DIR")
 
     siglip = {"vision/vit": src / encoder["siglip_path"], "vision": src / encoder["projector_path"]}
-    folders = {"ar": src, "flux": head, "vae": base / "vae", "t5": base / "text_encoder_2", "clip": base / "text_encoder"}
+    folders = {"ar": src, "flux": head, "vae": base / "vae", "t5": base / "text_encoder_2",
+               "clip": base / "text_encoder"}
     weights = {part: weight_files(folder) for part, folder in folders.items()}
     weights |= {part: [TensorFile(path)] for part, path in siglip.items()}
 
@@ -269,8 +275,8 @@ def read_source(src, flux_folder=None, image_size=None):
     if image_size is None:
         image_size = IMAGE_SIZE if IMAGE_SIZE <= transform["long_size"] else transform["short_size"]
     if image_size % decoder["upscale_factor"] or image_size > transform["long_size"]:
-        raise ValueError(f"--image_size={image_size}: it must be a multiple of {decoder['upscale_factor']}, and at most "
-                         f"{transform['long_size']}, the long_size that the model reads")
+        raise ValueError(f"--image_size={image_size}: it must be a multiple of {decoder['upscale_factor']}, and at "
+                         f"most {transform['long_size']}, the long_size that the model reads")
     umm = XOmni(
         ar=ar, vision=vision_config(encoder, transform, siglip["vision/vit"].parent,
                                     *(weights[part][0].specs for part in siglip)),
@@ -331,9 +337,11 @@ def plan(umm, found):
     vision = dict(shapes["vision"])
     trees = {**shapes, "vision/vit": vision.pop("vit"), "vision": vision}
     rules = {"ar": xomni.rules(umm.ar), "vision/vit": siglip_vq.RULES, "vision": siglip_vq.RULES, "flux": flux.RULES,
-             "vae": vae.RULES, **{part: text_encoders.rules(getattr(umm, part), found[part]) for part in ("t5", "clip")}}
-    ignored = {"vision/vit": ("norm.weight", "norm.bias"),
-               **{part: text_encoders.IGNORED[type(getattr(umm, part))] for part in ("t5", "clip")}}
+             "vae": vae.RULES}
+    ignored = {"vision/vit": ("norm.weight", "norm.bias")}
+    for part in ("t5", "clip"):
+        rules[part] = text_encoders.rules(getattr(umm, part), found[part])
+        ignored[part] = text_encoders.IGNORED[type(getattr(umm, part))]
     planned = {}
     for part, tree in trees.items():
         try:
@@ -371,20 +379,17 @@ def leaves(planned, specs):
 # ------------------------------------------------------------------ there
 
 def convert(src, dst, flux_folder=None, image_size=None):
-    """A published directory -> a model folder. Returns the number of bytes of its parameters.
+    """A published directory -> a model folder. Returns the number of bytes of its tensors.
 
     The folder is `DST.partial` until it is whole. Raises ValueError or OSError with one line that says what is wrong.
     """
     source, dst = read_source(src, flux_folder, image_size), Path(dst).absolute()
+    partial = dst.with_name(dst.name + ".partial")
     specs = {part: {key: spec for file in files for key, spec in file.specs.items()}
              for part, files in source.weights.items()}
-    planned = plan(source.umm, {part: {key: spec.shape for key, spec in of.items()} for part, of in specs.items()})
-    parameters = leaves(planned, specs)
-    total = sum(specs[part][key].nbytes for part, places in planned.items() for key in places)
-
-    identity = {"image_size": source.umm.grid[0], "files": {
-        name: _fingerprint(path) for path, name in [*source.names.items(), *((v, k) for k, v in source.kept.items())]}}
-    partial = dst.with_name(dst.name + ".partial")
+    total = sum(spec.nbytes for of in specs.values() for spec in of.values())
+    files = [*source.names.items(), *((path, name) for name, path in source.kept.items())]
+    identity = {"grid": list(source.umm.grid), "files": {name: _fingerprint(path) for path, name in files}}
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         if _identity(dst) == identity and (dst / "metadata.json").exists():
             return total                                                     # done by an earlier call
@@ -392,11 +397,13 @@ def convert(src, dst, flux_folder=None, image_size=None):
     resumed = partial.exists()
     if resumed and _identity(partial) not in (identity, None):
         raise FileExistsError(f"{partial} is an unfinished conversion of another source: remove it first")
-    partial.mkdir(parents=True, exist_ok=True)
-    done = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
-    if (free := shutil.disk_usage(partial).free) < total - done:
-        raise OSError(f"no space left for {dst}: {total - done} bytes are needed, {free} are free")
 
+    planned = plan(source.umm, {part: {key: spec.shape for key, spec in of.items()} for part, of in specs.items()})
+    parameters = leaves(planned, specs)
+    partial.mkdir(parents=True, exist_ok=True)
+    needed = total - sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    if (free := shutil.disk_usage(partial).free) < needed:
+        raise OSError(f"no space left for {dst}: {needed} bytes are needed, {free} are free")
     _keep_source(partial / "source", source, planned, identity)
     store = ParameterStore(partial / "params")
     for path, (shape, dtype, stacked) in parameters.items():
@@ -405,11 +412,10 @@ def convert(src, dst, flux_folder=None, image_size=None):
         for part, files in source.weights.items():
             for file in files:
                 for key, spec in file.specs.items():
-                    if key not in planned[part]:
-                        continue
-                    path, row = planned[part][key]
-                    if not (resumed and store.holds(path, row)):
-                        store.write(path, row, torch_keys.to_flax_layout(file.read(key), path))
+                    if key in planned[part]:
+                        path, row = planned[part][key]
+                        if not (resumed and store.holds(path, row)):
+                            store.write(path, row, torch_keys.to_flax_layout(file.read(key), path))
                     progress.update(spec.nbytes)
     store.finish()
     checkpoint.write_metadata(partial, source.umm)
@@ -475,10 +481,11 @@ def export_hf(src, dst):
             unread = TensorFile(unread) if unread.exists() else None
 
             def read(key):
-                if key not in planned[part]:
-                    return unread.read(key)
-                path, row = planned[part][key]
-                array = torch_keys.to_torch_layout(store.read(path, row), path)
+                if key in planned[part]:
+                    path, row = planned[part][key]
+                    array = torch_keys.to_torch_layout(store.read(path, row), path)
+                else:
+                    array = unread.read(key)
                 progress.update(array.nbytes)
                 return array
 
@@ -569,11 +576,11 @@ def main(_):
     if _EXPORT.value and (_FLUX.value or _IMAGE_SIZE.value):
         raise ValueError("--flux and --image_size are for the way in, not for --export")
     if _EXPORT.value == "hf":
-        print(f"{export_hf(src, dst) / 1e9:.3f} GB of weights in {dst}")
+        print(f"{export_hf(src, dst) / 1e9:.3f} GB in {dst}")
     elif _EXPORT.value == "peft":
         print(f"{export_peft(src, dst)} tensors in {dst}")
     else:
-        print(f"{convert(src, dst, _FLUX.value, _IMAGE_SIZE.value) / 1e9:.3f} GB of parameters in {dst}")
+        print(f"{convert(src, dst, _FLUX.value, _IMAGE_SIZE.value) / 1e9:.3f} GB in {dst}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 None of them ever holds more than the tensor asked for, and none executes what a file contains.
 """
 import base64
+import contextlib
 import json
 import math
 import os
@@ -125,7 +126,9 @@ def _torch_specs(path):
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:          # torch raises whatever its zip reader or its restricted unpickler meet
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"it is truncated, or no state dict of torch >= 1.6 with tensors alone ({reason[0]})") from None
+        raise ValueError(f"it is truncated, or no state dict of tensors alone ({reason[0]})") from None
+    if not isinstance(tensors, dict):
+        raise ValueError("it holds no state dict")
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_contiguous():
             raise ValueError(f"key {name} is no contiguous tensor")
@@ -195,17 +198,25 @@ class ParameterStore:
 
     def __init__(self, folder):
         self._folder = Path(folder).absolute()
-        # Waiting for the disk after each of thousands of small tensors would cost most of the time: `finish` waits once.
+        # To wait for the disk after each of thousands of small tensors would cost most of the time: `finish` waits.
         self._context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}, "file_io_sync": False})
         self._arrays, self._written = {}, {}
 
     def create(self, path, shape, dtype, stacked):
-        """Declares the parameter `path` ("ar/layers/..."); ValueError where it is there with another shape or dtype."""
+        """Declares the parameter `path` ("ar/layers/..."); OSError where it is there otherwise, or the disk refuses."""
         self._written[path] = tuple(shape)
-        self._arrays[path] = self._open(path, create=True, metadata={
-            "shape": list(shape), "data_type": dtype.name, "fill_value": 0.0,
-            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": _chunk(shape, dtype, stacked)}},
-            "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]})
+        with self._writing():
+            self._arrays[path] = self._open(path, create=True, metadata={
+                "shape": list(shape), "data_type": dtype.name, "fill_value": 0.0,
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": _chunk(shape, dtype, stacked)}},
+                "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]})
+
+    @contextlib.contextmanager
+    def _writing(self):
+        try:
+            yield
+        except ValueError as error:                                          # tensorstore has no other error
+            raise OSError(f"cannot write to {self._folder}: {_reason(error)}") from error
 
     def _open(self, path, create=False, **more):
         database = {"driver": "ocdbt", "base": f"file://{self._folder}/state/", "path": path.replace("/", ".") + "/"}
@@ -243,18 +254,19 @@ class ParameterStore:
     def write(self, path, row, values):
         """Writes the parameter, or one row of it. OSError where the disk refuses."""
         array, chunks = self._chunks(path, row)
-        try:
+        with self._writing():
             for region, of_row in chunks:
                 array[region].write(np.ascontiguousarray(values[of_row])).result()
-        except ValueError as error:                                          # tensorstore has no other error
-            raise OSError(f"cannot write to {self._folder}: {str(error).split(' [')[0]}") from error
 
     def read(self, path, row):
         """The parameter, or one row of it, as numpy. ValueError where it is missing or damaged."""
-        array, chunks = self._chunks(path, row)
-        values = np.empty(array.shape[0 if row is None else 1:], array.dtype.numpy_dtype)
-        for region, of_row in chunks:
-            values[of_row] = array[region].read().result()
+        try:
+            array, chunks = self._chunks(path, row)
+            values = np.empty(array.shape[0 if row is None else 1:], array.dtype.numpy_dtype)
+            for region, of_row in chunks:
+                values[of_row] = array[region].read().result()
+        except ValueError as error:
+            raise ValueError(f"cannot read {path} in {self._folder}: {_reason(error)}") from error
         return values
 
     def finish(self):
@@ -277,6 +289,11 @@ class ParameterStore:
         (self._folder / "_CHECKPOINT_METADATA").write_text(json.dumps(whole))
         (self._folder / "orbax.checkpoint").touch()
         os.sync()
+
+
+def _reason(error):
+    """tensorstore's message without the JSON of all its settings."""
+    return str(error).split(" [tensorstore_spec")[0].split(" [source locations")[0]
 
 
 def _chunk(shape, dtype, stacked):
