@@ -1,8 +1,6 @@
 """The image decoder's transformer and its flow against diffusers on random weights, and against recorded values."""
 import dataclasses
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +10,15 @@ from safetensors.numpy import load_file
 
 from gvu_jax.models import flux, siglip_vq, vae
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = ROOT / os.environ.get("GVU_FIXTURES", "../shared/fixtures")
 PLAIN = [
     flux.Config(in_channels=8, num_layers=2, num_single_layers=3, attention_head_dim=12, num_attention_heads=2,
                 joint_attention_dim=10, pooled_projection_dim=6, guidance_embeds=True, axes_dims_rope=(2, 4, 6),
                 siglip_channels=0),
     flux.Config(in_channels=12, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=3,
                 joint_attention_dim=7, pooled_projection_dim=5, guidance_embeds=False, axes_dims_rope=(4, 2, 2),
+                siglip_channels=0),
+    flux.Config(in_channels=4, num_layers=3, num_single_layers=2, attention_head_dim=20, num_attention_heads=1,
+                joint_attention_dim=16, pooled_projection_dim=9, guidance_embeds=True, axes_dims_rope=(8, 8, 4),
                 siglip_channels=0),
 ]
 WITH_SIGLIP = dataclasses.replace(PLAIN[0], siglip_channels=9)
@@ -37,11 +36,15 @@ def random_inputs(config, grid, batch=2, text_tokens=5, seed=0):
 
 # ------------------------------------------------------------------ against diffusers
 
-def torch_model(config, seed=0):
-    """diffusers' transformer with every parameter, norms included, drawn at random."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+def torch_module(config):
+    """diffusers' transformer of a config, which knows nothing of the siglip term."""
     fields = {name: value for name, value in vars(config).items() if name not in ("siglip_channels", "remat")}
-    model = diffusers.FluxTransformer2DModel(patch_size=1, **fields).eval()
+    return pytest.importorskip("diffusers").FluxTransformer2DModel(patch_size=1, **fields).eval()
+
+
+def torch_model(config, seed=0):
+    """The same with every parameter, norms included, drawn at random; and its state dict in numpy."""
+    torch, model = pytest.importorskip("torch"), torch_module(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,11 +52,13 @@ def torch_model(config, seed=0):
     return model, {name: tensor.numpy() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("config, grid", [(PLAIN[0], (3, 2)), (PLAIN[1], (2, 4))], ids=["guidance", "no-guidance"])
-def test_velocity_equals_diffusers(config, grid):
+@pytest.mark.parametrize("config, grid, batch, text_tokens", [
+    (PLAIN[0], (3, 2), 2, 5), (PLAIN[1], (2, 4), 2, 1), (PLAIN[2], (1, 7), 3, 12)],
+    ids=["guidance", "no-guidance", "one-head"])
+def test_velocity_equals_diffusers(config, grid, batch, text_tokens):
     torch = pytest.importorskip("torch")
     theirs, tensors = torch_model(config)
-    inputs = random_inputs(config, grid)
+    inputs = random_inputs(config, grid, batch, text_tokens)
     params = flux.from_torch(tensors, config)
     ours = flux.FluxTransformer(config).apply({"params": params}, *inputs, grid)
     latents, _, context, pooled, sigma, guidance = (None if x is None else torch.from_numpy(x) for x in inputs)
@@ -65,13 +70,15 @@ def test_velocity_equals_diffusers(config, grid):
     np.testing.assert_allclose(ours, velocity.numpy(), atol=5e-4)
 
 
-@pytest.mark.parametrize("steps, tokens", [(1, 16), (4, 1296), (28, 5000)])
-def test_flow_equals_diffusers_scheduler(steps, tokens):
+@pytest.mark.parametrize("steps, tokens, schedule", [
+    (1, 16, flux.Schedule()), (4, 1296, flux.Schedule()), (28, 5000, flux.Schedule()),
+    (7, 90, flux.Schedule(base_tokens=64, max_tokens=128, base_shift=0.2, max_shift=2.0))])
+def test_flow_equals_diffusers_scheduler(steps, tokens, schedule):
     """Noise levels, and the Euler steps along a velocity that depends on position and level."""
     diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-    schedule = flux.Schedule()
+    from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    mu = np.interp(tokens, [256, 4096], [0.5, 1.15]) if 256 <= tokens <= 4096 else 0.5 + 0.65 * (tokens - 256) / 3840
+    mu = calculate_shift(tokens, *dataclasses.astuple(schedule))
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=mu)
     np.testing.assert_allclose(flux.sigmas(steps, tokens, schedule), scheduler.sigmas.numpy(), atol=1e-6)
 
@@ -80,7 +87,7 @@ def test_flow_equals_diffusers_scheduler(steps, tokens):
     for timestep in scheduler.timesteps:
         theirs = scheduler.step(torch.sin(theirs) + timestep / 1000, timestep, theirs).prev_sample
     ours = flux.sample(lambda x, siglip, context, pooled, sigma, guidance: jnp.sin(x) + sigma[:, None, None],
-                       noise, None, jnp.zeros((1, 1, 2)), jnp.zeros((1, 2)), steps)
+                       noise, None, jnp.zeros((1, 1, 2)), jnp.zeros((1, 2)), steps, schedule=schedule)
     np.testing.assert_allclose(ours, theirs.numpy(), atol=1e-5)
 
 
@@ -92,14 +99,29 @@ def test_pack_equals_diffusers():
     np.testing.assert_array_equal(flux.unpack(flux.pack(latents), (3, 2)), latents)
 
 
+# ------------------------------------------------------------------ at full size, shapes only
+
+def test_full_size():
+    """FLUX.1 with the siglip term: the parameters of diffusers' model and one matrix, a velocity of the right shape."""
+    torch = pytest.importorskip("torch")
+    config = flux.Config(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128,
+                         num_attention_heads=24, joint_attention_dim=4096, pooled_projection_dim=768,
+                         guidance_embeds=True, axes_dims_rope=(16, 56, 56), siglip_channels=1152)
+    shapes = jax.eval_shape(lambda: flux.init(config, jax.random.key(0)))
+    with torch.device("meta"):
+        plain = sum(parameter.numel() for parameter in torch_module(config).parameters())
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == plain + config.siglip_channels * config.width
+    velocity = jax.eval_shape(lambda params, inputs: flux.FluxTransformer(config).apply(
+        {"params": params}, *inputs, (36, 36)), shapes, random_inputs(config, (36, 36), 2, 512))
+    assert velocity.shape == (2, 36 * 36, 64)
+
+
 # ------------------------------------------------------------------ against the fixture
 
 @pytest.fixture(scope="module")
-def golden():
+def golden(fixtures):
     """(config, params, call parameters, expected), every size from the fixture's own files."""
-    folder = FIXTURES / "flux"
-    if not folder.is_dir():
-        pytest.skip(f"no fixture folder at {folder}")
+    folder = fixtures / "flux"
     described = json.loads((folder / "decoder_transformer/config.json").read_text())
     fields = set(flux.Config.__dataclass_fields__) - {"remat"}
     config = flux.Config(**{name: tuple(described[name]) if isinstance(described[name], list) else described[name]
@@ -165,10 +187,10 @@ def test_intermediate_values(golden):
     close(flux.modulated_norm(x[:, 10:], shift, scale), "dbg_norm_out")
 
 
-def test_guided_loop(golden):
+def test_guided_loop(golden, fixtures):
     """Noise levels, every single step from the recorded latents, and the whole loop from the noise."""
     config, params, call, expected = golden
-    scheduler = json.loads((FIXTURES / "flux/base/scheduler/scheduler_config.json").read_text())
+    scheduler = json.loads((fixtures / "flux/base/scheduler/scheduler_config.json").read_text())
     schedule = flux.Schedule(*(scheduler[name] for name in
                                ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")))
     noise, siglip, steps = expected["loop_init_latents"], expected["loop_siglip"], call["num_inference_steps"]
@@ -192,9 +214,9 @@ def test_guided_loop(golden):
     np.testing.assert_allclose(unpacked, expected["loop_unpacked"], atol=5e-4)
 
 
-def tokenizer_latents(grid):
+def tokenizer_latents(folder, grid):
     """The latents [1, N, S] of the fixture's random codes, computed by our tokenizer."""
-    torch, folder = pytest.importorskip("torch"), FIXTURES / "siglip_vq"
+    torch = pytest.importorskip("torch")
     described = json.loads((folder / "config.json").read_text())
     sizes = {**described, **described["siglip_config"], "groups": described["groupnorm_groups"]}
     config = siglip_vq.Config(**{name: sizes[name] for name in siglip_vq.Config.__dataclass_fields__})
@@ -206,16 +228,16 @@ def tokenizer_latents(grid):
     return latents.reshape(1, tokens.shape[1], -1)
 
 
-def test_from_tokens_to_the_picture(golden):
+def test_from_tokens_to_the_picture(golden, fixtures):
     """The whole decoder: codes, tokenizer latents, guided flow, autoencoder, and every byte of the picture."""
     config, params, call, expected = golden
-    described = json.loads((FIXTURES / "flux/base/vae/config.json").read_text())
+    described = json.loads((fixtures / "flux/base/vae/config.json").read_text())
     vae_config = vae.Config(**{name: tuple(described[name]) if isinstance(described[name], list) else described[name]
                                for name in vae.Config.__dataclass_fields__})
-    vae_params = vae.from_torch(load_file(FIXTURES / "flux/base/vae/diffusion_pytorch_model.safetensors"), vae_config)
+    vae_params = vae.from_torch(load_file(fixtures / "flux/base/vae/diffusion_pytorch_model.safetensors"), vae_config)
     grid = (call["height"] // call["upscale_factor"], call["width"] // call["upscale_factor"])
     (context, pooled), negative = text_of(expected)
-    siglip = tokenizer_latents(grid)
+    siglip = tokenizer_latents(fixtures / "siglip_vq", grid)
     np.testing.assert_allclose(siglip, expected["loop_siglip"], atol=5e-4)
     final = flux.sample(bound(config, params, grid), expected["loop_init_latents"], siglip, context, pooled,
                         call["num_inference_steps"], call["true_cfg_scale"], negative)

@@ -1,18 +1,15 @@
 """The image tokenizer against the recorded values of the reference implementation, and its own contracts."""
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from PIL import Image
 
-from gvu_jax.models import siglip_vq
+from gvu_jax.models import siglip_vq, torch_keys
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = (ROOT / os.environ.get("GVU_FIXTURES", "../shared/fixtures")) / "siglip_vq"
 TINY = siglip_vq.Config(width=32, layers=2, heads=2, mlp_hidden=48, patch_size=4, pos_table_side=3, codebook_size=11,
                         codebook_dim=6, z_channels=32)
 
@@ -20,20 +17,23 @@ TINY = siglip_vq.Config(width=32, layers=2, heads=2, mlp_hidden=48, patch_size=4
 # ------------------------------------------------------------------ against the fixture
 
 @pytest.fixture(scope="module")
-def golden():
+def folder(fixtures):
+    return fixtures / "siglip_vq"
+
+
+@pytest.fixture(scope="module")
+def golden(folder):
     """(config, params, model, described, expected), every size from the fixture's own files."""
-    if not FIXTURES.is_dir():
-        pytest.skip(f"no fixture folder at {FIXTURES}")
     torch = pytest.importorskip("torch")
-    described = json.loads((FIXTURES / "config.json").read_text())
+    described = json.loads((folder / "config.json").read_text())
     names = ("width", "layers", "heads", "mlp_hidden", "patch_size", "pos_table_side")
     config = siglip_vq.Config(
         **{name: described["siglip_config"][name] for name in names}, groups=described["groupnorm_groups"],
         **{name: described[name] for name in ("codebook_size", "codebook_dim", "z_channels")})
-    vit, projector = ({name: tensor.numpy() for name, tensor in torch.load(FIXTURES / file, weights_only=True).items()}
+    vit, projector = ({name: tensor.numpy() for name, tensor in torch.load(folder / file, weights_only=True).items()}
                       for file in ("siglip_vit.pt", "vq_projector.pt"))
     params = siglip_vq.from_torch(vit, projector, config)
-    return config, params, siglip_vq.SiglipVQ(config), described, dict(np.load(FIXTURES / "expected.npz"))
+    return config, params, siglip_vq.SiglipVQ(config), described, dict(np.load(folder / "expected.npz"))
 
 
 def transform_of(described):
@@ -46,9 +46,9 @@ def channels_last(x):
 
 
 @pytest.mark.parametrize("i", range(3))
-def test_picture_to_latents(golden, i):
+def test_picture_to_latents(golden, folder, i):
     config, params, model, described, expected = golden
-    fitted = siglip_vq.fit_image(Image.open(FIXTURES / "images" / f"image_{i}.png"), transform_of(described))
+    fitted = siglip_vq.fit_image(Image.open(folder / "images" / f"image_{i}.png"), transform_of(described))
     np.testing.assert_allclose(fitted * 2 - 1, channels_last(expected[f"pixels_{i}"]), atol=1e-6)
 
     def everything(model, pixels):
@@ -91,6 +91,24 @@ def test_resize_cases(golden):
         else:
             size = siglip_vq.fitted_size(case["width"], case["height"], transform_of(described))
             assert size == tuple(case["out_hw"]), case
+
+
+# ------------------------------------------------------------------ at full size, shapes only
+
+def test_full_size():
+    """The giant ViT (40 layers of width 1536) and the projector: parameters counted by hand, a picture's shapes."""
+    D, F, P, side, codes, C, Z = 1536, 6144, 16, 24, 16384, 2048, 1536
+    config = siglip_vq.Config(width=D, layers=40, heads=16, mlp_hidden=F, patch_size=P, pos_table_side=side,
+                              codebook_size=codes, codebook_dim=C, z_channels=Z)
+    shapes = jax.eval_shape(lambda: siglip_vq.init(config, jax.random.key(0)))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
+    block = 2 * 2 * D + (D * 3 * D + 3 * D) + (D * D + D) + (D * F + F) + (F * D + D)    # norms, qkv, proj, fc1, fc2
+    assert count(shapes["vit"]) == (P * P * 3 * D + D) + side * side * D + 40 * block
+    residual = 2 * (2 * Z + 3 * 3 * Z * Z + Z)                                           # two norms, two convolutions
+    assert count(shapes) - count(shapes["vit"]) == (D * C + C) + codes * C + (C * Z + Z) + 2 * residual
+    pixels = jax.ShapeDtypeStruct((2, 576, 384, 3), jnp.float32)
+    tokens, latents = jax.eval_shape(siglip_vq.SiglipVQ(config).apply, {"params": shapes}, pixels)
+    assert tokens.shape == (2, 36 * 24) and latents.shape == (2, 36, 24, Z)
 
 
 # ------------------------------------------------------------------ contracts
@@ -142,16 +160,29 @@ def test_sides_must_be_whole_patches(tiny_params):
         siglip_vq.SiglipVQ(TINY).apply({"params": tiny_params}, jnp.ones((1, 8, 10, 3)))
 
 
+def blank_checkpoint(config):
+    """Zeros: the tensors (name -> array) of the ViT's file and of the projector's."""
+    files = {}, {}
+    shapes = traverse_util.flatten_dict(jax.eval_shape(lambda: siglip_vq.init(config, jax.random.key(0))), sep="/")
+    for path, leaf in shapes.items():
+        name = torch_keys.torch_name(path.removeprefix("vit/"), siglip_vq.RULES)
+        shape = leaf.shape[1:] if "{layer" in name else leaf.shape
+        if path.endswith("kernel"):                                            # as torch keeps it
+            shape = (*shape[:1:-1], *shape[:2]) if len(shape) == 4 else shape[::-1]
+        rows = torch_keys.layer_names(name, leaf.shape[0])
+        files[0 if path.startswith("vit/") else 1].update({row: np.zeros(shape) for row in rows})
+    return files
+
+
 @pytest.mark.parametrize("damage, key", [
     (lambda vit, projector: vit.pop("blocks.1.attn.qkv.bias"), r"missing.*blocks\.1\.attn\.qkv\.bias"),
     (lambda vit, projector: vit.update({"blocks.2.norm1.bias": np.zeros(64)}), r"unknown.*blocks\.2\.norm1\.bias"),
     (lambda vit, projector: projector.update({"norm.weight": np.zeros(64)}), r"unknown.*norm\.weight"),
     (lambda vit, projector: projector.update({"quant_conv.weight": np.zeros((1, 1, 1, 1))}), r"quant_conv\.weight"),
 ])
-def test_checkpoint_errors_name_the_key(golden, damage, key):
-    torch = pytest.importorskip("torch")
-    vit, projector = ({name: tensor.numpy() for name, tensor in torch.load(FIXTURES / file, weights_only=True).items()}
-                      for file in ("siglip_vit.pt", "vq_projector.pt"))
+def test_checkpoint_errors_name_the_key(damage, key):
+    vit, projector = blank_checkpoint(TINY)
+    siglip_vq.from_torch(vit, projector, TINY)
     damage(vit, projector)
     with pytest.raises(ValueError, match=key):
-        siglip_vq.from_torch(vit, projector, golden[0])
+        siglip_vq.from_torch(vit, projector, TINY)

@@ -1,7 +1,5 @@
 """The autoencoder against diffusers on random weights, and against the recorded values of the reference."""
 import json
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +9,6 @@ from safetensors.numpy import load_file
 
 from gvu_jax.models import vae
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = (ROOT / os.environ.get("GVU_FIXTURES", "../shared/fixtures")) / "flux"
 TINY = [
     vae.Config(latent_channels=4, block_out_channels=(8,), layers_per_block=1, norm_num_groups=2,
                scaling_factor=0.5, shift_factor=0.1),
@@ -64,15 +60,14 @@ def test_equals_diffusers(config):
 # ------------------------------------------------------------------ against the fixture
 
 @pytest.fixture(scope="module")
-def golden():
+def golden(fixtures):
     """(config, params, expected), every size from the fixture's own files."""
-    if not FIXTURES.is_dir():
-        pytest.skip(f"no fixture folder at {FIXTURES}")
-    described = json.loads((FIXTURES / "base/vae/config.json").read_text())
+    folder = fixtures / "flux"
+    described = json.loads((folder / "base/vae/config.json").read_text())
     config = vae.Config(**{name: tuple(described[name]) if isinstance(described[name], list) else described[name]
                            for name in vae.Config.__dataclass_fields__})
-    tensors = load_file(FIXTURES / "base/vae/diffusion_pytorch_model.safetensors")
-    return config, vae.from_torch(tensors, config), np.load(FIXTURES / "expected.npz")
+    tensors = load_file(folder / "base/vae/diffusion_pytorch_model.safetensors")
+    return config, vae.from_torch(tensors, config), np.load(folder / "expected.npz")
 
 
 def test_decode(golden):

@@ -93,6 +93,31 @@ def test_on_text_without_multimodal_layers_it_is_qwen2(window):
     np.testing.assert_allclose(model.apply({"params": params}, hidden, method="text_logits"), expected, atol=2e-4)
 
 
+def test_full_size():
+    """Qwen2-7B's 28 layers and 4 multimodal ones on either side: the parameters of a Qwen2 of 36 layers, and the
+    multimodal table, head and norm."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    config = xomni.Config(hidden_size=3584, intermediate_size=18944, num_hidden_layers=36, num_attention_heads=28,
+                          num_key_value_heads=4, vocab_size=152064, mm_vocab_size=16448, image_vocab_size=16384,
+                          num_mm_adap_layers=4, num_mm_head_layers=4)
+    shared = {name: value for name, value in vars(config).items() if "mm" not in name and hasattr(Qwen2Config(), name)}
+    with torch.device("meta"):
+        qwen2 = Qwen2ForCausalLM(Qwen2Config(**shared, tie_word_embeddings=False))
+    shapes = jax.eval_shape(lambda: xomni.init(config, jax.random.key(0)))
+    multimodal = 2 * config.mm_vocab_size * config.hidden_size + config.hidden_size
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == sum(p.numel() for p in qwen2.parameters()) + multimodal
+    assert shapes["mm_head_layers"]["layer"]["self_attn"]["k_proj"]["kernel"].shape == (4, 3584, 4 * 128)
+
+    def run(params, tokens):
+        hidden, _ = xomni.XOmni(config).apply({"params": params}, tokens, jnp.ones_like(tokens, bool))
+        return [xomni.XOmni(config).apply({"params": params}, hidden, method=head)
+                for head in ("text_logits", "image_logits")]
+
+    text, image = jax.eval_shape(run, shapes, jax.ShapeDtypeStruct((2, 1400), jnp.int32))
+    assert text.shape == (2, 1400, 152064) and image.shape == (2, 1400, 16384)
+
+
 def test_multimodal_layers_leave_text_alone_but_let_pictures_read_it():
     """With every layer multimodal, a text position ends as norm(embedding), and a picture still depends on the text."""
     config = dataclasses.replace(TINY, num_mm_adap_layers=3, num_mm_head_layers=0)
