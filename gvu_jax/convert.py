@@ -297,19 +297,26 @@ def read_source(src, flux_folder=None, image_size=None):
         if one != other:
             raise ValueError(f"the {what} differ: {one} and {other}")
 
-    # Paths of an export, relative to the model directory; nothing is written above it.
+    return Source(umm, weights, *_export_paths(src, head, base, weights, siglip.values()))
+
+
+def _export_paths(src, head, base, weights, siglip):
+    """Where an export puts the files, relative to the model directory and never above it: `kept`, `names` of Source.
+
+    A FLUX.1-dev folder from elsewhere (--flux) goes to where it would be found, beside the decoder.
+    """
     inside = lambda path: Path(*(part for part in Path(os.path.relpath(path, src)).parts if part != ".."))
-    exported = {src: Path(), head: inside(head), base: inside(head.parent / "base")}
-    exported |= {base / sub: exported[base] / sub for sub in
-                 ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")}
-    kept = {(to / file.name).as_posix(): file for folder, to in exported.items() for file in sorted(folder.iterdir())
+    folders = {src: Path(), head: inside(head), base: inside(head.parent / "base")}
+    folders |= {base / sub: folders[base] / sub for sub in
+                ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")}
+    kept = {(to / file.name).as_posix(): file for folder, to in folders.items() for file in sorted(folder.iterdir())
             if file.is_file() and file.suffix not in WEIGHTS and file.stat().st_size <= SMALL}
-    for path in siglip.values():
+    for path in siglip:
         if (path.parent / "config.json").is_file():
             kept[(inside(path.parent) / "config.json").as_posix()] = path.parent / "config.json"
-    names = {file.path: (exported.get(file.path.parent, inside(file.path.parent)) / file.path.name).as_posix()
+    names = {file.path: (folders.get(file.path.parent, inside(file.path.parent)) / file.path.name).as_posix()
              for files in weights.values() for file in files}
-    return Source(umm, weights, kept, names)
+    return kept, names
 
 
 def _named(path, read):

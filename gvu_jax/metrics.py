@@ -153,7 +153,9 @@ class Progress:
                 bar_format="{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left, "
                 "{rate_fmt}{postfix}",
             )
-        self._bar = tqdm(total=total, unit=f" {unit}" if unit != "B" else unit, unit_scale=unit == "B", desc=label, initial=done, **look)
+        bytes_ = unit == "B"
+        self._bar = tqdm(total=total, unit=unit if bytes_ else f" {unit}", unit_scale=bytes_, desc=label,
+                         initial=done, **look)
 
     def update(self, n: int = 1, **shown: float) -> None:
         """Counts `n` more units as done and shows values such as `reward=0.43` at the end of the line."""

@@ -283,8 +283,8 @@ def test_the_store_describes_itself_as_orbax_does(tmp_path):
 # ------------------------------------------------------------------ memory
 
 def test_no_more_than_a_few_tensors_are_held(golden_copy):
-    """0.4 GB of backbone, its largest tensor 8 MB: the peak rises by a fraction of the whole."""
-    edit(golden_copy / "config.json", hidden_size=1024, intermediate_size=4096, num_hidden_layers=14,
+    """0.25 GB of backbone, its largest tensor 8 MB: the peak rises by a fraction of the whole."""
+    edit(golden_copy / "config.json", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
          num_attention_heads=8)
     config = convert.ar_config(convert.Described(golden_copy / "config.json"))
     specs = {key: Spec(BF16, shape, 0) for key, shape in backbone_shapes(config).items()}
@@ -300,7 +300,7 @@ def test_no_more_than_a_few_tensors_are_held(golden_copy):
     done = subprocess.run([sys.executable, "-c", code, golden_copy, golden_copy.parent / "model"],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert total > 4e8 and int(done.stdout) < 3 * max(spec.nbytes for spec in specs.values()) + 1.2e8
+    assert total > 2.4e8 and int(done.stdout) < 3 * max(spec.nbytes for spec in specs.values()) + 1e8
 
 
 # ------------------------------------------------------------------ full size, headers alone
