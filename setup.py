@@ -10,14 +10,14 @@ setup(
     package_data={"gvu_jax": ["report.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
-        "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "ml-collections", "clu", "grain", "absl-py",
-        "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
+        "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu", "grain",
+        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda13]>=0.10"],
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
-        "test": ["pytest", "tensorboardX", "safetensors", "torch==2.13.0", "diffusers>=0.34", "accelerate"],
+        "test": ["pytest", "tensorboardX", "safetensors", "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft"],
     },
 )

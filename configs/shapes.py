@@ -50,8 +50,8 @@ def get_config(preset="normal"):
     config.reward = dict(teacher="base", view="pixels")
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, advantage_eps=1e-4, inner_steps=1, micro_batches=1)
     # The adapter sits on the trailing multimodal layers and the image head, which reading never runs: what the model
-    # understands stays bit for bit what it was. targets=_proj adapts the shared layers as the paper does (lower lr, then),
-    # and rank 0 is full fine-tuning of the backbone.
+    # understands stays bit for bit what it was. targets=_proj adapts the shared layers, as the paper does; rank 0 is
+    # full fine-tuning of the backbone (both want a lower lr).
     config.lora = dict(rank=32, alpha=32, targets=r"mm_head")
     config.optim = dict(lr=2e-3, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 

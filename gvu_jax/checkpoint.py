@@ -5,6 +5,7 @@ A model folder holds everything that loading needs, and nothing that must be exe
     metadata.json     format version, kind of model, every config
     tokenizer/        tokenizer.json and the chat template; t5_tokenizer/ and clip_tokenizer/ where the head reads text
     params/           the parameters, Orbax
+    source/           where the model was converted: what the way back needs (see convert.py)
 
 A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
 each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items.
@@ -16,6 +17,7 @@ import shutil
 from pathlib import Path
 
 import jax
+from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
 
@@ -73,7 +75,10 @@ def read_metadata(folder):
 
 
 def load_model(folder):
-    """A model folder -> (umm, params). Raises ValueError or FileNotFoundError with one line that says what is wrong."""
+    """A model folder -> (umm, params), each array in the dtype it is stored in.
+
+    Raises ValueError or FileNotFoundError with one line that says what is wrong.
+    """
     folder = Path(folder).absolute()
     if not (folder / "metadata.json").exists():
         raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json")
@@ -81,7 +86,23 @@ def load_model(folder):
         umm = read_metadata(folder)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
-    return umm, ocp.load(folder / "params", placed(jax.eval_shape(lambda: init(umm, jax.random.key(0)))))
+    return umm, ocp.load(folder / "params", placed(stored_shapes(folder, umm)))
+
+
+def stored_shapes(folder, umm):
+    """Shapes and dtypes of a folder's params. ValueError names what differs from what the configs ask for."""
+    flat = lambda tree: traverse_util.flatten_dict(tree, sep="/")
+    asked = flat(jax.eval_shape(lambda: init(umm, jax.random.key(0))))
+    stored = flat(ocp.metadata(folder / "params").metadata)
+    misshapen = [f"{name} {tuple(stored[name].shape)} instead of {asked[name].shape}"
+                 for name in sorted(set(asked) & set(stored)) if tuple(stored[name].shape) != asked[name].shape]
+    wrong = {"missing": sorted(set(asked) - set(stored)), "unknown": sorted(set(stored) - set(asked)),
+             "misshapen": misshapen}
+    if any(wrong.values()):
+        raise ValueError(f"the params in {folder} do not fit its metadata.json: " + "; ".join(
+            f"{what}: {', '.join(names)}" for what, names in wrong.items() if names))
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    return traverse_util.unflatten_dict(shapes, sep="/")
 
 
 def placed(tree):

@@ -7,7 +7,10 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
+
+from gvu_jax.models import torch_keys
 
 
 def init(key, params, rank, targets):
@@ -32,3 +35,59 @@ def init(key, params, rank, targets):
 def scaled(adapter, scale):
     """The adapter as the dense layers take it: b multiplied by alpha / r, so that they need to know neither."""
     return jax.tree_util.tree_map_with_path(lambda path, x: x * scale if path[-1].key == "b" else x, adapter)
+
+
+# ------------------------------------------------------------------ peft's names
+
+def to_peft(adapter, rules):
+    """The tensors of a peft adapter, {name: numpy}: one pair for each layer of a stack.
+
+    rules: of the model the adapter belongs to (see torch_keys). A linear layer has lora_A [r, in] and lora_B [out, r],
+    an embedding lora_embedding_A [r, V] and lora_embedding_B [D, r].
+    """
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(adapter, sep="/").items():
+        pattern, leaf = _peft_name(path, rules), np.asarray(leaf)
+        names = torch_keys.layer_names(pattern, len(leaf))
+        for name, row in zip(names, leaf if "{layer" in pattern else [leaf]):
+            tensors[name] = np.ascontiguousarray(row.T)
+    return tensors
+
+
+def from_peft(tensors, params, rules):
+    """The inverse of `to_peft`: the adapter of the modules that `tensors` ({name: array}) name, in their dtype.
+
+    params: the model's params, or their shapes. Raises ValueError that names the keys which belong to no kernel or
+    embedding, miss their other half or a layer of their stack, or do not fit the kernel's shape.
+    """
+    tensors, adapter, missing, misshapen = dict(tensors), {}, [], []
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        module, _, kind = path.rpartition("/")
+        if kind not in ("kernel", "embedding"):
+            continue
+        names = {half: torch_keys.layer_names(_peft_name(f"{module}/{half}", rules), leaf.shape[0]) for half in "ab"}
+        wanted = names["a"] + names["b"]
+        if not set(wanted) & set(tensors):
+            continue
+        missing += [name for name in wanted if name not in tensors]
+        if missing:
+            continue
+        for half in "ab":
+            rows = [np.asarray(tensors.pop(name)).T for name in names[half]]
+            side = 0 if half == "a" else 1
+            misshapen += [name for name, row in zip(names[half], rows)
+                          if row.shape[side] != leaf.shape[-2:][side] or row.shape != rows[0].shape]
+            if not misshapen:
+                adapter[f"{module}/{half}"] = np.stack(rows) if leaf.ndim == 3 else rows[0]
+    if missing or misshapen or tensors:
+        raise ValueError(f"the adapter does not fit the model: missing keys {missing}, misshapen keys {misshapen}, "
+                         f"unknown keys {sorted(tensors)}")
+    return traverse_util.unflatten_dict(adapter, sep="/")
+
+
+def _peft_name(path, rules):
+    """peft's name of an adapter's leaf ("layers/layer/mlp/up_proj/a"), with "{layer}" for a stacked axis."""
+    module, _, half = path.rpartition("/")
+    name = "base_model.model." + torch_keys.torch_name(f"{module}/kernel", rules).removesuffix(".weight")
+    return f"{name}.lora_embedding_{half.upper()}" if module.endswith("embed_tokens") else (
+        f"{name}.lora_{half.upper()}.weight")

@@ -135,7 +135,7 @@ class Progress:
 
     Args:
       total: how many units the work has.
-      unit: what one unit is called, e.g. "step".
+      unit: what one unit is called, e.g. "step"; bytes, "B", are shown as kB, MB, GB.
       label: what the work is called, shown in front.
       done: units finished before this process began, e.g. the step that a run resumes from; they do not count
         towards the rate.
@@ -153,7 +153,9 @@ class Progress:
                 bar_format="{desc}: {n_fmt}/{total_fmt} ({percentage:.0f}%), {elapsed} so far, {remaining} left, "
                 "{rate_fmt}{postfix}",
             )
-        self._bar = tqdm(total=total, unit=f" {unit}", desc=label, initial=done, **look)
+        bytes_ = unit == "B"
+        self._bar = tqdm(total=total, unit=unit if bytes_ else f" {unit}", unit_scale=bytes_, desc=label,
+                         initial=done, **look)
 
     def update(self, n: int = 1, **shown: float) -> None:
         """Counts `n` more units as done and shows values such as `reward=0.43` at the end of the line."""

@@ -35,29 +35,47 @@ def to_flax_layout(tensor, path):
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T
 
 
-def to_params(tensors, shapes, rules, ignored=()):
-    """A torch state dict as a parameter tree.
+def to_torch_layout(leaf, path):
+    """The inverse of `to_flax_layout`."""
+    if not path.endswith("kernel"):
+        return leaf
+    return leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf.T
 
-    tensors: mapping of torch name -> array. shapes: nested dict of anything with a `.shape`, the tree to fill.
-    ignored: torch names that may be present and are not read. Returns a nested dict of numpy arrays in the dtypes of
-    `tensors`. Raises ValueError that names each unknown or missing key, or the first misshapen one.
+
+def places(found, shapes, rules, ignored=()):
+    """Where each tensor of a checkpoint belongs, from names and shapes alone: {torch name: (path, row)}.
+
+    found: {torch name: shape}. shapes: nested dict of anything with a `.shape`, the tree to fill. row is the index on
+    a stacked parameter's leading axis, None where the parameter is one tensor. ignored: names that may be present and
+    get no place. Raises ValueError that names every missing and unknown key, or every misshapen one.
     """
-    shapes = traverse_util.flatten_dict(shapes, sep="/")
-    names = {}                                                     # path -> the torch names that fill it, in order
-    for path, leaf in shapes.items():
-        names[path] = layer_names(torch_name(path, rules), leaf.shape[0])
-    wanted = {name for group in names.values() for name in group}
-    missing, unknown = sorted(wanted - set(tensors)), sorted(set(tensors) - wanted - set(ignored))
+    places, asked = {}, {}
+    for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items():
+        name = torch_name(path, rules)
+        stacked = "{layer" in name
+        for row, key in enumerate(layer_names(name, leaf.shape[0] if stacked else 1)):
+            places[key] = path, row if stacked else None
+            asked[key] = leaf.shape[1:] if stacked else leaf.shape
+    missing, unknown = sorted(set(places) - set(found)), sorted(set(found) - set(places) - set(ignored))
     if missing or unknown:
         raise ValueError(f"the checkpoint does not fit the config: missing keys {missing}, unknown keys {unknown}")
+    in_our_layout = {key: to_flax_layout(np.broadcast_to(0, found[key]), path).shape
+                     for key, (path, _) in places.items()}
+    misshapen = [f"key {key}: {shape} in our layout, but the config asks for {asked[key]}"
+                 for key, shape in sorted(in_our_layout.items()) if shape != tuple(asked[key])]
+    if misshapen:
+        raise ValueError("; ".join(misshapen))
+    return places
 
-    params = {}
-    for path, group in names.items():
-        stacked = "{layer" in torch_name(path, rules)
-        expected = shapes[path].shape[1:] if stacked else shapes[path].shape
-        leaves = [to_flax_layout(np.asarray(tensors[name]), path) for name in group]
-        for name, leaf in zip(group, leaves):
-            if leaf.shape != expected:
-                raise ValueError(f"key {name}: {leaf.shape} in our layout, but the config asks for {expected}")
-        params[path] = np.stack(leaves) if stacked else leaves[0]
-    return traverse_util.unflatten_dict(params, sep="/")
+
+def to_params(tensors, shapes, rules, ignored=()):
+    """A torch state dict as a parameter tree: a nested dict of numpy arrays in the dtypes of `tensors`.
+
+    tensors: mapping of torch name -> array; the other arguments and the errors are those of `places`.
+    """
+    rows = {}                                                              # path -> its rows in order, or its one leaf
+    for name, (path, _) in places({k: np.shape(v) for k, v in tensors.items()}, shapes, rules, ignored).items():
+        rows.setdefault(path, []).append(to_flax_layout(np.asarray(tensors[name]), path))
+    stacked = lambda path: "{layer" in torch_name(path, rules)
+    return traverse_util.unflatten_dict(
+        {path: np.stack(leaves) if stacked(path) else leaves[0] for path, leaves in rows.items()}, sep="/")
