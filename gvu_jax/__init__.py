@@ -46,7 +46,7 @@ def load(path):
         raise FileNotFoundError(f"{path} is neither a model folder (metadata.json) nor a run (config.json)")
     from ml_collections import ConfigDict
     config = ConfigDict(json.loads((path / "config.json").read_text()))
-    umm, base = checkpoint.load_model(base_of_run(path, config))
+    umm, base = checkpoint.load_model(base_of_run(path, config), config.model.get("override", {}))
     checkpoints = checkpoint.Checkpoints(path)
     step = checkpoints.latest()
     if step is None:

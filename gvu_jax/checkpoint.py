@@ -74,16 +74,18 @@ def read_metadata(folder):
                  diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
 
 
-def load_model(folder):
+def load_model(folder, override=()):
     """A model folder -> (umm, params), each array in the dtype it is stored in.
 
-    Raises ValueError or FileNotFoundError with one line that says what is wrong.
+    override: fields of the umm that take the place of the folder's (a run's config.model.override), e.g. {"grid": [36,
+    36]}. Raises ValueError or FileNotFoundError with one line that says what is wrong.
     """
     folder = Path(folder).absolute()
     if not (folder / "metadata.json").exists():
         raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json")
     try:
-        umm = read_metadata(folder)
+        umm = dataclasses.replace(read_metadata(folder), **{
+            name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in dict(override).items()})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
     return umm, ocp.load(folder / "params", placed(stored_shapes(folder, umm)))

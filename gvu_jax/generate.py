@@ -20,7 +20,7 @@ from gvu_jax.report import image_grid
 from gvu_jax.sampling import How
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (one prompt a line) or .jsonl (with a prompt key).", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line) or .jsonl (with a prompt key).", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same pictures.")

@@ -6,6 +6,7 @@ Order: config -> base model -> prompts -> method and state (resumed if DIR holds
 DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
 stopped goes on when the same command is given again.
 """
+import dataclasses
 import json
 import shutil
 import time
@@ -23,6 +24,7 @@ from gvu_jax.methods import gvu
 from gvu_jax.metrics import MetricsWriter, Progress, replace_file
 from gvu_jax.report import image_grid, write_report
 from gvu_jax.sampling import How
+from gvu_jax.suite import Suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.", required=True)
@@ -45,8 +47,8 @@ def train(config, workdir):
     # ---- base model: pretrained here, or converted before -------------------------------------------------------
     umm, base = load_base(config, workdir)
     summary = json.loads(path.read_text()) if (path := workdir / "summary.json").exists() else {}
-    timings = summary.setdefault("timings", {"pretraining": 0.0, "training": 0.0, "evaluation": 0.0})   # seconds, summed
-    timings["pretraining"] += time.time() - started                                 # over the sittings of a run
+    timings = summary.setdefault("timings", {"pretraining": 0.0, "training": 0.0, "evaluation": 0.0})   # seconds,
+    timings["pretraining"] += time.time() - started                             # summed over the sittings of a run
     print(", ".join(f"{name}: {parameter_overview.count_parameters(part):,} parameters" for name, part in base.items()))
 
     # ---- prompts ------------------------------------------------------------------------------------------------
@@ -107,8 +109,8 @@ def train(config, workdir):
 
             image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
             pixels = clock.lap("render", method.render(base, image_tokens, prompts, key_render))
-            reward, _ = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
-            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward))
+            reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
+            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward, read))
 
             shown = {}
             if clock.on:
@@ -158,7 +160,8 @@ def load_base(config, workdir):
     if config.model.get("checkpoint"):
         folder = Path(config.model.checkpoint).expanduser()
         if not folder.exists():
-            raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint)")
+            raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
+                                    f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
     else:
         folder = workdir / "base"
         if not folder.exists():
@@ -168,11 +171,12 @@ def load_base(config, workdir):
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(cached, partial)
             partial.rename(folder)
-    return checkpoint.load_model(folder)
+    umm, params = checkpoint.load_model(folder, config.model.get("override", {}))
+    return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=config.model.get("remat", False))), params
 
 
 def prompts_of(config):
-    """(training prompts, held-out prompts), lists of dicts: the shapes world's own, or the files that the config names."""
+    """(training prompts, held-out prompts), lists of dicts: the shapes world's own, or those of the config's files."""
     if config.get("world"):
         from gvu_jax.shapes import world
         return world.split_prompts()
@@ -180,18 +184,23 @@ def prompts_of(config):
 
 
 def build_suite(config, umm, programs, held_out, lengths):
+    count, batch = config.eval.batches * config.gvu.prompts, config.gvu.prompts
+    if not config.get("world"):
+        metas = [held_out[i % len(held_out)] for i in range(count)]
+        return Suite(umm, programs, metas, batch, config.gvu.group, lengths, config.seed)
     from gvu_jax.shapes import suite, world
-    metas = suite.choose_prompts(held_out, config.eval.batches * config.gvu.prompts, np.random.default_rng(config.seed))
-    return suite.Suite(umm, programs, metas, config.gvu.prompts, config.gvu.group, config.eval.choices, lengths,
+    metas = suite.choose_prompts(held_out, count, np.random.default_rng(config.seed))
+    return suite.build(umm, programs, metas, batch, config.gvu.group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed)
 
 
 def sample_grid(suite, pictures, right):
-    """Two prompts of each category, six pictures each, framed green or red by the checker."""
-    chosen = [i for tag in dict.fromkeys(meta["tag"] for meta in suite.metas)
-              for i in [i for i, meta in enumerate(suite.metas) if meta["tag"] == tag][:2]]
+    """Two prompts of each category, six pictures each, framed green or red where something can judge them."""
+    tags = [meta.get("tag") for meta in suite.metas]
+    chosen = [i for tag in dict.fromkeys(tags) for i in [i for i in range(len(tags)) if tags[i] == tag][:2]]
     captions = [suite.metas[i]["prompt"] for i in chosen]
-    return image_grid(pictures[chosen][:, :6], captions, scale=max(1, 96 // pictures.shape[2]), marks=right[chosen][:, :6])
+    marks = None if right is None else right[chosen][:, :6]
+    return image_grid(pictures[chosen][:, :6], captions, scale=max(1, 96 // pictures.shape[2]), marks=marks)
 
 
 class Stopwatch:

@@ -50,6 +50,15 @@ def fixtures():
     return FIXTURES
 
 
+@pytest.fixture(scope="session")
+def converted(fixtures, tmp_path_factory):
+    """The golden checkpoint as a model folder."""
+    from gvu_jax import convert
+    folder = tmp_path_factory.mktemp("converted") / "model"
+    convert.convert(fixtures / "xomni", folder)
+    return folder
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

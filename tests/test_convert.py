@@ -69,13 +69,6 @@ def golden_copy(fixtures, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def converted(fixtures, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("converted") / "model"
-    convert.convert(fixtures / "xomni", folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def published(fixtures, tmp_path_factory):
     """A directory as it is published: all parts inside, the backbone in bfloat16 and in shards. -> (source, model)"""
     root = tmp_path_factory.mktemp("published")

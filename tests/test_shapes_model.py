@@ -6,6 +6,7 @@ from gvu_jax.models import vae
 from gvu_jax.shapes import pretrain, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
+from gvu_jax.suite import auc
 
 
 def test_principal_components_keep_pictures_readable():
@@ -59,7 +60,7 @@ def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(t
     ([1, 2, 3, 4], [0, 0, 1, 1], 1.0), ([1, 2, 3, 4], [1, 1, 0, 0], 0.0), ([5, 5, 5], [0, 1, 1], 0.5),
     ([1, 2, 2, 3], [0, 1, 0, 1], 0.875), ([1, 2], [1, 1], None)])
 def test_auc(scores, right, expected):
-    assert suite.auc(np.array(scores, float), np.array(right, bool)) == expected
+    assert auc(np.array(scores, float), np.array(right, bool)) == expected
 
 
 def test_prompts_are_chosen_evenly():
@@ -72,7 +73,7 @@ def test_an_untrained_model_scores_at_chance(tiny):
     config, umm, params = tiny
     _, held_out = world.split_prompts()
     metas = suite.choose_prompts(held_out, 12, np.random.default_rng(0))
-    shapes = suite.Suite(umm, compile_programs(umm, How(images_per_prompt=2)), metas, 6, 2, 60,
+    shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2)), metas, 6, 2, 60,
                          umm.lengths([meta["prompt"] for meta in held_out]), world.compositions(held_out), 0)
     scores, areas, pictures, right = shapes.draw(params, params)
     assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and right.shape == (12, 2)

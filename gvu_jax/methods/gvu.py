@@ -9,6 +9,9 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
     4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps
                 KL to the frozen base move the policy (GRPO)
 
+The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
+policy reads in its own pictures to what the frozen base read there: the same estimator, on the prompt's words.
+
 What is trained is a subtree of the parameters: {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning. The
 policy is the base with that subtree laid over it; the reference is the base itself.
 """
@@ -21,6 +24,8 @@ from flax import struct
 
 from gvu_jax import lora, objectives, rewards
 from gvu_jax.umm import compile_programs
+
+ANCHORED = 3         # every third picture holds reading in place: all of them cost more and hold no better
 
 
 @struct.dataclass
@@ -53,8 +58,8 @@ def init_state(base, config, optimizer, key):
 class GvU:
     """The four programs of a step, each compiled once.
 
-    umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `advantage_eps`, `inner_steps`, `micro_batches` under
-    `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how: how the
+    umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
+    under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how: how the
     policy samples, with images_per_prompt = group.
     """
 
@@ -75,33 +80,40 @@ class GvU:
         return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
 
     def reward(self, base, policy, image_tokens, pixels, prompts):
-        """-> reward [S] in (0, 1], word log-probabilities [S, L]. prompts: one row per sample."""
+        """-> reward [S] in (0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample."""
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
         logps, mask = self.programs.read(teacher, seen, prompts)
-        return self.mean(logps, mask), logps
+        return self.mean(logps, mask), (seen, logps)
 
     def loss(self, trainable, base, batch, old_logps, first):
         """The objective on one micro-batch; at the first inner step old = current, so the ratio is exactly 1."""
         gvu = self.config.gvu
-        logps = self.umm.image_logps(policy_params(base, trainable, self.config.lora), batch.prompts, batch.tokens)
+        policy = policy_params(base, trainable, self.config.lora)
+        logps = self.umm.image_logps(policy, batch.prompts, batch.tokens)
         old_logps = jnp.where(first, jax.lax.stop_gradient(logps), old_logps)
         loss, metrics = objectives.clipped_policy_loss(
             logps, old_logps, batch.ref_logps, batch.advantages, gvu.clip, gvu.beta)
+        if gvu.anchor:
+            part = jax.tree.map(lambda x: x[::ANCHORED], batch)
+            words, mask = self.umm.text_logps(policy, part.seen, part.prompts)
+            read_kl = jnp.sum(jnp.where(mask, objectives.k3(words, part.word_logps), 0.0)) / jnp.sum(mask)
+            loss, metrics = loss + gvu.anchor * read_kl, metrics | {"read_kl": read_kl}
         return loss, (metrics | {"loss": loss}, logps)
 
-    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward):
+    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, read):
         """GRPO on S samples: `inner_steps` optimizer steps, each over `micro_batches` slices of the batch.
 
-        prompts [S], image_tokens and sampler_logps [S, N], reward [S]. Returns the state after step + 1 and a dict of
-        scalar metrics. Gradients of the slices are averaged before the one optimizer step they make.
+        prompts [S], image_tokens and sampler_logps [S, N], reward [S] and read as `reward` returns them. Returns the
+        state after step + 1 and a dict of scalar metrics. Gradients of the slices are averaged before the one optimizer
+        step they make.
         """
         gvu, slices = self.config.gvu, self.config.gvu.micro_batches
         split = lambda tree: jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
         join = lambda x: x.reshape(-1, *x.shape[2:])
         ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
         advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
-        batches = split(Batch(prompts, image_tokens, ref_logps, advantages))
+        batches = split(Batch(prompts, image_tokens, ref_logps, advantages, *read))
 
         def inner_step(carry, i):
             trainable, opt_state, old_logps = carry
@@ -132,11 +144,14 @@ class GvU:
 
 @struct.dataclass
 class Batch:
-    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]."""
+    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]; what the teacher saw,
+    and its log-probs of the prompt's words [S, L]."""
     prompts: object
     tokens: jax.Array
     ref_logps: jax.Array
     advantages: jax.Array
+    seen: jax.Array
+    word_logps: jax.Array
 
 
 def check(config):
@@ -150,5 +165,7 @@ def check(config):
         raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
     if config.reward.teacher not in ("base", "policy"):
         raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
+    if gvu.anchor and config.reward.teacher != "base":
+        raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
     if config.reward.view not in ("pixels", "tokens"):
         raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")

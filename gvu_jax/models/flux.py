@@ -211,7 +211,8 @@ class FluxTransformer(nn.Module):
             joined, vector, table)
 
         scale, shift = Modulation(2, name="norm_out")(vector)         # in this order, unlike in the blocks
-        return nn.Dense(c.in_channels, kernel_init=nn.initializers.zeros, name="proj_out")(modulated_norm(joined[:, X:], shift, scale))
+        image = modulated_norm(joined[:, X:], shift, scale)                                         # [B, N, D]
+        return nn.Dense(c.in_channels, kernel_init=nn.initializers.zeros, name="proj_out")(image)
 
     def stack(self, block, length):
         if self.config.remat:

@@ -1,0 +1,197 @@
+"""The published model as one piece: the golden checkpoint converted, then driven through the interface that GvU uses."""
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+from ml_collections import ConfigDict
+from safetensors.numpy import load_file
+
+import gvu_jax
+from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards
+from gvu_jax.methods import gvu
+from gvu_jax.models import flux, torch_keys, vae, xomni
+from gvu_jax.sampling import How
+
+CASES = ("full", "lora", "lora_all")
+
+
+@pytest.fixture(scope="module")
+def model(converted):
+    return checkpoint.load_model(converted)
+
+
+def grpo(fixtures, case):
+    return np.load(fixtures / "grpo" / f"{case}.npz"), json.loads((fixtures / "grpo/config.json").read_text())
+
+
+def trainable_of(fixtures, case, umm):
+    """(what is trained, lora settings) of a golden case."""
+    if case == "full":
+        return {"ar": xomni.from_torch(load_file(fixtures / "grpo/policy/model.safetensors"), umm.ar)}, None
+    adapter, scale = convert.read_peft(fixtures / "grpo" / f"{case}_adapter", umm.ar)
+    rank = jax.tree.leaves(adapter["layers"])[0].shape[-1]
+    return {"adapter": adapter}, ConfigDict(dict(rank=rank, alpha=scale * rank, targets="."))
+
+
+def grid_of(config):
+    return tuple(map(int, re.search(r"(\d+) (\d+)", config["image_prefix"]).groups()))
+
+
+def test_rewards_of_the_golden_cases(fixtures, model):
+    umm, params = model
+    cases = json.loads((fixtures / "reward/cases.json").read_text())
+    golden = np.load(fixtures / "reward/expected.npz")
+    for i, case in enumerate(cases):
+        seen = jnp.array(case["image_tokens"]).reshape(1, *case["grid"])
+        prompts = umm.encode_prompts([case["prompt"]])
+        asked, _ = umm._asked(seen, prompts)
+        assert asked[0].tolist() == case["context_ids"]
+        assert prompts.words[0][prompts.words_mask[0]].tolist() == case["target_ids"]
+        logps, mask = umm.text_logps(params, seen, prompts)
+        n = int(golden["token_count"][i])
+        np.testing.assert_allclose(logps[mask], golden["token_logprobs"][i, :n], atol=2e-4)
+        np.testing.assert_allclose(rewards.geometric_mean(logps, mask), [case["score"]], rtol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
+    umm, base = model
+    golden, config = grpo(fixtures, case)
+    group = config["num_generations"]
+    trainable, lora_config = trainable_of(fixtures, case, umm)
+    prompts = umm.encode_prompts([prompt for prompt in config["prompts"] for _ in range(group)])
+    P = prompts.tokens.shape[1]
+    real = np.asarray(golden["attention_mask"])[:, :golden["prompt_ids"].shape[1]].astype(bool)
+    for row, mask, ids, ours in zip(golden["prompt_ids"], real, prompts.tokens, prompts.mask):
+        assert row[mask].tolist() == ids[ours].tolist() and ids.shape == (P,)
+
+    settings = ConfigDict(dict(
+        gvu=dict(prompts=len(config["prompts"]), group=group, clip=0.2, beta=config["beta"], anchor=0.0,
+                 advantage_eps=config["advantage_eps"], inner_steps=1, micro_batches=1),
+        reward=dict(teacher="policy", view="pixels"), lora=dict(rank=0)))
+    settings.lora = lora_config or settings.lora
+    tokens = jnp.asarray(golden["completion_image_tokens"], jnp.int32)
+    ref_logps = jax.jit(umm.image_logps)(base, prompts, tokens)
+    np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
+    method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0))
+    advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
+    batch = gvu.Batch(prompts, tokens, ref_logps, advantages, seen=None, word_logps=None)
+    grads, (metrics, logps) = jax.jit(jax.grad(method.loss, has_aux=True))(
+        trainable, base, batch, jnp.zeros_like(ref_logps), True)
+    np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)
+    np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3)
+
+    named = by_torch_name(grads, umm)
+    norms = json.loads((fixtures / "grpo" / f"{case}_grad_norms.json").read_text())
+    total, norms = norms["total"], norms["per_parameter"]
+    np.testing.assert_allclose(np.sqrt(sum((g ** 2).sum() for g in named.values())), total, rtol=2e-3)
+    assert set(norms) <= set(named)
+    for name, norm in norms.items():
+        if norm is None:
+            assert not named[name].any(), name
+        else:
+            np.testing.assert_allclose(np.linalg.norm(named[name]), norm, rtol=2e-3, atol=1e-6 * total, err_msg=name)
+    checked = [name for name in golden.files if name.startswith("grad/")]
+    assert checked
+    for name in checked:
+        expected = golden[name]
+        np.testing.assert_allclose(named[name.removeprefix("grad/")], expected, atol=2e-3 * np.abs(expected).max(),
+                                   rtol=0, err_msg=name)
+
+
+def by_torch_name(grads, umm):
+    """Gradients under the names, and in the layout, of the golden data."""
+    if "adapter" in grads:
+        return lora.to_peft(grads["adapter"], xomni.rules(umm.ar))
+    named = {}
+    for path, leaf in traverse_util.flatten_dict(grads["ar"], sep="/").items():
+        pattern, leaf = torch_keys.torch_name(path, xomni.rules(umm.ar)), np.asarray(leaf)
+        rows = leaf if "{layer" in pattern else [leaf]
+        for name, row in zip(torch_keys.layer_names(pattern, len(leaf)), rows):
+            named[name] = row.T if path.endswith("kernel") else row
+    return named
+
+
+@pytest.mark.parametrize("case", CASES[:2])                      # lora_all has no pictures recorded
+def test_rewards_of_the_decoded_pictures(fixtures, model, case):
+    """Pixels -> tokens exactly, and their reward under the policy and with the adapter off."""
+    umm, base = model
+    golden, config = grpo(fixtures, case)
+    trainable, lora_config = trainable_of(fixtures, case, umm)
+    policy = gvu.policy_params(base, trainable, lora_config)
+    prompts = umm.encode_prompts([p for p in config["prompts"] for _ in range(config["num_generations"])])
+    seen = umm.see(base, jnp.asarray(golden["decoded_images"], jnp.float32) / 255)
+    np.testing.assert_array_equal(seen.reshape(len(seen), -1), golden["reencoded_image_tokens"])
+    assert seen.shape[1:] == grid_of(config)
+    score = lambda params: rewards.geometric_mean(*umm.text_logps(params, seen, prompts))
+    np.testing.assert_allclose(score(policy), golden["rewards"], rtol=1e-4)
+    if case == "lora":
+        np.testing.assert_allclose(score(base), golden["rewards_adapter_off"], rtol=1e-4)
+
+
+def test_the_whole_picture_from_recorded_noise(fixtures, model):
+    """Prompt -> T5, CLIP -> guided flow -> VAE -> the recorded bytes."""
+    umm, params = model
+    golden, call = np.load(fixtures / "flux/expected.npz"), json.loads((fixtures / "flux/expected.json").read_text())
+    ids = umm._head_ids([call["prompt"], call["negative_prompt"]])
+    np.testing.assert_array_equal(ids[0], np.concatenate([golden["t5_ids_prompt"], golden["t5_ids_empty"]]))
+    np.testing.assert_array_equal(ids[1], np.concatenate([golden["clip_ids_prompt"], golden["clip_ids_empty"]]))
+    context, pooled = umm._head_text(params, *ids)
+    np.testing.assert_allclose(context[:1], golden["t5_out_prompt"], atol=5e-4)
+    np.testing.assert_allclose(pooled[:1], golden["clip_pooled_prompt"], atol=5e-4)
+    grid = tuple(side // umm.vision.patch_size for side in (call["height"], call["width"]))
+
+    def velocity(*inputs):
+        return flux.FluxTransformer(umm.flux).apply({"params": params["flux"]}, *inputs, grid=grid)
+
+    packed = flux.sample(velocity, golden["loop_init_latents"], golden["loop_siglip"], context[:1], pooled[:1],
+                         call["num_inference_steps"], call["true_cfg_scale"], (context[1:], pooled[1:]), umm.schedule)
+    latents = vae.from_latents(flux.unpack(packed, grid), umm.vae)
+    pixels = vae.to_pixels(vae.module(umm.vae).apply({"params": params["vae"]}, latents, method="decode"))
+    np.testing.assert_array_equal(np.round(np.asarray(pixels[0]) * 255).astype(np.uint8), golden["image_uint8"])
+
+
+def test_a_prompts_text_is_encoded_once_for_its_pictures(model, key):
+    umm, params = model
+    prompts = umm.encode_prompts(["a red cube", "two dogs"])
+    tokens = jax.random.randint(key, (4, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    render = jax.jit(umm.render)
+    shared = render(params, tokens, prompts, key)
+    np.testing.assert_allclose(shared, render(params, tokens, prompts.repeat(2), key), atol=1.01 / 255)
+    other = render(params, tokens, umm.encode_prompts(["a red cube", "a green bird"]), key)
+    assert np.array_equal(shared[:2], other[:2]) and not np.array_equal(shared[2:], other[2:])
+
+
+def test_the_facade_reads_pictures_of_any_size(fixtures, converted):
+    model = gvu_jax.load(converted)
+    small = np.random.default_rng(0).integers(256, size=(70, 100, 3)).astype(np.uint8)
+    large = np.random.default_rng(1).integers(256, size=(200, 130, 3)).astype(np.uint8)
+    scores = model.score([small, large, small], ["a red cube"] * 3)
+    assert scores[0].reward == pytest.approx(scores[2].reward, rel=1e-5) and scores[0].reward != scores[1].reward
+    assert len(scores[0].tokens) == len(scores[0].token_probabilities) >= len(scores[0].words) == 3
+    np.testing.assert_allclose(scores[0].reward, np.exp(np.log(scores[0].token_probabilities).mean()), rtol=1e-4)
+    assert len(model.answer([small, large], "What is this?")) == 2
+
+
+def test_convert_generate_and_score_from_the_command_line(fixtures, tmp_path):
+    def run(module, *flags):
+        done = subprocess.run([sys.executable, "-m", f"gvu_jax.{module}", *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
+    size = min(json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"], 64)
+    run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={size}")
+    run("generate", f"--checkpoint={tmp_path / 'model'}", f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--out={tmp_path / 'out'}", "--images_per_prompt=1")
+    picture = tmp_path / "out/00000_0.png"
+    assert picture.exists() and (tmp_path / "out/00001_0.png").exists()
+    printed = run("score", f"--checkpoint={tmp_path / 'model'}", f"--image={picture}", "--prompt=a red cube",
+                  f"--heatmap={tmp_path / 'heat.png'}")
+    assert "reward" in printed and "cube" in printed and (tmp_path / "heat.png").exists()
