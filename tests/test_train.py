@@ -43,8 +43,8 @@ def one_step(method, base, state, prompts, key):
     policy = method.policy(base, state.trainable)
     tokens, logps = method.sample(policy, prompts, key)
     pixels = method.render(base, tokens, grouped, key)
-    reward, _ = method.reward(base, policy, tokens, pixels, grouped)
-    state, metrics = method.update(state, base, grouped, tokens, logps, reward)
+    reward, read = method.reward(base, policy, tokens, pixels, grouped)
+    state, metrics = method.update(state, base, grouped, tokens, logps, reward, read)
     return state, metrics, (tokens, logps, reward)
 
 
@@ -179,7 +179,8 @@ def test_teacher_and_view_are_what_the_config_says(tiny, key):
     rewards = {}
     for teacher in ("base", "policy"):
         for view in ("pixels", "tokens"):
-            method, base, state, prompts = method_of(tiny, **{"reward.teacher": teacher, "reward.view": view})
+            method, base, state, prompts = method_of(tiny, **{
+                "reward.teacher": teacher, "reward.view": view, "gvu.anchor": 0.0})
             grouped, moved = prompts.repeat(4), jax.tree.map(lambda x: x * 1.1, state.trainable)
             policy = method.policy(base, moved)
             tokens, _ = method.sample(policy, prompts, key)
@@ -187,6 +188,21 @@ def test_teacher_and_view_are_what_the_config_says(tiny, key):
             assert (pixels is None) == (view == "tokens")
             rewards[teacher, view] = np.asarray(method.reward(base, policy, tokens, pixels, grouped)[0])
     assert len({array.tobytes() for array in rewards.values()}) == 4
+
+
+def test_the_anchor_holds_reading_in_place(tiny, key):
+    """Zero where the policy is the base; with it, a policy that has moved away is drawn back."""
+    method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-3, "optim.warmup": 0, "gvu.anchor": 1000.0})
+    _, metrics, _ = one_step(method, base, gvu.init_state(base, method.config, method.optimizer, key), prompts, key)
+    assert abs(float(metrics["read_kl"])) < 1e-6
+    moved = jax.tree.map(lambda x: x * 1.05, state.trainable)
+    state, distances = state.replace(trainable=moved), []
+    for _ in range(3):
+        state, metrics, _ = one_step(method, base, state, prompts, key)
+        distances.append(float(metrics["read_kl"]))
+    assert 1e-4 < distances[0] and distances[2] < distances[1] < distances[0]
+    with pytest.raises(ValueError, match="gvu.anchor"):
+        method_of(tiny, **{"reward.teacher": "policy"})
 
 
 def test_nothing_compiles_after_the_first_step(tiny, key):

@@ -97,7 +97,8 @@ class GvU:
         if gvu.anchor:
             part = jax.tree.map(lambda x: x[::ANCHORED], batch)
             words, mask = self.umm.text_logps(policy, part.seen, part.prompts)
-            read_kl = jnp.sum(jnp.where(mask, objectives.k3(words, part.word_logps), 0.0)) / jnp.sum(mask)
+            kl = jnp.where(mask, objectives.k3(words, part.word_logps), 0.0)                        # [S / 3, L]
+            read_kl = jnp.mean(jnp.sum(kl, axis=1) / jnp.sum(mask, axis=1))
             loss, metrics = loss + gvu.anchor * read_kl, metrics | {"read_kl": read_kl}
         return loss, (metrics | {"loss": loss}, logps)
 
