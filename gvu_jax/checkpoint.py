@@ -107,10 +107,27 @@ def stored_shapes(folder, umm):
     return traverse_util.unflatten_dict(shapes, sep="/")
 
 
+SMALL = 2 ** 20          # elements; spreading a smaller array over devices saves less memory than it costs time
+
+
 def placed(tree):
-    """Shapes of arrays, each to be loaded onto the first device: what Orbax wants to know before it reads."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), tree)
+    """Shapes of arrays and where each is to be loaded: what Orbax wants to know before it reads.
+
+    With several devices, an array is spread over all of them along its longest axis that divides evenly, and a small
+    one lies on each: a model too large for one device is loaded without ever being whole in one place.
+    """
+    devices = jax.devices()
+    if len(devices) == 1:
+        where = lambda x: jax.sharding.SingleDeviceSharding(devices[0])
+    else:
+        mesh = jax.make_mesh((len(devices),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+        def where(x):
+            axes = [axis for axis in range(x.ndim) if x.shape[axis] % len(devices) == 0]
+            longest = max(axes, key=lambda axis: x.shape[axis], default=None)
+            spread = () if longest is None or x.size < SMALL else (None,) * longest + ("fsdp",)
+            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spread))
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), tree)
 
 
 def init(umm, key):

@@ -10,16 +10,16 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
 
 
-def load_config(preset):
-    spec = importlib.util.spec_from_file_location("shapes_config", ROOT / "configs" / "shapes.py")
+def load_config(name, *preset):
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config(preset)
+    return module.get_config(*preset)
 
 
 def tiny_config(tmp_path):
     """configs/shapes.py with every size and budget cut to what a test can pay."""
-    config = load_config("smoke")
+    config = load_config("shapes", "smoke")
     config.cache = str(tmp_path / "cache")
     config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                            num_key_value_heads=1)

@@ -1,5 +1,6 @@
-"""The published model as one piece: the golden checkpoint converted, then driven through the interface that GvU uses."""
+"""The published model as one piece: the golden checkpoint converted, then driven through the interface of GvU."""
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,10 +14,13 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 import gvu_jax
+from conftest import load_config
 from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
+from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
+from gvu_jax.train import train
 
 CASES = ("full", "lora", "lora_all")
 
@@ -170,8 +174,9 @@ def test_a_prompts_text_is_encoded_once_for_its_pictures(model, key):
 
 def test_the_facade_reads_pictures_of_any_size(fixtures, converted):
     model = gvu_jax.load(converted)
-    small = np.random.default_rng(0).integers(256, size=(70, 100, 3)).astype(np.uint8)
-    large = np.random.default_rng(1).integers(256, size=(200, 130, 3)).astype(np.uint8)
+    side = model.umm.transform.short_size
+    small = np.random.default_rng(0).integers(256, size=(side + 6, side + 36, 3)).astype(np.uint8)
+    large = np.random.default_rng(1).integers(256, size=(3 * side, 2 * side, 3)).astype(np.uint8)
     scores = model.score([small, large, small], ["a red cube"] * 3)
     assert scores[0].reward == pytest.approx(scores[2].reward, rel=1e-5) and scores[0].reward != scores[1].reward
     assert len(scores[0].tokens) == len(scores[0].token_probabilities) >= len(scores[0].words) == 3
@@ -186,7 +191,7 @@ def test_convert_generate_and_score_from_the_command_line(fixtures, tmp_path):
         return done.stdout
 
     (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
-    size = min(json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"], 64)
+    size = 4 * json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["patch_size"]
     run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={size}")
     run("generate", f"--checkpoint={tmp_path / 'model'}", f"--prompts={tmp_path / 'prompts.txt'}",
         f"--out={tmp_path / 'out'}", "--images_per_prompt=1")
@@ -195,3 +200,51 @@ def test_convert_generate_and_score_from_the_command_line(fixtures, tmp_path):
     printed = run("score", f"--checkpoint={tmp_path / 'model'}", f"--image={picture}", "--prompt=a red cube",
                   f"--heatmap={tmp_path / 'heat.png'}")
     assert "reward" in printed and "cube" in printed and (tmp_path / "heat.png").exists()
+
+
+def test_training_on_the_published_model(converted, tmp_path):
+    """configs/xomni.py, cut to the golden checkpoint's size: two steps, an evaluation, and a model that loads."""
+    config = load_config("xomni")
+    lines = [{"prompt": "two dogs", "tag": "counting"}, {"prompt": "a red cube left of a ball", "tag": "position"}]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    config.data.update(prompts=str(tmp_path / "prompts.jsonl"), held_out=str(tmp_path / "prompts.jsonl"))
+    config.model.update(checkpoint=str(converted), override=dict(
+        grid=checkpoint.read_metadata(converted).grid, diffusion_steps=2, instruction="Describe the image in detail."))
+    config.gvu.update(prompts=2, group=2, micro_batches=2)
+    config.update(steps=2, cache=str(tmp_path / "cache"), eval=dict(every=2, batches=1))
+    summary = train(config, tmp_path / "run")
+    assert set(summary["before"]) == {"overall", "counting", "position"}
+    lines = read_metrics(tmp_path / "run/metrics.jsonl")
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert all(line["logp_gap"] < 1e-4 for line in lines if "loss" in line)
+    model = gvu_jax.load(tmp_path / "run")
+    assert model.umm.grid == config.model.override.grid and set(model.params) >= {"adapter", "t5", "clip"}
+    assert (tmp_path / "run/report.html").stat().st_size > 0
+
+
+def test_eight_devices_draw_and_score_as_one_does(converted, tmp_path):
+    """Parameters spread over devices: the same pictures up to a byte, the same reward up to rounding."""
+    program = """
+import sys, jax, numpy as np, gvu_jax
+from gvu_jax import checkpoint
+checkpoint.SMALL = 1
+model = gvu_jax.load(sys.argv[1])
+spread = [x for x in jax.tree.leaves(model.params) if not x.sharding.is_fully_replicated]
+pictures = model.generate(["a red cube", "two dogs"], seed=3, batch=2)[:, 0]
+side = model.umm.transform.short_size
+given = np.random.default_rng(0).integers(256, size=(2, side, side + 16, 3)).astype(np.uint8)
+rewards = [score.reward for score in model.score(given, ["a red cube", "two dogs"])]
+np.savez(sys.argv[2], devices=jax.device_count(), spread=len(spread), pictures=pictures, rewards=rewards)
+"""
+    found = {}
+    for devices in (1, 8):
+        out = tmp_path / f"{devices}.npz"
+        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+        done = subprocess.run([sys.executable, "-c", program, str(converted), str(out)], env=env, capture_output=True,
+                              text=True)
+        assert done.returncode == 0, done.stderr
+        found[devices] = np.load(out)
+    assert found[8]["devices"] == 8 and found[8]["spread"] > 20 and found[1]["spread"] == 0
+    difference = np.abs(found[8]["pictures"].astype(int) - found[1]["pictures"].astype(int))
+    assert difference.max() <= 1
+    np.testing.assert_allclose(found[8]["rewards"], found[1]["rewards"], rtol=1e-4)

@@ -72,19 +72,23 @@ def test_golden_answer(golden):
 
 
 @pytest.mark.parametrize("window", [None, 4])
-def test_on_text_without_multimodal_layers_it_is_qwen2(window):
+@pytest.mark.parametrize("width, heads, kv_heads, layers, theta", [
+    (32, 4, 2, 3, 1e6), (48, 3, 3, 2, 1e4), (64, 8, 1, 4, 500.0)])
+def test_on_text_without_multimodal_layers_it_is_qwen2(width, heads, kv_heads, layers, theta, window):
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
-    config = dataclasses.replace(TINY, num_mm_adap_layers=0, num_mm_head_layers=0, sliding_window=window,
-                                 max_window_layers=1)
+    config = dataclasses.replace(
+        TINY, num_mm_adap_layers=0, num_mm_head_layers=0, sliding_window=window, max_window_layers=1, vocab_size=50,
+        mm_vocab_size=12, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, rope_theta=theta)
     theirs = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False, max_window_layers=1,
+        vocab_size=50, hidden_size=width, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, rope_theta=theta, rms_norm_eps=1e-6, tie_word_embeddings=False, max_window_layers=1,
         use_sliding_window=window is not None, sliding_window=window, attn_implementation="eager")).eval()
     tensors = {k.replace("embed_tokens", "lm_embed_tokens").replace("model.norm", "model.lm_norm"): v.detach().numpy()
                for k, v in theirs.state_dict().items()}
-    tensors |= {"model.mm_embed_tokens.weight": np.zeros((12, 32), np.float32),
-                "model.mm_norm.weight": np.ones(32, np.float32), "mm_head.weight": np.zeros((12, 32), np.float32)}
+    tensors |= {"model.mm_embed_tokens.weight": np.zeros((12, width), np.float32),
+                "model.mm_norm.weight": np.ones(width, np.float32), "mm_head.weight": np.zeros((12, width), np.float32)}
     params, model = xomni.from_torch(tensors, config), xomni.XOmni(config)
     tokens = np.random.default_rng(0).integers(0, 50, (2, 11))
     hidden, _ = model.apply({"params": params}, tokens, np.ones_like(tokens, bool))
