@@ -1,8 +1,8 @@
 """GvU in the shapes world, on a laptop, with nothing to download.
 
-    python -m gvu_jax.train --config=configs/shapes.py --workdir=/tmp/shapes             # about a quarter of an hour
-    python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=/tmp/smoke        # a couple of minutes
-    python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=/tmp/weak          # generation barely pretrained
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # about a quarter of an hour
+    python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # a couple of minutes
+    python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
 Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16.
 """
@@ -65,8 +65,9 @@ def get_config(preset="normal"):
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
         config.pretrain.diffusion.update(steps=900, lr=1e-3)
-        config.pretrain.backbone.steps = 450
-        config.pretrain.scenes = 8192
+        config.pretrain.backbone.steps = 400
+        config.pretrain.backbone.batch.captions = 12
+        config.pretrain.scenes = 6144
         config.pretrain.crowded = 4096
         config.gvu.update(prompts=12, group=12)
         config.eval.update(every=30, batches=4, choices=48)

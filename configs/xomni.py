@@ -7,6 +7,8 @@
 Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation)
 or plain text, one a line. Where the published code and the paper differ, the comment says so.
 """
+import os
+
 from ml_collections import ConfigDict
 
 PROMPTS = 50_000                   # of the paper
@@ -16,7 +18,7 @@ EPOCHS = 4
 def get_config():
     config = ConfigDict()
     config.seed = 0
-    config.cache = "~/.cache/gvu_jax"
+    config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")       # compiled programs
 
     config.model = ConfigDict()
     config.model.checkpoint = "checkpoints/xomni"                        # a folder that gvu_jax.convert has written

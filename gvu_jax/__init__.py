@@ -48,18 +48,20 @@ def load(path):
     config = ConfigDict(json.loads((path / "config.json").read_text()))
     umm, base = checkpoint.load_model(base_of_run(path, config), config.model.get("override", {}))
     checkpoints = checkpoint.Checkpoints(path)
-    step = checkpoints.latest()
-    if step is None:
-        raise FileNotFoundError(f"{path} has no checkpoint yet: the run ended before its first one")
-    like = jax.eval_shape(lambda: gvu.init_trainable(base, config, jax.random.key(0)))
-    trainable = checkpoints.load(step, trainable=like)["trainable"]
-    checkpoints.close()
+    try:
+        step = checkpoints.latest()
+        if step is None:
+            raise FileNotFoundError(f"{path} has no checkpoint yet: the run ended before its first one")
+        like = jax.eval_shape(lambda: gvu.init_trainable(base, config, jax.random.key(0)))
+        trainable = checkpoints.load(step, trainable=like)["trainable"]
+    finally:
+        checkpoints.close()
     return Model(umm, gvu.policy_params(base, trainable, config.lora))
 
 
 def base_of_run(workdir, config):
     """The model folder that a run started from: its own copy, or the converted checkpoint that its config names."""
-    return Path(workdir) / "base" if (Path(workdir) / "base").exists() else Path(config.model.checkpoint)
+    return Path(workdir) / "base" if (Path(workdir) / "base").exists() else Path(config.model.checkpoint).expanduser()
 
 
 class Model:
@@ -77,6 +79,8 @@ class Model:
         A picture depends on the seed and on its place in the list, not on `batch`, the prompts drawn at a time.
         progress: called with the number of finished prompts after each batch.
         """
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError("prompts is a list of at least one text")
         how = dataclasses.replace(how, images_per_prompt=images_per_prompt)
         keys = jax.random.split(jax.random.key(seed))
         lengths, batch, pictures = self.umm.lengths(prompts), min(batch, len(prompts)), []

@@ -141,12 +141,15 @@ def init(umm, key):
 
 
 class Checkpoints:
-    """The sequence of training states of one run: the newest `keep` are kept, each is written whole or not at all."""
+    """The sequence of training states of one run: the newest `keep` are kept, each is written whole or not at all.
 
-    def __init__(self, workdir, keep=2):
+    Only the run itself opens them for writing, which clears away what an earlier sitting left half-written.
+    """
+
+    def __init__(self, workdir, keep=2, writing=False):
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            Path(workdir).absolute() / "checkpoints", preservation_policy=policy, cleanup_tmp_directories=True)
+            Path(workdir).absolute() / "checkpoints", preservation_policy=policy, cleanup_tmp_directories=writing)
 
     def latest(self):
         """The step of the newest state, or None."""

@@ -117,7 +117,7 @@ def vision_config(encoder, transform, folder, vit, projector):
             mlp_hidden=vit["blocks.0.mlp.fc1.weight"].shape[0], pos_table_side=side,
             codebook_size=projector["quantize.embedding.weight"].shape[0],
             codebook_dim=projector["quantize.embedding.weight"].shape[1],
-            z_channels=projector["post_quant_conv.weight"].shape[0])
+            z_channels=projector["post_quant_conv.weight"].shape[0], **_groups(folder))
     except (KeyError, IndexError) as error:
         raise ValueError(f"the image tokenizer's files have no key {error}") from error
     for name in ("codebook_size", "codebook_dim", "z_channels"):
@@ -126,6 +126,12 @@ def vision_config(encoder, transform, folder, vit, projector):
     if transform["patch_size"] != patch:
         raise ValueError(f"{transform.path} says patch_size = {transform['patch_size']}, the tensors {patch}")
     return config
+
+
+def _groups(folder):
+    beside = folder / "config.json"
+    groups = Described(beside).get("groupnorm_groups") if beside.is_file() else None
+    return {"groups": groups} if groups else {}
 
 
 def _heads(encoder, folder):

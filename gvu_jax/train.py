@@ -39,6 +39,10 @@ def main(_):
 def train(config, workdir):
     """Runs the whole training described by `config` (ConfigDict) in `workdir`. Returns the run's summary (dict)."""
     gvu.check(config)
+    if min(config.log_every, config.checkpoint_every, config.eval.every) < 1:
+        raise ValueError("log_every, checkpoint_every and eval.every must be at least 1")
+    how = How(images_per_prompt=config.gvu.group, **config.sampling)
+    optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -57,12 +61,10 @@ def train(config, workdir):
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
-    how = How(images_per_prompt=config.gvu.group, **config.sampling)
-    optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
     method = gvu.GvU(umm, config, how, optimizer)
     root = jax.random.key(config.seed)
     state = gvu.init_state(base, config, optimizer, jax.random.fold_in(root, 0))
-    checkpoints = checkpoint.Checkpoints(workdir)
+    checkpoints = checkpoint.Checkpoints(workdir, writing=True)
     resumed = checkpoints.latest()
     if resumed is not None:
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
@@ -141,7 +143,7 @@ def claim(workdir, config):
     """
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
-    if path.exists():
+    if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
         theirs = json.loads(path.read_text())
         ignored = ("steps", "cache")
         flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (

@@ -108,7 +108,7 @@ class XOmni:
                 [ids + stop for ids in self._ids(list(texts))])
 
     def lengths(self, texts, questions=None, end=False):
-        """The smallest padded lengths that hold all of `texts`, rounded up to a multiple of 4."""
+        """The smallest padded lengths that hold all of `texts`; of prompt and words, rounded up to a multiple of 4."""
         parts = self._encode(texts, questions or [self.instruction] * len(texts), end)
         up = lambda n: -(-n // 4) * 4
         return Lengths(*(max(map(len, part)) if i == 1 else up(max(map(len, part))) for i, part in enumerate(parts)))
@@ -234,6 +234,8 @@ class XOmni:
         """
         (S, L), B = prompts.words.shape, seen.shape[0]
         K = S // B
+        if K > 1 and self.ar.sliding_window is not None:
+            raise ValueError("texts of one picture cannot share a row under a sliding window: pass the picture K times")
         asked, asked_mask = self._asked(seen, jax.tree.map(lambda x: x[::K], prompts))              # [B, C]
         C = asked.shape[1]
         said, said_mask = prompts.words[:, :-1], prompts.words_mask[:, :-1]                         # [B*K, L-1]

@@ -1,9 +1,11 @@
 """A tiny untrained model of the shapes world, and where the golden data is."""
 import importlib.util
+import json
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,8 +57,17 @@ def converted(fixtures, tmp_path_factory):
     """The golden checkpoint as a model folder."""
     from gvu_jax import convert
     folder = tmp_path_factory.mktemp("converted") / "model"
-    convert.convert(fixtures / "xomni", folder)
+    told = json.loads((fixtures / "xomni/config.json").read_text())
+    convert.convert(fixtures / "xomni", folder, image_size=told["vision_config"]["transform"]["short_size"])
     return folder
+
+
+def assert_same_picture(pixels, expected):
+    """pixels [H, W, 3] in [0, 1] against the recorded bytes: exact but where the recorded float lies so near to a half
+    that float32 rounding decides."""
+    drawn = np.round(np.asarray(pixels) * 255).astype(int)
+    away = np.abs(np.asarray(expected["image_float"])[0] * 255 - drawn)
+    np.testing.assert_array_less(np.where(drawn == expected["image_uint8"], 0, away), 0.502)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conftest import assert_same_picture
 from gvu_jax.models import flux, siglip_vq, vae
 
 PLAIN = [
@@ -245,7 +246,7 @@ def test_from_tokens_to_the_picture(golden, fixtures):
                                               latents=vae.from_latents(flux.unpack(final, grid), vae_config))
     pixels = np.asarray(vae.to_pixels(raw))
     np.testing.assert_allclose(pixels, expected["image_float"], atol=5e-4)
-    np.testing.assert_array_equal(np.round(pixels[0] * 255).astype(np.uint8), expected["image_uint8"])
+    assert_same_picture(pixels[0], expected)
 
 
 # ------------------------------------------------------------------ contracts

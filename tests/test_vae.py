@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from conftest import assert_same_picture
 from gvu_jax.models import vae
 
 TINY = [
@@ -84,7 +85,7 @@ def test_from_diffusion_latents_to_picture(golden):
     np.testing.assert_allclose(to_channels_first(raw), expected["loop_vae_raw"], atol=5e-4)
     pixels = np.asarray(vae.to_pixels(raw))
     np.testing.assert_allclose(pixels, expected["image_float"], atol=5e-4)
-    np.testing.assert_array_equal(np.round(pixels[0] * 255).astype(np.uint8), expected["image_uint8"])
+    assert_same_picture(pixels[0], expected)
 
 
 # ------------------------------------------------------------------ contracts

@@ -67,7 +67,7 @@ class GvU:
         check(config)
         self.umm, self.config, self.optimizer = umm, config, optimizer
         self.programs = compile_programs(umm, how)
-        self.policy = jax.jit(functools.partial(policy_params, lora_config=config.lora))
+        self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.mean = jax.jit(rewards.geometric_mean)
         self.update = jax.jit(self._update, donate_argnums=0)
 
@@ -76,7 +76,7 @@ class GvU:
         return self.programs.sample(policy, prompts, key)
 
     def render(self, base, image_tokens, prompts, key):
-        """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens themselves."""
+        """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens. prompts: one row per prompt."""
         return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
 
     def reward(self, base, policy, image_tokens, pixels, prompts):
@@ -127,7 +127,8 @@ class GvU:
             zeros = jax.tree.map(jnp.zeros_like, trainable)
             grads, (metrics, logps) = jax.lax.scan(slice_step, zeros, (batches, old_logps))
             updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
-            metrics = jax.tree.map(jnp.mean, metrics) | {"grad_norm": optax.tree.norm(grads)}
+            largest = jnp.max(metrics["ratio_max"])
+            metrics = jax.tree.map(jnp.mean, metrics) | {"ratio_max": largest, "grad_norm": optax.tree.norm(grads)}
             old_logps = jnp.where(i == 0, logps, old_logps)
             return (optax.apply_updates(trainable, updates), opt_state, old_logps), metrics
 
@@ -160,8 +161,11 @@ def check(config):
     gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
     if gvu.group < 2:
         raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
-    if samples % gvu.micro_batches:
+    if gvu.micro_batches < 1 or samples % gvu.micro_batches:
         raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
+    if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:
+        raise ValueError(f"with gvu.anchor, the {samples // gvu.micro_batches} samples of a micro-batch must be a "
+                         f"multiple of {ANCHORED}")
     if gvu.inner_steps < 1:
         raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
     if config.reward.teacher not in ("base", "policy"):

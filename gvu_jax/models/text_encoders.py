@@ -207,7 +207,7 @@ class ClipText(nn.Module):
         The pooled vector is `last` at the first end-of-text token, or at position 0 where there is none. A config with
         eos_token_id 2 means the largest id of the row: the tokenizer's end of text is the last one of its vocabulary.
         """
-        c, (B, T) = self.config, ids.shape
+        c, T = self.config, ids.shape[1]
         if T > c.max_position_embeddings:
             raise ValueError(f"{T} ids, but the text encoder has positions for {c.max_position_embeddings}")
         positions = self.param("position_embedding", nn.initializers.normal(0.02),

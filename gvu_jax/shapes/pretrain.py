@@ -29,10 +29,13 @@ from gvu_jax.shapes import world
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.umm import XOmni
 
+STAGES = 1         # to be raised when a stage changes what comes out: no older base is then taken for a new one
+
 
 def base_folder(config):
     """Where the base of this config is cached: <config.cache>/base-<hash of what shapes it>."""
     shaping = {name: config[name].to_dict() for name in ("model", "world", "pretrain")}
+    shaping["version"] = (checkpoint.FORMAT, STAGES)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"base-{digest}"
 
@@ -187,7 +190,7 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
         mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
         return {"tokens": umm.see(params, pixels).reshape(-1, N), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
 
-    data = [jax.device_get(prepare(params, chunk)) for chunk in np.split(pixels, len(pixels) // 256)]
+    data = [jax.device_get(prepare(params, chunk)) for chunk in np.array_split(pixels, -(-len(pixels) // 256))]
     data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}
 
     def loss(trained, batch, key):
@@ -223,7 +226,7 @@ def train_backbone(umm, params, scenes, settings, rng, key):
     """Next-token prediction both ways, through the very calls that GvU uses. How unequal the diet of the two branches
     is decides how weak generation starts."""
     see = jax.jit(umm.see)
-    chunks = np.split(scenes, len(scenes) // 512)
+    chunks = np.array_split(scenes, -(-len(scenes) // 512))
     seen = np.concatenate([jax.device_get(see(params, world.render(chunk, rng))) for chunk in chunks])
     forbidden = world.compositions(world.split_prompts()[1])
     K = settings.captions_per_scene

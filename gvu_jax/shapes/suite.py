@@ -21,7 +21,7 @@ def choose_prompts(metas, count, rng):
 
 
 def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed):
-    """The suite for prompts `metas`, with `choices` questions in each test; no test mentions what is `forbidden`."""
+    """The suite for prompts `metas`, with `choices` questions in each test; four_way mentions nothing `forbidden`."""
     rng, place = np.random.default_rng(seed), world.World(side=umm.grid[0])
     tests = {"four_way": world.four_way(rng, world.sample_scenes(rng, 4096, place), choices, forbidden)}
     tests |= {kind: world.hard_pairs(rng, kind, choices, place) for kind in world.HARD_KINDS}
