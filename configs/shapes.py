@@ -19,6 +19,7 @@ def get_config(preset="normal"):
     config.steps = 180
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
 
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)                      # -1: all devices that the others leave
     config.world = dict(side=3, max_objects=5)
 
     # ---- the model: X-Omni's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
@@ -49,7 +50,7 @@ def get_config(preset="normal"):
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     config.reward = dict(teacher="base", view="pixels")
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, anchor=4.0, advantage_eps=1e-4,
-                      inner_steps=1, micro_batches=1)
+                      inner_steps=1, micro_batches=1, waves=1)
     # Full fine-tuning learns more in the same time than an adapter does. An adapter on what only drawing runs
     # (lora.rank=32 lora.targets=mm_head) leaves understanding what it was bit for bit; drawing learns half as much.
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")

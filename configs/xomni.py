@@ -20,11 +20,14 @@ def get_config():
     config.seed = 0
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")       # compiled programs
 
+    # What fits where: launch/README.md, or python -m gvu_jax.plan. tensor divides the 28 query and 4 key/value heads.
+    config.mesh = dict(data=1, fsdp=-1, tensor=4)
+
     config.model = ConfigDict()
     config.model.checkpoint = "checkpoints/xomni"                        # a folder that gvu_jax.convert has written
     # Over what the checkpoint says: 36 x 36 tokens of 16 px; fewer diffusion steps than for final pictures would do.
     config.model.override = dict(grid=(36, 36), instruction="Describe the image in detail.")
-    config.model.remat = True                                            # recompute layers in the backward pass
+    config.model.remat = "all"                                           # recompute layers in the backward pass
 
     config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl")
 
@@ -33,7 +36,7 @@ def get_config():
     # The published code means the frozen base to be the teacher but leaves the adapter on ("policy").
     config.reward = dict(teacher="base", view="pixels")
     config.gvu = dict(prompts=16, group=8, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
-                      inner_steps=1, micro_batches=8)
+                      inner_steps=1, micro_batches=8, waves=1)
     config.lora = dict(rank=8, alpha=32, targets=r"_proj")               # the published list adapts every matrix
     config.optim = dict(lr=1e-6, warmup=0, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0)
 

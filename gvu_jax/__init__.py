@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from gvu_jax import checkpoint, rewards
+from gvu_jax import checkpoint, rewards, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models import siglip_vq
 from gvu_jax.sampling import How
@@ -34,20 +34,21 @@ class Score:
     probabilities: np.ndarray          # [words] float32: the product over a word's tokens
 
 
-def load(path):
+def load(path, mesh=None):
     """A `Model` from a model folder, or from the newest checkpoint of a run's folder.
 
+    mesh: sharding.make_mesh(..); None spreads the parameters over all devices.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
-    path = Path(path)
+    path, mesh = Path(path), mesh or sharding.make_mesh()
     if (path / "metadata.json").exists():
-        return Model(*checkpoint.load_model(path))
+        return Model(*checkpoint.load_model(path, mesh), mesh)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is neither a model folder (metadata.json) nor a run (config.json)")
     from ml_collections import ConfigDict
     config = ConfigDict(json.loads((path / "config.json").read_text()))
-    umm, base = checkpoint.load_model(base_of_run(path, config), config.model.get("override", {}))
-    checkpoints = checkpoint.Checkpoints(path)
+    umm, base = checkpoint.load_model(base_of_run(path, config), mesh, config.model.get("override", {}))
+    checkpoints = checkpoint.Checkpoints(path, mesh)
     try:
         step = checkpoints.latest()
         if step is None:
@@ -56,7 +57,7 @@ def load(path):
         trainable = checkpoints.load(step, trainable=like)["trainable"]
     finally:
         checkpoints.close()
-    return Model(umm, gvu.policy_params(base, trainable, config.lora))
+    return Model(umm, gvu.policy_params(base, trainable, config.lora), mesh)
 
 
 def base_of_run(workdir, config):
@@ -68,10 +69,11 @@ class Model:
     """A unified model and its parameters. Texts are lists; pictures are uint8 [B, H, W, 3] or float in [0, 1], or a
     list of them, of several sizes where the model fits pictures to itself."""
 
-    def __init__(self, umm, params):
-        self.umm, self.params = umm, params
-        self._sample = jax.jit(umm.sample_image, static_argnames="how")
-        self._render, self._see, self._read = jax.jit(umm.render), jax.jit(umm.see), jax.jit(umm.text_logps)
+    def __init__(self, umm, params, mesh):
+        self.umm, self.params, self.mesh = umm, params, mesh
+        self._sample = sharding.Program(umm.sample_image, mesh, static_argnames="how")
+        self._render, self._see, self._read = (
+            sharding.Program(call, mesh) for call in (umm.render, umm.see, umm.text_logps))
 
     def generate(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=16, progress=None):
         """Draws pictures: uint8 [prompts, images_per_prompt, H, W, 3].
@@ -86,9 +88,10 @@ class Model:
         lengths, batch, pictures = self.umm.lengths(prompts), min(batch, len(prompts)), []
         for start in range(0, len(prompts), batch):
             rows = [prompts[i % len(prompts)] for i in range(start, start + batch)]     # the last batch is filled up
-            encoded, first = self.umm.encode_prompts(rows, lengths), start * images_per_prompt
-            tokens, _ = self._sample(self.params, encoded, keys[0], how=how, first=first)
-            pixels = self._render(self.params, tokens, encoded, keys[1], first=first)
+            encoded = self.umm.encode_prompts(rows, lengths)
+            index = start * images_per_prompt + np.arange(batch * images_per_prompt)
+            tokens, _ = self._sample(self.params, encoded, keys[0], how=how, index=index)
+            pixels = self._render(self.params, tokens, encoded, keys[1], index=index)
             pictures.append(np.asarray(jnp.round(pixels * 255), np.uint8).reshape(batch, images_per_prompt,
                                                                                   *pixels.shape[1:]))
             if progress:
@@ -121,7 +124,9 @@ class Model:
         """The model's most probable answer to one question about each picture: a list of strings."""
         answers = [None] * len(images)
         for rows, seen in self._look(images):
-            for i, text in zip(rows, self.umm.answer(self.params, seen, question, jax.random.key(0))):
+            with jax.set_mesh(self.mesh):
+                texts = self.umm.answer(self.params, seen, question, jax.random.key(0))
+            for i, text in zip(rows, texts):
                 answers[i] = text
         return answers
 

@@ -21,6 +21,7 @@ from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
 
+from gvu_jax import sharding
 from gvu_jax.metrics import replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.umm import XOmni
@@ -74,8 +75,9 @@ def read_metadata(folder):
                  diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
 
 
-def load_model(folder, override=()):
-    """A model folder -> (umm, params), each array in the dtype it is stored in.
+def load_model(folder, mesh=None, override=()):
+    """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh: a model
+    too large for one device is never whole in one place. mesh: None takes all devices.
 
     override: fields of the umm that take the place of the folder's (a run's config.model.override), e.g. {"grid": [36,
     36]}. Raises ValueError or FileNotFoundError with one line that says what is wrong.
@@ -88,7 +90,7 @@ def load_model(folder, override=()):
             name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in dict(override).items()})
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
-    return umm, ocp.load(folder / "params", placed(stored_shapes(folder, umm)))
+    return umm, ocp.load(folder / "params", sharding.place(stored_shapes(folder, umm), mesh or sharding.make_mesh()))
 
 
 def stored_shapes(folder, umm):
@@ -107,29 +109,6 @@ def stored_shapes(folder, umm):
     return traverse_util.unflatten_dict(shapes, sep="/")
 
 
-SMALL = 2 ** 20          # elements; spreading a smaller array over devices saves less memory than it costs time
-
-
-def placed(tree):
-    """Shapes of arrays and where each is to be loaded: what Orbax wants to know before it reads.
-
-    With several devices, an array is spread over all of them along its longest axis that divides evenly, and a small
-    one lies on each: a model too large for one device is loaded without ever being whole in one place.
-    """
-    devices = jax.devices()
-    if len(devices) == 1:
-        where = lambda x: jax.sharding.SingleDeviceSharding(devices[0])
-    else:
-        mesh = jax.make_mesh((len(devices),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-
-        def where(x):
-            axes = [axis for axis in range(x.ndim) if x.shape[axis] % len(devices) == 0]
-            longest = max(axes, key=lambda axis: x.shape[axis], default=None)
-            spread = () if longest is None or x.size < SMALL else (None,) * longest + ("fsdp",)
-            return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spread))
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), tree)
-
-
 def init(umm, key):
     """Random parameters of all parts; under jax.eval_shape, their shapes."""
     keys = jax.random.split(key, 6)
@@ -143,10 +122,12 @@ def init(umm, key):
 class Checkpoints:
     """The sequence of training states of one run: the newest `keep` are kept, each is written whole or not at all.
 
-    Only the run itself opens them for writing, which clears away what an earlier sitting left half-written.
+    mesh: where states are loaded to, whatever mesh they were saved from; None takes all devices. Only the run itself opens them for writing,
+    which clears away what an earlier sitting left half-written.
     """
 
-    def __init__(self, workdir, keep=2, writing=False):
+    def __init__(self, workdir, mesh=None, keep=2, writing=False):
+        self.mesh = mesh or sharding.make_mesh()
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
             Path(workdir).absolute() / "checkpoints", preservation_policy=policy, cleanup_tmp_directories=writing)
@@ -161,8 +142,9 @@ class Checkpoints:
             step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
 
     def load(self, step, **like):
-        """The items named in `like` (trainable=..., opt_state=...), each restored into the given structure."""
-        return self._checkpointer.load_checkpointables(step, {name: placed(tree) for name, tree in like.items()})
+        """The items named in `like` (trainable=..., opt_state=...: arrays or shapes), each in the given structure."""
+        return self._checkpointer.load_checkpointables(
+            step, {name: sharding.place(tree, self.mesh) for name, tree in like.items()})
 
     def close(self):
         self._checkpointer.close()

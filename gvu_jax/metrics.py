@@ -4,7 +4,7 @@
 and the tests read back with `read_metrics`. The same numbers go to `workdir/tensorboard` where the `[tensorboard]`
 extra is installed. `Progress` tells whoever waits how fast the work goes and when it will be done.
 
-On several hosts only process 0 opens a writer; all values are global by the time they arrive here.
+On several hosts all values are global by the time they arrive here, and only what process 0 writes is kept.
 """
 
 import json
@@ -139,9 +139,10 @@ class Progress:
       label: what the work is called, shown in front.
       done: units finished before this process began, e.g. the step that a run resumes from; they do not count
         towards the rate.
+      silent: shows nothing; on several hosts one process speaks for all.
     """
 
-    def __init__(self, total: int, unit: str, label: str, done: int = 0):
+    def __init__(self, total: int, unit: str, label: str, done: int = 0, silent: bool = False):
         if sys.stderr.isatty():
             look = dict(dynamic_ncols=True)
         else:
@@ -155,7 +156,7 @@ class Progress:
             )
         bytes_ = unit == "B"
         self._bar = tqdm(total=total, unit=unit if bytes_ else f" {unit}", unit_scale=bytes_, desc=label,
-                         initial=done, **look)
+                         initial=done, disable=silent, **look)
 
     def update(self, n: int = 1, **shown: float) -> None:
         """Counts `n` more units as done and shows values such as `reward=0.43` at the end of the line."""

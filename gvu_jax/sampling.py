@@ -61,19 +61,19 @@ def filter_logits(logits, how, negative=None):
     return logits
 
 
-def sample_keys(key, first, count):
-    """One key for each of the samples first .. first + count - 1 of a whole, [count]: a sample depends on its place
-    in the whole, never on the mesh or on how the whole was cut into batches."""
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, first + jnp.arange(count))
+def sample_keys(key, index):
+    """One key for each sample, [S], by its place `index` [S] in the whole: it depends neither on the mesh nor on how the
+    whole was cut into batches."""
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=0, stop=None, negative=None):
+def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=None, stop=None, negative=None):
     """Draws `steps` tokens after each prompt.
 
     model, variables   the backbone (an `xomni.XOmni`) and what its `apply` takes
     tokens, mask       [B, P] int and bool, left-padded prompts
     head, offset       name of the logits method ("image_logits" or "text_logits"), and the id of its first entry
-    first              index of the first sample in the whole that `key` is for
+    index              [B * G] int, the place of each sample in the whole that `key` is for; None: this is the whole
     stop               index that ends a row (it goes on repeating it, at log-probability 0), or None
     negative           ids [M] of the context without a prompt, same for all rows; needed with guidance
     Returns head indices [B * G, steps] int32 and policy log-probabilities [B * G, steps] float32, prompt-major,
@@ -123,7 +123,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, first=
         drawn, logp, done = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), done)
         return (tuple(advance(context, drawn, t) for context in contexts), done), (drawn, logp)
 
-    keys = sample_keys(key, first, rows)
+    keys = sample_keys(key, jnp.arange(rows) if index is None else index)
     contexts = (prefill(tokens, mask),)
     if how.guidance != 1.0:
         contexts += (prefill(negative[None], jnp.ones((1, len(negative)), bool)),)

@@ -6,10 +6,9 @@
     understand   pictures with several captions each: how often does the model find the true one most probable?
 """
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gvu_jax import rewards
+from gvu_jax import rewards, sharding
 
 
 class Suite:
@@ -27,20 +26,23 @@ class Suite:
         self.rows = batch * group                                   # samples, or rows of reading, in one call
         self.batches = [metas[i:i + batch] for i in range(0, len(metas), batch)]
         self.key, self.judge, self.tests = jax.random.key(seed), judge, dict(tests)
-        self.mean = jax.jit(rewards.geometric_mean)
+        self.mesh = programs.sample.mesh
+        self.mean = sharding.Program(rewards.geometric_mean, self.mesh)
 
     def draw(self, policy, teacher):
         """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
         [prompts, G, H, W, 3], right bool [prompts, G] or None). policy draws, teacher scores; both are params."""
         pictures, right, scores = [], [], []
         for i, metas in enumerate(self.batches):
-            prompts = self.umm.encode_prompts([meta["prompt"] for meta in metas], self.lengths)
-            keys = jax.random.split(jax.random.fold_in(self.key, i))
+            texts = [meta["prompt"] for meta in metas]
+            prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
+                                for times in (1, self.group))
+            keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), self.mesh)
             tokens, _ = self.programs.sample(policy, prompts, keys[0])
             pixels = self.programs.render(policy, tokens, prompts, keys[1])
-            logps, mask = self.programs.read(teacher, self.programs.see(teacher, pixels), prompts.repeat(self.group))
-            scores.append(np.asarray(self.mean(logps, mask)))
-            pixels = np.asarray(pixels)
+            logps, mask = self.programs.read(teacher, self.programs.see(teacher, pixels), grouped)
+            reward, pixels = sharding.fetch((self.mean(logps, mask), pixels))
+            scores.append(reward)
             if self.judge:
                 right.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
             pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
@@ -68,9 +70,9 @@ class Suite:
         for start in range(0, len(texts), self.rows):
             # The last call is filled up by repeating its first rows: one set of shapes, one compilation.
             rows = (start + np.arange(self.rows)) % len(texts)
-            prompts = self.umm.encode_prompts([texts[i] for i in rows], self.lengths)
-            seen = self.programs.see(params, jnp.asarray(pictures[index[rows]]))
-            scores.append(np.asarray(self.mean(*self.programs.read(params, seen, prompts))))
+            prompts = sharding.place_prompts(self.umm, [texts[i] for i in rows], self.lengths, self.mesh)
+            seen = self.programs.see(params, sharding.put(pictures[index[rows]], self.mesh))
+            scores.append(sharding.fetch(self.mean(*self.programs.read(params, seen, prompts))))
         scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
         return float((scores.argmax(axis=1) == 0).mean())
 

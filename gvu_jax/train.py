@@ -2,24 +2,29 @@
 
     python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR [--config.key=value ...]
 
-Order: config -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop -> report.
+Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop -> report.
 DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
 stopped goes on when the same command is given again.
+
+On several hosts the same command runs on each of them, with a DIR that all of them see: --hosts=auto where the machines
+know each other (TPU pods, Slurm), else --hosts=ADDRESS:PORT,COUNT,INDEX with the address of process 0. Each process
+encodes the prompts of its own devices; process 0 writes metrics and pictures; checkpoints are written by all.
 """
 import dataclasses
 import json
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from clu import parameter_overview
 from ml_collections import config_flags
 
-from gvu_jax import checkpoint, cli, data, optim
+import gvu_jax
+from gvu_jax import checkpoint, cli, data, optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import MetricsWriter, Progress, replace_file
 from gvu_jax.report import image_grid, write_report
@@ -28,17 +33,21 @@ from gvu_jax.suite import Suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.", required=True)
+_HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: this is process INDEX of COUNT.")
 
 
 def main(_):
     if _CONFIG.value is None:
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
+    if _HOSTS.value:
+        sharding.join_hosts(_HOSTS.value)
     train(_CONFIG.value, Path(_WORKDIR.value))
 
 
 def train(config, workdir):
     """Runs the whole training described by `config` (ConfigDict) in `workdir`. Returns the run's summary (dict)."""
     gvu.check(config)
+    mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     if min(config.log_every, config.checkpoint_every, config.eval.every) < 1:
         raise ValueError("log_every, checkpoint_every and eval.every must be at least 1")
     how = How(images_per_prompt=config.gvu.group, **config.sampling)
@@ -46,10 +55,15 @@ def train(config, workdir):
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-    claim(workdir, config)
+    if first_process:
+        claim(workdir, config)
+        prepare_base(config, workdir)
+    sharding.wait_for_all("the base model")
+    notes = workdir if first_process else Path(tempfile.mkdtemp())      # what other processes write, nobody reads
+    (notes / "samples").mkdir(parents=True, exist_ok=True)
 
     # ---- base model: pretrained here, or converted before -------------------------------------------------------
-    umm, base = load_base(config, workdir)
+    umm, base = load_base(config, workdir, mesh)
     summary = json.loads(path.read_text()) if (path := workdir / "summary.json").exists() else {}
     timings = summary.setdefault("timings", {"pretraining": 0.0, "training": 0.0, "evaluation": 0.0})   # seconds,
     timings["pretraining"] += time.time() - started                             # summed over the sittings of a run
@@ -61,21 +75,21 @@ def train(config, workdir):
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
-    method = gvu.GvU(umm, config, how, optimizer)
+    method = gvu.GvU(umm, config, how, optimizer, mesh)
     root = jax.random.key(config.seed)
-    state = gvu.init_state(base, config, optimizer, jax.random.fold_in(root, 0))
-    checkpoints = checkpoint.Checkpoints(workdir, writing=True)
+    state = method.init(base, sharding.put(jax.random.fold_in(root, 0), mesh))
+    checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
     resumed = checkpoints.latest()
     if resumed is not None:
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
-        state = gvu.State(jnp.asarray(resumed, jnp.int32), saved["trainable"], saved["opt_state"])
+        state = gvu.State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
     suite = build_suite(config, umm, method.programs, held_out, lengths)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first = int(state.step)
     # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
-    with (MetricsWriter(workdir, resume_step=-1 if resumed is None else resumed) as writer,
-          Progress(config.steps, "step", "GvU", done=first) as progress):
+    with (MetricsWriter(notes, resume_step=-1 if resumed is None else resumed) as writer,
+          Progress(config.steps, "step", "GvU", done=first, silent=not first_process) as progress):
 
         def evaluate(step, thorough):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
@@ -90,11 +104,11 @@ def train(config, workdir):
                                 f"understanding_{moment}": understanding, f"auc_{moment}": areas})
                 if step == 0:
                     summary["auc"] = areas
-                replace_file(workdir / "summary.json", json.dumps(summary, indent=1))
+                replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             writer.write(step, values)
             name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
             picture = sample_grid(suite, pictures, right)
-            picture.save(workdir / "samples" / f"{name}.png")
+            picture.save(notes / "samples" / f"{name}.png")
             writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
 
@@ -103,10 +117,10 @@ def train(config, workdir):
         began, evaluating = time.time(), timings["evaluation"]
         for step in range(first, config.steps):
             clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == first else None)
-            metas = data.batch(stream, step, config.gvu.prompts)
-            prompts = jax.device_put(umm.encode_prompts([meta["prompt"] for meta in metas], lengths))
-            grouped = prompts.repeat(config.gvu.group)
-            key_sample, key_render = jax.random.split(jax.random.fold_in(root, step + 1))
+            texts = [meta["prompt"] for meta in data.batch(stream, step, config.gvu.prompts)]
+            prompts, grouped = (sharding.place_prompts(umm, texts, lengths, mesh, times)
+                                for times in (1, config.gvu.group))
+            key_sample, key_render = sharding.put(tuple(jax.random.split(jax.random.fold_in(root, step + 1))), mesh)
             policy = method.policy(base, state.trainable)
 
             image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
@@ -128,9 +142,10 @@ def train(config, workdir):
         timings["training"] += time.time() - began - (timings["evaluation"] - evaluating)
 
     checkpoints.close()
-    replace_file(workdir / "summary.json", json.dumps(summary, indent=1))
-    report = write_report(workdir)
-    print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
+    replace_file(notes / "summary.json", json.dumps(summary, indent=1))
+    if first_process:
+        report = write_report(workdir)
+        print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
     return summary
 
 
@@ -139,13 +154,14 @@ def train(config, workdir):
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
 
-    A longer run may continue a shorter one, so `steps` may differ. Raises ValueError naming the settings that do not.
+    A longer run may continue a shorter one, and another mesh may do so: `steps` and `mesh` may differ. Raises ValueError
+    naming the other settings that do.
     """
-    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
         theirs = json.loads(path.read_text())
-        ignored = ("steps", "cache")
+        ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
         flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (
             flat(x, f"{at}{name}.") if isinstance(x, dict) else {f"{at}{name}": x}).items()}
         mine, other = flat(ours), flat(theirs)
@@ -156,25 +172,27 @@ def claim(workdir, config):
     replace_file(path, json.dumps(ours, indent=1))
 
 
-def load_base(config, workdir):
-    """(umm, params) of the model that training starts from. A pretrained tiny base is copied into the run's folder,
-    which thereby needs nothing else; a converted checkpoint stays where config.model.checkpoint says."""
-    if config.model.get("checkpoint"):
-        folder = Path(config.model.checkpoint).expanduser()
-        if not folder.exists():
-            raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                    f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
-    else:
-        folder = workdir / "base"
-        if not folder.exists():
-            from gvu_jax.shapes import pretrain
-            cached = pretrain.ensure_base(config)
-            partial = workdir / "base.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(cached, partial)
-            partial.rename(folder)
-    umm, params = checkpoint.load_model(folder, config.model.get("override", {}))
-    return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=config.model.get("remat", False))), params
+def prepare_base(config, workdir):
+    """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else."""
+    folder = workdir / "base"
+    if config.model.get("checkpoint") or folder.exists():
+        return
+    from gvu_jax.shapes import pretrain
+    cached, partial = pretrain.ensure_base(config), workdir / "base.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(cached, partial)
+    partial.rename(folder)
+
+
+def load_base(config, workdir, mesh):
+    """(umm, params) of the model that training starts from: the run's own copy of a tiny base, or a converted checkpoint,
+    which stays where config.model.checkpoint says."""
+    if not (folder := gvu_jax.base_of_run(workdir, config)).exists():
+        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
+                                f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
+    umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}))
+    remat = config.model.get("remat", "nothing")
+    return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 
 
 def prompts_of(config):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from gvu_jax import sampling
+from gvu_jax import sampling, sharding
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 
 T5_LENGTH = 512         # tokens of a prompt that the published diffusion head reads
@@ -153,16 +153,16 @@ class XOmni:
     def _variables(self, params):
         return {"params": params["ar"]} | ({"lora": params["adapter"]} if "adapter" in params else {})
 
-    def sample_image(self, params, prompts, key, how, first=0):
+    def sample_image(self, params, prompts, key, how, index=None):
         """Draws how.images_per_prompt pictures a prompt: codes [B*G, N] int32 and the policy's log-probs [B*G, N].
 
-        first: index of the first sample in the whole that `key` is for (0 where this batch is the whole).
+        index: [B*G] int, the place of each sample in the whole that `key` is for; None where this batch is the whole.
         """
         negative = jnp.array(self._ids(self.image_header), jnp.int32)
+        backbone = sharding.constrain({name: params[name] for name in ("ar", "adapter") if name in params}, "rollout")
         return sampling.decode(
-            xomni.XOmni(self.ar), self._variables(params), prompts.tokens, prompts.mask, key, how,
-            steps=self.image_tokens, head="image_logits", offset=self.ar.vocab_size, first=first,
-            negative=negative)
+            xomni.XOmni(self.ar), self._variables(backbone), prompts.tokens, prompts.mask, key, how,
+            steps=self.image_tokens, head="image_logits", offset=self.ar.vocab_size, index=index, negative=negative)
 
     def image_logps(self, params, prompts, image_tokens):
         """log pi(I_t | prompt, I_<t) of given pictures in one forward. image_tokens [B, N] -> [B, N] float32."""
@@ -174,17 +174,17 @@ class XOmni:
         logits = model.apply(variables, hidden[:, -N:], method="image_logits")                      # [B, N, V]
         return gather_logps(logits, image_tokens)
 
-    def render(self, params, image_tokens, prompts, key, first=0):
+    def render(self, params, image_tokens, prompts, key, index=None):
         """Image tokens [B*G, N] of B prompts -> pixels [B*G, H, W, 3] float32 in [0, 1], on the grid of 8 bits.
 
-        A prompt is encoded once for its G pictures. A head without text encoders does not read it at all: nothing can
+        index as in `sample_image`. A prompt is encoded once for its G pictures. A head without text encoders does not read it at all: nothing can
         reach the pixels then except through the tokens.
         """
         S = image_tokens.shape[0]
         siglip = siglip_vq.SiglipVQ(self.vision).apply(
             {"params": params["vision"]}, image_tokens, self.grid, method="decode")                 # [S, r, c, Z]
         noise = jax.vmap(lambda k: jax.random.normal(k, (self.image_tokens, self.flux.in_channels)))(
-            sampling.sample_keys(key, first, S))                                                    # [S, N, C]
+            sampling.sample_keys(key, jnp.arange(S) if index is None else index))                   # [S, N, C]
         if self.t5 is None:
             context = jnp.zeros((S, 1, self.flux.joint_attention_dim))
             pooled = jnp.zeros((S, self.flux.pooled_projection_dim))
@@ -277,14 +277,39 @@ def gather_logps(logits, ids):
 
 
 class Programs(NamedTuple):
-    """The compiled calls that sampling, evaluation and every method share; each compiles once per set of shapes."""
+    """The compiled calls that sampling, evaluation and every method share; each compiles once per set of shapes.
+
+    Samples are drawn and read in waves, one after the other, where all at once would not fit into memory.
+    """
     sample: Any          # (params, prompts [B], key)            -> image_tokens [B*G, N], logps [B*G, N]
     render: Any          # (params, image_tokens [S], prompts [B], key) -> pixels [S, H, W, 3]
     see: Any             # (params, pixels)                      -> seen
     read: Any            # (params, seen, prompts [S])           -> logps [S, L], mask [S, L]
 
 
-def compile_programs(umm, how):
-    """jit of the interface for one way of sampling."""
-    return Programs(sample=jax.jit(functools.partial(umm.sample_image, how=how)), render=jax.jit(umm.render),
-                    see=jax.jit(umm.see), read=jax.jit(umm.text_logps))
+def compile_programs(umm, how, mesh, waves=1):
+    """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
+    there is one wave."""
+    def in_waves(function, *batch):
+        parts = sharding.split_rows(batch, waves)
+        return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)
+
+    def places(prompts, times):                                                         # [B, G]: of the B*G samples
+        rows = prompts.tokens.shape[0]
+        return jnp.arange(rows * times).reshape(rows, times)
+
+    def sample(params, prompts, key):
+        draw = lambda prompts, place: umm.sample_image(params, prompts, key, how, place.ravel())
+        return in_waves(draw, prompts, places(prompts, how.images_per_prompt))
+
+    def render(params, image_tokens, prompts, key):
+        paint = lambda tokens, prompts, place: umm.render(params, tokens, prompts, key, place.ravel())
+        return in_waves(paint, image_tokens, prompts, places(prompts, len(image_tokens) // len(prompts.tokens)))
+
+    def see(params, pixels):
+        return in_waves(lambda pixels: umm.see(params, pixels), pixels)
+
+    def read(params, seen, prompts):
+        return in_waves(lambda seen, prompts: umm.text_logps(params, seen, prompts), seen, prompts)
+
+    return Programs(*(sharding.Program(function, mesh) for function in (sample, render, see, read)))

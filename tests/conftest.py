@@ -1,8 +1,11 @@
-"""A tiny untrained model of the shapes world, and where the golden data is."""
+"""A tiny untrained model of the shapes world, where the golden data is, and eight devices to divide work among."""
 import importlib.util
 import json
 import os
 from pathlib import Path
+
+ALONE = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np
@@ -10,6 +13,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
+
+
+assert jax.device_count() == 8
+os.environ["XLA_FLAGS"] = ALONE          # the processes that tests start have one device, as their users' have
+
+
+def one_device():
+    """A mesh of one device, for tests that are not about dividing."""
+    from gvu_jax import sharding
+    return sharding.make_mesh({}, jax.devices()[:1])
 
 
 def load_config(name, *preset):
@@ -31,6 +44,7 @@ def tiny_config(tmp_path):
     for stage in ("tokenizer", "diffusion", "backbone"):
         config.pretrain[stage].steps = 4
     config.gvu.update(prompts=6, group=4)
+    config.mesh.data = 1
     config.eval.update(every=2, batches=1, choices=6)
     config.update(steps=4, log_every=1, checkpoint_every=2)
     config.optim.schedule = "constant"       # a schedule over the run's length would change when a run is prolonged

@@ -6,6 +6,8 @@ import numpy as np
 import optax
 import pytest
 
+from conftest import one_device
+
 from gvu_jax import checkpoint
 
 
@@ -18,7 +20,7 @@ def saved(tiny, tmp_path):
 
 def test_a_model_comes_back_as_it_was(tiny, saved):
     _, umm, params = tiny
-    again, loaded = checkpoint.load_model(saved)
+    again, loaded = checkpoint.load_model(saved, one_device())
     for name in ("ar", "vision", "flux", "vae", "grid", "instruction", "diffusion_steps"):
         assert getattr(again, name) == getattr(umm, name)
     jax.tree.map(np.testing.assert_array_equal, params, loaded)
@@ -34,24 +36,24 @@ def test_metadata_that_does_not_fit_is_refused(saved, change, word):
     metadata = json.loads((saved / "metadata.json").read_text())
     (saved / "metadata.json").write_text(json.dumps(metadata | change))
     with pytest.raises(ValueError, match=word):
-        checkpoint.load_model(saved)
+        checkpoint.load_model(saved, one_device())
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="metadata.json"):
-        checkpoint.load_model(tmp_path)
+        checkpoint.load_model(tmp_path, one_device())
 
 
 def test_training_states_are_kept_and_loaded_by_part(tmp_path):
-    trainable = {"ar": {"w": np.arange(6.0, dtype=np.float32)}}
+    trainable = {"ar": {"lm_norm": {"scale": np.arange(6.0, dtype=np.float32)}}}
     opt_state = optax.adam(1e-3).init(trainable)
-    states = checkpoint.Checkpoints(tmp_path, keep=2)
+    states = checkpoint.Checkpoints(tmp_path, one_device(), keep=2)
     assert states.latest() is None
     for step in (1, 2, 3):
         states.save(step, jax.tree.map(lambda x: x + step, trainable), opt_state)
     assert states.latest() == 3
     alone = states.load(3, trainable=trainable)
-    np.testing.assert_array_equal(alone["trainable"]["ar"]["w"], np.arange(6.0) + 3)
+    np.testing.assert_array_equal(alone["trainable"]["ar"]["lm_norm"]["scale"], np.arange(6.0) + 3)
     whole = states.load(2, trainable=trainable, opt_state=opt_state)
     assert jax.tree.structure(whole["opt_state"]) == jax.tree.structure(opt_state)
     states.close()

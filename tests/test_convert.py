@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from conftest import one_device
 from flax import traverse_util
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -98,7 +100,7 @@ def published(fixtures, tmp_path_factory):
 # ------------------------------------------------------------------ what comes out
 
 def test_every_parameter_is_the_one_of_from_torch(fixtures, converted):
-    umm, params = checkpoint.load_model(converted)
+    umm, params = checkpoint.load_model(converted, one_device())
     base = fixtures / "flux/base"
     vit, projector = ({k: v.numpy() for k, v in torch.load(fixtures / "siglip_vq" / name, weights_only=True).items()}
                       for name in ("siglip_vit.pt", "vq_projector.pt"))
@@ -153,7 +155,7 @@ def test_tokenizers_give_the_recorded_ids(fixtures, converted):
 
 
 def test_published_layout_in_shards_keeps_its_dtypes(fixtures, published):
-    umm, params = checkpoint.load_model(published[1])
+    umm, params = checkpoint.load_model(published[1], one_device())
     assert umm.grid == other_size(fixtures)[1]
     assert {leaf.dtype for leaf in jax.tree.leaves(params["ar"])} == {BF16}
     assert {leaf.dtype for leaf in jax.tree.leaves(params["flux"])} == {np.dtype(np.float32)}
@@ -175,7 +177,7 @@ def test_params_that_do_not_fit_the_metadata_are_named(converted, tmp_path):
     edit(tmp_path / "model/metadata.json", ar__intermediate_size=lambda n: n + 8,
          vae__layers_per_block=lambda n: n + 1)
     with pytest.raises(ValueError, match="missing: vae/decoder.*misshapen: ar/layers/layer/mlp/down_proj/kernel"):
-        checkpoint.load_model(tmp_path / "model")
+        checkpoint.load_model(tmp_path / "model", one_device())
 
 
 # ------------------------------------------------------------------ and back
@@ -235,7 +237,7 @@ def test_an_interrupted_conversion_goes_on(fixtures, converted, tmp_path, monkey
     before, writes[:] = list(writes), []
     convert.convert(fixtures / "xomni", tmp_path / "model")
     assert writes and not set(before) & set(writes)
-    one, other = (flat(checkpoint.load_model(folder)[1]) for folder in (converted, tmp_path / "model"))
+    one, other = (flat(checkpoint.load_model(folder, one_device())[1]) for folder in (converted, tmp_path / "model"))
     for path in one:
         same_bytes(one[path], other[path])
     writes[:] = []
@@ -586,7 +588,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     run.mkdir()
     (run / "base").symlink_to(converted)
     (run / "config.json").write_text(config.to_json())
-    umm, params = checkpoint.load_model(converted)
+    umm, params = checkpoint.load_model(converted, one_device())
     trainable = gvu.init_trainable(params, config, jax.random.key(1))
     trainable = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), trainable)
     states = checkpoint.Checkpoints(run)
@@ -604,7 +606,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
 
 @pytest.mark.parametrize("name", ["lora_adapter", "lora_all_adapter"])
 def test_golden_adapters_come_in_and_go_out(fixtures, converted, tmp_path, name):
-    umm, params = checkpoint.load_model(converted)
+    umm, params = checkpoint.load_model(converted, one_device())
     adapter, scale = convert.read_peft(fixtures / "grpo" / name, umm.ar)
     told = json.loads((fixtures / "grpo" / name / "adapter_config.json").read_text())
     assert scale == told["lora_alpha"] / told["r"] and ("mm_head" in adapter) == (name == "lora_all_adapter")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 import gvu_jax
-from conftest import assert_same_picture, load_config
+from conftest import assert_same_picture, load_config, one_device
 from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
@@ -29,7 +29,7 @@ CASES = ("full", "lora", "lora_all")
 @pytest.fixture(scope="module")
 def model(fixtures, converted):
     """(umm, params), drawing the grid and putting the question of the GRPO cases."""
-    umm, params = checkpoint.load_model(converted)
+    umm, params = checkpoint.load_model(converted, one_device())
     told = json.loads((fixtures / "grpo/config.json").read_text())
     return dataclasses.replace(umm, grid=grid_of(told), instruction=told["instruction"]), params
 
@@ -81,13 +81,13 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
 
     settings = ConfigDict(dict(
         gvu=dict(prompts=len(config["prompts"]), group=group, clip=0.2, beta=config["beta"], anchor=0.0,
-                 advantage_eps=config["advantage_eps"], inner_steps=1, micro_batches=1),
+                 advantage_eps=config["advantage_eps"], inner_steps=1, micro_batches=1, waves=1),
         reward=dict(teacher="policy", view="pixels"), lora=dict(rank=0)))
     settings.lora = lora_config or settings.lora
     tokens = jnp.asarray(golden["completion_image_tokens"], jnp.int32)
     ref_logps = jax.jit(umm.image_logps)(base, prompts, tokens)
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
-    method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0))
+    method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
     batch = gvu.Batch(prompts, tokens, ref_logps, advantages, seen=None, word_logps=None)
     grads, (metrics, logps) = jax.jit(jax.grad(method.loss, has_aux=True))(

@@ -2,6 +2,8 @@
 import numpy as np
 import pytest
 
+from conftest import one_device
+
 from gvu_jax.models import vae
 from gvu_jax.shapes import pretrain, suite, world
 from gvu_jax.umm import compile_programs
@@ -73,7 +75,7 @@ def test_an_untrained_model_scores_at_chance(tiny):
     config, umm, params = tiny
     _, held_out = world.split_prompts()
     metas = suite.choose_prompts(held_out, 12, np.random.default_rng(0))
-    shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2)), metas, 6, 2, 60,
+    shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2), one_device()), metas, 6, 2, 60,
                          umm.lengths([meta["prompt"] for meta in held_out]), world.compositions(held_out), 0)
     scores, areas, pictures, right = shapes.draw(params, params)
     assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and right.shape == (12, 2)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import ROOT, tiny_config
+from conftest import ROOT, one_device, tiny_config
 from gvu_jax import optim
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
@@ -32,7 +32,7 @@ def method_of(tiny, **changes):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     optimizer = optim.build(config.optim, 10)
-    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer)
+    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer, one_device())
     state = gvu.init_state(base, config, optimizer, jax.random.key(1))
     texts = ["a photo of a red circle", "a photo of two crosses"] * (config.gvu.prompts // 2)
     return method, base, state, umm.encode_prompts(texts)

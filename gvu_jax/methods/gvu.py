@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gvu_jax import lora, objectives, rewards
+from gvu_jax import lora, objectives, rewards, sharding
 from gvu_jax.umm import compile_programs
 
 ANCHORED = 2         # every second picture holds reading in place, at half the cost
@@ -51,6 +51,7 @@ def policy_params(base, trainable, lora_config):
 
 
 def init_state(base, config, optimizer, key):
+    """The state before the first step. Pure: under jax.eval_shape, its shapes."""
     trainable = init_trainable(base, config, key)
     return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
 
@@ -59,17 +60,24 @@ class GvU:
     """The four programs of a step, each compiled once.
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
-    under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how: how the
-    policy samples, with images_per_prompt = group.
+    and `waves` under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how:
+    how the policy samples, with images_per_prompt = group. mesh: see sharding.py.
     """
 
-    def __init__(self, umm, config, how, optimizer):
+    def __init__(self, umm, config, how, optimizer, mesh):
         check(config)
-        self.umm, self.config, self.optimizer = umm, config, optimizer
-        self.programs = compile_programs(umm, how)
+        sharding.check(umm, mesh, config.gvu)
+        self.umm, self.config, self.optimizer, self.mesh = umm, config, optimizer, mesh
+        self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
-        self.mean = jax.jit(rewards.geometric_mean)
-        self.update = jax.jit(self._update, donate_argnums=0)
+        self.mean = sharding.Program(rewards.geometric_mean, mesh)
+        self.update = sharding.Program(self._update, mesh, donate_argnums=0)
+
+    def init(self, base, key):
+        """The state before the first step, each part where it stays."""
+        begin = functools.partial(init_state, config=self.config, optimizer=self.optimizer)
+        where = sharding.shardings(jax.eval_shape(begin, base, key=key), self.mesh)
+        return sharding.Program(begin, self.mesh, out_shardings=where)(base, key=key)
 
     def sample(self, policy, prompts, key):
         """-> image_tokens [S, N], logps [S, N] of the sampler."""
@@ -110,8 +118,7 @@ class GvU:
         step they make.
         """
         gvu, slices = self.config.gvu, self.config.gvu.micro_batches
-        split = lambda tree: jax.tree.map(lambda x: x.reshape(slices, -1, *x.shape[1:]), tree)
-        join = lambda x: x.reshape(-1, *x.shape[2:])
+        split, join = functools.partial(sharding.split_rows, slices=slices), sharding.join_rows
         ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
         advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
         batches = split(Batch(prompts, image_tokens, ref_logps, advantages, *read))
@@ -141,7 +148,7 @@ class GvU:
             "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
             "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
         }
-        return State(state.step + 1, trainable, opt_state), metrics
+        return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics
 
 
 @struct.dataclass
@@ -161,6 +168,8 @@ def check(config):
     gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
     if gvu.group < 2:
         raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
+    if gvu.waves < 1 or gvu.prompts % gvu.waves:
+        raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
     if gvu.micro_batches < 1 or samples % gvu.micro_batches:
         raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
     if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import RMSNorm, attention
+from gvu_jax.models.layers import AXES, RMSNorm, attention, spread
 
 ROPE_THETA = 10000
 SINUSOIDS = 256     # width of the sinusoidal embedding of sigma and of the guidance
@@ -159,7 +159,7 @@ class DoubleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, streams, vector, table):
-        image, text = streams
+        image, text = (spread(x, over=AXES) for x in streams)
         shift, scale, gate, ff_shift, ff_scale, ff_gate = Modulation(6, name="norm1")(vector)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = Modulation(6, name="norm1_context")(vector)
         image_mixed, text_mixed = JointAttention(self.config, name="attn")(
@@ -177,6 +177,7 @@ class SingleBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, vector, table):
+        x = spread(x, over=AXES)
         shift, scale, gate = Modulation(3, name="norm")(vector)
         normed = modulated_norm(x, shift, scale)
         hidden = nn.gelu(nn.Dense(4 * self.config.width, name="proj_mlp")(normed), approximate=True)    # [B, T, 4D]
@@ -290,6 +291,9 @@ def sample(velocity, noise, siglip, context, pooled, steps, guidance_scale=1.0, 
 
 
 # ------------------------------------------------------------------ parameters
+
+# No product is computed in parts: every matrix is divided by its columns over all devices that share a model.
+PARTITION = ((r"kernel$", ("any",)), (r"(bias|scale)$", (None,)))
 
 RULES = (
     (r"^((single_)?transformer_blocks)/", r"\1.{layer}."),

@@ -5,9 +5,30 @@ Dimension letters, used in every file of this package:
     B batch   T query positions   S key positions   D model width   F feed-forward width
     H query heads   K key/value heads   E head width   V vocabulary   N image tokens   L prompt words (text tokens)
 """
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")     # of every mesh, see sharding.py
+BATCH = ("data", "fsdp")              # those that divide the rows of a batch
+
+
+def spread(x, *rest, over=BATCH, axis=0):
+    """Keeps the rows of x [.., B, ..], which lie along `axis`, divided over the mesh axes `over`.
+
+    Only so many of them are used as divide B: a batch smaller than the mesh is computed on several devices alike.
+    rest: a mesh axis or None for each dimension after the rows; what is not said stays whole. Without a mesh, nothing.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    while over and x.shape[axis] % math.prod(mesh.shape[name] for name in over):
+        over = over[:-1]
+    rest = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rest, x.shape[axis + 1:])]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, over or None, *rest))
 
 
 class Dense(nn.Module):
@@ -15,20 +36,38 @@ class Dense(nn.Module):
 
     The adapter lives in its own collection, `lora`: `a` [in, r] and `b` [r, out], already scaled by alpha / r (see
     `lora.scaled`). A call whose variables lack that collection runs exactly the program of the base model.
+
+    divided: the side of the matrix, 0 (in) or 1 (out), that stays divided over the mesh axis `tensor` in the product.
     """
     features: int
     use_bias: bool = False
+    divided: int | None = None
 
     @nn.compact
     def __call__(self, x):                                                            # [..., in] -> [..., out]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ kernel.astype(x.dtype)
+        y = x @ gathered(kernel, self.divided).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
+            a, b = gathered(a, 0 if self.divided == 0 else None), gathered(b, 1 if self.divided == 1 else None)
             y = y + (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
         return y
+
+
+def gathered(matrix, divided):
+    """A matrix as a product reads it: its shares over fsdp brought together, one side perhaps divided over tensor.
+
+    Said here, because XLA might else move the activations of many rows instead of the weights. Its transpose says the
+    same of the gradient, which is then scattered to where the matrix is stored.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return matrix
+    sides = ["tensor" if i == divided and size % mesh.shape["tensor"] == 0 else None
+             for i, size in enumerate(matrix.shape)]
+    return jax.lax.with_sharding_constraint(matrix, PartitionSpec(*sides))
 
 
 class Embed(nn.Module):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary
+from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary, spread
 
 
 @struct.dataclass
@@ -23,10 +23,11 @@ class Cache:
 
     def repeat(self, times):
         """Each row `times` times, neighbours together: one prompt's prefill serves all samples of its group."""
-        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1), self)
+        return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), None, "tensor", axis=1), self)
 
     def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
-        put = lambda slots, new: jax.lax.dynamic_update_slice(slots, new[None], (layer, 0, at, 0, 0))
+        put = lambda slots, new: spread(
+            jax.lax.dynamic_update_slice(slots, new[None], (layer, 0, at, 0, 0)), None, "tensor", axis=1)
         return Cache(put(self.k, k), put(self.v, v))
 
     def read(self, layer):                                                            # two of [B, S, K, E]
@@ -40,7 +41,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, layer, positions, mask, at):
         c, (B, T, _) = self.config, x.shape
-        heads = lambda name, n: Dense(n * c.head_dim, use_bias=True, name=name)(x).reshape(B, T, n, c.head_dim)
+        heads = lambda name, n: Dense(n * c.head_dim, True, 1, name=name)(x).reshape(B, T, n, c.head_dim)
         q = rotary(heads("q_proj", c.num_attention_heads), positions, c.rope_theta)                 # [B, T, H, E]
         k = rotary(heads("k_proj", c.num_key_value_heads), positions, c.rope_theta)                 # [B, T, K, E]
         v = heads("v_proj", c.num_key_value_heads)                                                  # [B, T, K, E]
@@ -48,7 +49,7 @@ class Attention(nn.Module):
             cache = cache.write(layer, at, k, v)
             k, v = cache.read(layer)                                                                # [B, S, K, E]
         y = attention(q, k, v, mask).reshape(B, T, c.num_attention_heads * c.head_dim)
-        return Dense(c.hidden_size, name="o_proj")(y), cache
+        return Dense(c.hidden_size, divided=0, name="o_proj")(y), cache
 
 
 class MLP(nn.Module):
@@ -58,8 +59,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         c = self.config
-        gate, up = Dense(c.intermediate_size, name="gate_proj")(x), Dense(c.intermediate_size, name="up_proj")(x)
-        return Dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+        gate, up = (Dense(c.intermediate_size, divided=1, name=name)(x) for name in ("gate_proj", "up_proj"))
+        return Dense(c.hidden_size, divided=0, name="down_proj")(nn.silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
@@ -72,7 +73,7 @@ class DecoderLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, layer, positions, mask, at):
-        c = self.config
+        c, x = self.config, spread(x)
         y, cache = Attention(c, name="self_attn")(
             RMSNorm(c.rms_norm_eps, name="input_layernorm")(x), cache, layer, positions, mask, at)
         x = x + y

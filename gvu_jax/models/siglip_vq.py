@@ -16,7 +16,7 @@ from flax import linen as nn
 from PIL import Image
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import attention
+from gvu_jax.models.layers import AXES, attention, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, _):                                                                       # [B, N, D]
+        x = spread(x, over=AXES)
         x = x + Attention(self.config.heads, name="attn")(nn.LayerNorm(1e-6, name="norm1")(x))
         x = x + Mlp(self.config.mlp_hidden, name="mlp")(nn.LayerNorm(1e-6, name="norm2")(x))
         return x, None
@@ -155,6 +156,10 @@ def _unit(x):
 
 
 # ------------------------------------------------------------------ parameters
+
+# As in flux.py; of fc1 the rows, because 4304 columns divide badly.
+PARTITION = ((r"(?<!fc1)/kernel$", ("any",)), (r"fc1/kernel$", ("any", None)),
+             (r"(bias|scale|codebook|pos_embed)$", (None,)))
 
 RULES = (
     (r"^blocks/", "blocks.{layer}."),

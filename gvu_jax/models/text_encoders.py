@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import Embed, RMSNorm, attention
+from gvu_jax.models.layers import AXES, Embed, RMSNorm, attention, spread
 
 T5_FEED_FORWARDS = ("gated-gelu", "relu")            # of v1.1, and of the first T5
 CLIP_ACTIVATIONS = {                                 # `hidden_act` -> function
@@ -114,7 +114,7 @@ class T5Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, bias):                                              # [B, T, D], [H, T, T]
-        eps = self.config.layer_norm_epsilon
+        eps, x = self.config.layer_norm_epsilon, spread(x, over=AXES)
         x = x + T5Attention(self.config, name="attention")(RMSNorm(eps, name="attention_norm")(x), bias)
         x = x + T5FeedForward(self.config, name="feed_forward")(RMSNorm(eps, name="feed_forward_norm")(x))
         return x, None
@@ -187,6 +187,7 @@ class ClipLayer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):                                              # [B, T, D], [1, T, T]
+        x = spread(x, over=AXES)
         x = x + ClipAttention(self.config, name="self_attn")(layer_norm(self.config, "layer_norm1")(x), mask)
         x = x + ClipMlp(self.config, name="mlp")(layer_norm(self.config, "layer_norm2")(x))
         return x, None
@@ -226,6 +227,11 @@ class ClipText(nn.Module):
 def module(config):
     """The encoder of a config: T5Encoder or ClipText."""
     return T5Encoder(config) if isinstance(config, T5Config) else ClipText(config)
+
+
+# As in flux.py, for both encoders.
+PARTITION = ((r"(kernel|embedding)$(?<!position_embedding)", ("any",)),
+             (r"(bias|scale|position_embedding)$", (None,)))
 
 
 def rules(config, names):

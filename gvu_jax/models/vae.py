@@ -14,7 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import attention
+from gvu_jax.models.layers import AXES, attention, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +38,7 @@ class ResnetBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x):                                                     # [B, h, w, in] -> [B, h, w, features]
-        groups = self.config.norm_num_groups
+        groups, x = self.config.norm_num_groups, spread(x, over=AXES)
         y = nn.silu(nn.GroupNorm(groups, epsilon=1e-6, name="norm1")(x))
         y = nn.Conv(self.features, (3, 3), name="conv1")(y)
         y = nn.silu(nn.GroupNorm(groups, epsilon=1e-6, name="norm2")(y))
@@ -244,6 +244,8 @@ def module(config):
 
 
 # ------------------------------------------------------------------ parameters
+
+PARTITION = ((r"kernel$", ("any",)), (r"(bias|scale)$", (None,)))          # as in flux.py
 
 RULES = ((r"(blocks|resnets|attentions|samplers|to_out)_(\d+)", r"\1.\2"),)
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import Dense, Embed, RMSNorm
+from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 
 
@@ -36,11 +36,19 @@ class Config:
     rope_theta: float = 1e6
     sliding_window: int | None = None     # None: every position is read; else the last `sliding_window`
     max_window_layers: int = 0            # layers below this index ignore the window
-    remat: bool = False                   # recompute each layer in the backward pass instead of keeping it
+    remat: str = "nothing"                # what of a layer is computed again in the backward pass: "nothing",
+                                          # "all", or all but the results of its matrix products ("elementwise")
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
+
+    def __post_init__(self):
+        if self.remat != "nothing" and self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; it must be 'nothing' or one of {', '.join(REMAT)}")
+
+
+REMAT = {"all": None, "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
 
 
 class Layer(nn.Module):
@@ -65,7 +73,7 @@ class XOmni(nn.Module):
         c = self.config
         self.lm_embed_tokens = Embed(c.vocab_size, c.hidden_size)
         self.mm_embed_tokens = Embed(c.mm_vocab_size, c.hidden_size)
-        layer = nn.remat(Layer, prevent_cse=False) if c.remat else Layer
+        layer = Layer if c.remat == "nothing" else nn.remat(Layer, prevent_cse=False, policy=REMAT[c.remat])
         stack = lambda length: nn.scan(
             layer, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
             in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=length)(c)
@@ -73,8 +81,8 @@ class XOmni(nn.Module):
         self.mm_head_layers = stack(c.num_mm_head_layers) if c.num_mm_head_layers else None
         self.lm_norm = RMSNorm(c.rms_norm_eps)
         self.mm_norm = RMSNorm(c.rms_norm_eps)
-        self.lm_head = Dense(c.vocab_size)
-        self.mm_head = Dense(c.mm_vocab_size)
+        self.lm_head = Dense(c.vocab_size, divided=1)
+        self.mm_head = Dense(c.mm_vocab_size, divided=1)
 
     def __call__(self, tokens, mask, positions=None, cache=None, at=0, text_only=False):
         """Runs the stack over `tokens` and returns what the heads read.
@@ -96,7 +104,7 @@ class XOmni(nn.Module):
         is_image = tokens >= c.vocab_size                                                           # [B, T]
         text = self.lm_embed_tokens(jnp.where(is_image, 0, tokens))
         image = self.mm_embed_tokens(jnp.where(is_image, tokens - c.vocab_size, 0))
-        x = jnp.where(is_image[:, :, None], image, text)                                            # [B, T, D]
+        x = spread(jnp.where(is_image[:, :, None], image, text))                                    # [B, T, D]
 
         ago = (at + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]                                # [T, S]
         readable = (ago >= 0) & mask                                                                 # [B, T, S]
@@ -110,7 +118,7 @@ class XOmni(nn.Module):
             carry, _ = self.mm_head_layers(
                 carry, *(flag[cut:] for flag in per_layer), positions, readable, near, at, is_image)
         x, cache = carry
-        return jnp.where(is_image[:, :, None], self.mm_norm(x), self.lm_norm(x)), cache
+        return spread(jnp.where(is_image[:, :, None], self.mm_norm(x), self.lm_norm(x))), cache
 
     def text_logits(self, hidden):
         """[..., D] -> [..., vocab_size] float32. In text mode no multimodal id has any probability."""
@@ -133,6 +141,19 @@ def init(config, key):
     """Random parameters, a nested dict of float32 arrays; layers are stacked on the leading axis."""
     tokens = jnp.zeros((1, 2), jnp.int32)
     return XOmni(config).init(key, tokens, jnp.ones_like(tokens, bool), method="everything")["params"]
+
+
+# The width is divided over fsdp; heads, channels of the feed-forward part and vocabularies over tensor.
+PARTITION = (
+    (r"embed_tokens/embedding$", ("vocab", "width")),
+    (r"[qkv]_proj/kernel$", ("width", "heads")),
+    (r"[qkv]_proj/bias$", ("heads",)),
+    (r"o_proj/kernel$", ("heads", "width")),
+    (r"(gate|up)_proj/kernel$", ("width", "channels")),
+    (r"down_proj/kernel$", ("channels", "width")),
+    (r"(lm|mm)_head/kernel$", ("width", "vocab")),
+    (r"(norm|layernorm)/scale$", (None,)),
+)
 
 
 def rules(config):

@@ -1,0 +1,262 @@
+"""Where every array lies: one mesh, one partition table per model, one rule for batches.
+
+The mesh has three axes. A picture, a prompt, a sample is a row of a batch; its parameters are split, too:
+
+    data      copies of the model, each with rows of its own
+    fsdp      rows of its own as well, and a share of every weight, gathered layer by layer when it is needed
+    tensor    the backbone's heads, feed-forward channels and vocabulary are divided; the same rows
+
+Each model's file names the logical axes of its parameters (`PARTITION`: path regex -> logical axes, of the trailing
+dimensions); `LAYOUTS` here says which mesh axes a logical axis is divided over. The adapter and the optimizer's state
+follow the parameters they belong to. The backbone draws tokens in a layout of its own, "rollout": gathered over fsdp once,
+before the first token, so that decoding moves activations between chips and never weights.
+
+Nothing in a model depends on the mesh: samples get their keys from their place in the whole, and sharded programs compute
+what one device does, up to the order of sums.
+"""
+import math
+import re
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
+
+from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
+from gvu_jax.models.layers import AXES, BATCH
+
+TABLES = {"ar": xomni.PARTITION, "adapter": xomni.PARTITION, "vision": siglip_vq.PARTITION, "flux": flux.PARTITION,
+          "vae": vae.PARTITION, "t5": text_encoders.PARTITION, "clip": text_encoders.PARTITION}
+
+LAYOUTS = {
+    "stored": {"width": ("fsdp",), "heads": ("tensor",), "channels": ("tensor",), "vocab": ("tensor",),
+               "any": ("fsdp", "tensor")},
+    "rollout": {"width": (), "heads": ("tensor",), "channels": ("tensor",), "vocab": ("tensor",), "any": ()},
+}
+SMALL = 2 ** 20          # elements; a smaller array whose axis does not divide lies whole on every device
+
+
+# ---- meshes --------------------------------------------------------------------------------------------------------
+
+def make_mesh(sizes="fsdp:-1", devices=None):
+    """A mesh with the axes data, fsdp, tensor (Auto: XLA places what no constraint does).
+
+    sizes: {"data": 4, "tensor": 2} or "data:4,tensor:2"; an axis not named is 1, and one may be -1, "the rest". devices:
+    jax.devices() where None; a mesh may leave some of them out. Raises ValueError that says why there is no such mesh.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    if isinstance(sizes, str):
+        try:
+            sizes = {name.strip(): int(size) for name, size in (part.split(":") for part in sizes.split(","))}
+        except ValueError as error:
+            raise ValueError(f"mesh {sizes!r} is not of the form data:4,fsdp:2,tensor:2") from error
+    sizes = dict(sizes)
+    if unknown := sizes.keys() - set(AXES):
+        raise ValueError(f"the mesh has no axis {', '.join(sorted(unknown))}; its axes are {', '.join(AXES)}")
+    shape = [sizes.get(axis, 1) for axis in AXES]
+    if any(size < 1 and size != -1 for size in shape) or shape.count(-1) > 1:
+        raise ValueError(f"mesh {named(shape)}: sizes are at least 1, and at most one is -1, the rest")
+    if -1 in shape:
+        known = -math.prod(shape)
+        if len(devices) % known:
+            raise ValueError(f"{len(devices)} devices cannot be divided by the mesh's other axes: {named(shape)}")
+        shape[shape.index(-1)] = len(devices) // known
+    if math.prod(shape) > len(devices):
+        raise ValueError(f"the mesh {named(shape)} needs {math.prod(shape)} devices, but there are {len(devices)}")
+    if jax.process_count() > 1 and math.prod(shape) < jax.device_count():
+        raise ValueError(f"the mesh {named(shape)} leaves out some of the {jax.device_count()} devices of "
+                         f"{jax.process_count()} processes: set one axis to -1")
+    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
+                         devices=devices[:math.prod(shape)])
+
+
+def join_hosts(how):
+    """Joins the processes of a run; before anything asks for a device.
+
+    how: "auto" where the machines know each other (TPU pods, Slurm), or "ADDRESS:PORT,COUNT,INDEX". ValueError else.
+    """
+    if how == "auto":
+        return jax.distributed.initialize()
+    try:
+        address, count, index = how.split(",")
+        count, index = int(count), int(index)
+    except ValueError as error:
+        raise ValueError(f"--hosts={how} is neither auto nor ADDRESS:PORT,COUNT,INDEX") from error
+    if not 0 <= index < count or ":" not in address:
+        raise ValueError(f"--hosts={how}: the index must lie in [0, {count}), and the address must name a port")
+    jax.distributed.initialize(address, count, index)
+
+
+def wait_for_all(what):
+    """Returns when all processes have come here. One may take its time: it is pretraining for the others."""
+    if jax.process_count() > 1:
+        multihost.sync_global_processes(what, timeout=24 * 3600)
+
+
+def named(shape):
+    return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape))
+
+
+def check(umm, mesh, gvu):
+    """Raises ValueError, in one line, for a mesh on which this model or this batch cannot be divided.
+
+    gvu: the config's `prompts`, `group`, `micro_batches` and `waves`.
+    """
+    tensor, rows = mesh.shape["tensor"], batch_shards(mesh)
+    of_mesh = f"mesh {named(mesh.devices.shape)}"
+    for what, count in {"query heads": umm.ar.num_attention_heads, "key/value heads": umm.ar.num_key_value_heads,
+                        "feed-forward channels": umm.ar.intermediate_size}.items():
+        if count % tensor:
+            raise ValueError(f"{of_mesh}: the {count} {what} of the backbone cannot be divided by tensor = {tensor}")
+    samples = gvu.prompts * gvu.group
+    if samples % (rows * gvu.micro_batches):
+        raise ValueError(f"{of_mesh}: {samples} samples a step (gvu.prompts {gvu.prompts} x gvu.group {gvu.group}) in "
+                         f"{gvu.micro_batches} micro-batches cannot be divided by data x fsdp = {rows}")
+    if gvu.waves > 1 and gvu.prompts % (rows * gvu.waves):
+        raise ValueError(f"{of_mesh}: {gvu.prompts} prompts in {gvu.waves} waves cannot be divided by data x fsdp = {rows}")
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------
+
+def shardings(tree, mesh, layout="stored"):
+    """NamedShardings of a tree of arrays or shapes whose paths name a part of the model ("ar", "adapter", "flux", ..)
+    anywhere on their way: params, a trainable subtree, an optimizer's state. What belongs to no part lies whole.
+
+    Raises ValueError for a parameter that no rule or more than one rule matches, and for a large one whose axis does not
+    divide.
+    """
+    def place(path, leaf):
+        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+        part = next((i for i, name in enumerate(names) if name in TABLES), None)
+        if part is None or leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        axes = logical_axes("/".join(names[part + 1:]), TABLES[names[part]])
+        return NamedSharding(mesh, divide(leaf.shape, axes, mesh, LAYOUTS[layout], "/".join(names)))
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def logical_axes(path, table):
+    """The logical axes of a parameter's trailing dimensions. An adapter's a [.., in, r] and b [.., r, out] take the
+    first and the last of those of the matrix they stand beside."""
+    module, _, leaf = path.rpartition("/")
+    half = leaf if leaf in ("a", "b") else None
+    paths = [f"{module}/kernel", f"{module}/embedding"] if half else [path]
+    found = [axes for pattern, axes in table for path in paths if re.search(pattern, path)]
+    if len(found) != 1:
+        raise ValueError(f"parameter {path} matches {len(found)} rules of its model's PARTITION; it must be one")
+    first, last = found[0] if half else (None, None)
+    return {"a": (first, None), "b": (None, last), None: found[0]}[half]
+
+
+def divide(shape, axes, mesh, layout, name):
+    """The PartitionSpec of an array: its trailing dimensions' logical axes over the mesh axes of the layout.
+
+    The vocabulary stays whole where it does not divide, and so does an array of fewer than SMALL elements.
+    """
+    spec = [None] * len(shape)
+    for i, axis in enumerate(axes, start=len(shape) - len(axes)):
+        over = tuple(mesh_axis for mesh_axis in layout.get(axis, ()) if mesh.shape[mesh_axis] > 1)
+        count = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        if shape[i] % count == 0:
+            spec[i] = over or None
+        elif axis != "vocab" and math.prod(shape) >= SMALL:
+            raise ValueError(f"{name} {tuple(shape)}: axis {i} cannot be divided by {' x '.join(over)} = {count}; "
+                             f"choose another mesh")
+    return PartitionSpec(*spec)
+
+
+def place(tree, mesh):
+    """Shapes and dtypes -> the same with their shardings: what Orbax reads into and what programs are lowered for."""
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                        tree, shardings(tree, mesh))
+
+
+def constrain(tree, layout="stored"):
+    """Inside a program: parameters, or what has their paths, in the given layout. Without a mesh nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, layout))
+
+
+# ---- batches -------------------------------------------------------------------------------------------------------
+
+def batch_shards(mesh):
+    """Among how many devices the rows of a batch are divided."""
+    return math.prod(mesh.shape[axis] for axis in BATCH)
+
+
+def batch_sharding(mesh, rows):
+    """The leading axis over data and fsdp; whole where the rows cannot be divided so."""
+    return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_shards(mesh) == 0 else PartitionSpec())
+
+
+def place_prompts(umm, texts, lengths, mesh, times=1):
+    """Prompts of B texts, each row `times` times, on the mesh: [B * times, ..].
+
+    Every process gives the same texts and encodes those whose rows its own devices hold.
+    """
+    rows = len(texts) * times
+    sharding, text_of = batch_sharding(mesh, rows), np.arange(rows) // times
+    ours = np.unique(np.concatenate([text_of[index] for index in
+                                     sharding.addressable_devices_indices_map((rows,)).values()]))
+    encoded = umm.encode_prompts([texts[i] for i in ours], lengths)
+    pick = lambda x: jax.make_array_from_callback(
+        (rows, *x.shape[1:]), sharding, lambda index: x[np.searchsorted(ours, text_of[index[0]])])
+    return jax.tree.map(pick, encoded)
+
+
+def put(tree, mesh):
+    """Arrays of the host, the same in every process, on the mesh: keys and scalars whole, batches by their rows."""
+    def where(x):
+        return batch_sharding(mesh, x.shape[0]) if x.ndim else NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.device_put(x, where(x)), tree)
+
+
+def fetch(tree):
+    """Arrays of the mesh as numpy arrays, whole, in every process."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+
+
+def split_rows(tree, slices):
+    """[S, ..] -> [slices, S / slices, ..] for a scan over slices. Each device cuts the rows that it has: none moves.
+
+    Raises ValueError where the rows of a device cannot be cut into so many slices.
+    """
+    def split(x):
+        shards, (rows, *rest) = _shards(slices), x.shape
+        if rows % (slices * shards):
+            raise ValueError(f"{rows} rows on {shards} devices cannot be cut into {slices} slices")
+        return x.reshape(shards, slices, -1, *rest).swapaxes(0, 1).reshape(slices, -1, *rest)
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree):
+    """The inverse of `split_rows`: [slices, S / slices, ..] -> [S, ..]."""
+    def join(x):
+        slices, _, *rest = x.shape
+        return x.reshape(slices, _shards(slices), -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
+    return jax.tree.map(join, tree)
+
+
+def _shards(slices):
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if slices == 1 or mesh.empty else batch_shards(mesh)
+
+
+# ---- programs ------------------------------------------------------------------------------------------------------
+
+class Program:
+    """A jitted function that is traced, lowered and run under a mesh; `options` are those of jax.jit."""
+
+    def __init__(self, function, mesh, **options):
+        self.mesh, self.jitted = mesh, jax.jit(function, **options)
+
+    def __call__(self, *args, **kwargs):
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args, **kwargs)
+
+    def lower(self, *args, **kwargs):
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args, **kwargs)

@@ -1,0 +1,211 @@
+"""Meshes, partition tables, and the one promise: what several devices compute together is what one computes alone."""
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+
+from conftest import ROOT, one_device, tiny_config
+from gvu_jax import checkpoint, optim, sharding
+from gvu_jax.methods import gvu
+from gvu_jax.metrics import read_metrics
+from gvu_jax.sampling import How
+
+TEXTS = ["a photo of a red circle", "a photo of two crosses", "an image of a square", "a picture of a blue diamond"]
+
+
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory):
+    """(config, umm, params) of an untrained model whose sides are multiples of eight."""
+    from gvu_jax.shapes import pretrain
+    config = tiny_config(tmp_path_factory.mktemp("divisible"))
+    config.model.ar.update(num_attention_heads=4, num_key_value_heads=2)
+    config.gvu.update(prompts=4, group=8)
+    return (config, *pretrain.build(config))
+
+
+def a_step(divisible, mesh, optimizer=optax.sgd(1.0), **changes):
+    """Numbers of one whole GvU step on a mesh, the method and the state after it, which has moved by the gradient."""
+    config, umm, params = divisible
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(changes)
+    mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
+    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer, mesh)
+    base = jax.device_put(params, sharding.shardings(params, mesh))
+    state = method.init(base, sharding.put(jax.random.key(1), mesh))
+    lengths, key = umm.lengths(TEXTS), sharding.put(jax.random.key(2), mesh)
+    prompts, grouped = (sharding.place_prompts(umm, TEXTS, lengths, mesh, times) for times in (1, config.gvu.group))
+    policy = method.policy(base, state.trainable)
+    tokens, logps = method.sample(policy, prompts, key)
+    pixels = method.render(base, tokens, prompts, key)
+    reward, read = method.reward(base, policy, tokens, pixels, grouped)
+    after, metrics = method.update(state, base, grouped, tokens, logps, reward, read)
+    return sharding.fetch(dict(tokens=tokens, logps=logps, pixels=pixels, reward=reward, metrics=metrics,
+                               trainable=after.trainable)), method, after
+
+
+@pytest.fixture(scope="module")
+def alone(divisible):
+    return a_step(divisible, one_device())[0]
+
+
+@pytest.mark.parametrize("mesh, changes", [
+    ("data:8", {}), ("fsdp:4,tensor:2", {}), ("data:2,fsdp:2,tensor:2", {"gvu.micro_batches": 2}),
+    ("data:2,tensor:2", {"gvu.waves": 2})])
+def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, changes):
+    together, method, after = a_step(divisible, mesh, **changes)
+    np.testing.assert_array_equal(together["tokens"], alone["tokens"])
+    np.testing.assert_array_equal(together["pixels"], alone["pixels"])
+    np.testing.assert_allclose(together["logps"], alone["logps"], atol=1e-5)
+    np.testing.assert_allclose(together["reward"], alone["reward"], rtol=1e-5)
+    for name, value in alone["metrics"].items():
+        np.testing.assert_allclose(together["metrics"][name], value, rtol=2e-4, atol=1e-6, err_msg=name)
+    largest = alone["metrics"]["grad_norm"]
+    assert largest > 1e-3
+    for ours, theirs in zip(*map(jax.tree.leaves, (together["trainable"], alone["trainable"]))):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * largest)
+    shards = after.trainable["ar"]["lm_head"]["kernel"].sharding.shard_shape(
+        after.trainable["ar"]["lm_head"]["kernel"].shape)
+    assert shards[0] == 32 // method.mesh.shape["fsdp"]
+
+
+def test_waves_draw_and_read_what_is_drawn_and_read_at_once(divisible, alone):
+    waves = a_step(divisible, one_device(), **{"gvu.waves": 4})[0]
+    np.testing.assert_array_equal(waves["tokens"], alone["tokens"])
+    np.testing.assert_array_equal(waves["pixels"], alone["pixels"])
+    np.testing.assert_allclose(waves["reward"], alone["reward"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_nothing_moves_or_compiles_between_steps(divisible, rank):
+    """The state comes out of a step where it went in, so that the next step is the same program."""
+    config = divisible[0]
+    _, method, state = a_step(divisible, "fsdp:4,tensor:2", optim.build(config.optim, 10), **{"lora.rank": rank})
+    where = sharding.shardings(state, method.mesh)
+    for leaf, sharding_ in zip(jax.tree.leaves(state), jax.tree.leaves(where)):
+        assert leaf.sharding.is_equivalent_to(sharding_, leaf.ndim)
+
+
+@pytest.mark.parametrize("sizes, shape", [
+    ({"data": -1}, (8, 1, 1)), ("fsdp:-1", (1, 8, 1)), ("data:2, tensor:2", (2, 1, 2)), ("fsdp:-1,tensor:4", (1, 2, 4))])
+def test_meshes(sizes, shape):
+    assert sharding.make_mesh(sizes).devices.shape == shape
+
+
+@pytest.mark.parametrize("sizes, reason", [
+    ("model:8", "no axis model"), ("data:8,tensor:2", "16 devices"), ("data:3,fsdp:-1", "cannot be divided"),
+    ("data", "form"), ("data:x", "form"), ("data:0", "at least 1"), ("data:-1,fsdp:-1", "at most one")])
+def test_a_mesh_that_cannot_be_is_refused(sizes, reason):
+    with pytest.raises(ValueError, match=reason):
+        sharding.make_mesh(sizes)
+
+
+@pytest.mark.parametrize("mesh, changes, reason", [
+    ("tensor:8", {}, "4 query heads"), ("tensor:4", {}, "2 key/value heads"),
+    ("data:8", {"gvu.prompts": 3, "gvu.group": 3}, "9 samples"), ("data:8", {"gvu.waves": 2}, "waves"),
+    ("data:8", {"gvu.micro_batches": 8}, "micro-batches")])
+def test_a_mesh_on_which_the_run_cannot_be_divided_is_refused(divisible, mesh, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        a_step(divisible, mesh, **changes)
+
+
+def test_every_parameter_matches_one_rule(divisible):
+    _, _, params = divisible
+    mesh = sharding.make_mesh("fsdp:2,tensor:2")
+    assert {leaf.mesh for leaf in jax.tree.leaves(sharding.shardings(params, mesh))} == {mesh}
+    for path, count in {"new_proj/kernel": 0, "lm_norm/scale": 1}.items():
+        if count == 1:
+            assert sharding.logical_axes(path, sharding.TABLES["ar"]) == (None,)
+        else:
+            with pytest.raises(ValueError, match=f"{path} matches {count} rules"):
+                sharding.logical_axes(path, sharding.TABLES["ar"])
+    with pytest.raises(ValueError, match="matches 2 rules"):
+        sharding.logical_axes("a/kernel", [("kernel", ()), ("a/", ())])
+
+
+def test_adapters_and_optimizer_states_follow_their_matrices():
+    mesh = sharding.make_mesh("fsdp:2,tensor:2")
+    leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {"adapter": {"layers": {"layer": {"mlp": {"down_proj": {"a": leaf(3, 48, 4), "b": leaf(3, 4, 32)}}}}}}
+    state = optax.adam(1e-3).init(jax.tree.map(lambda x: jnp.zeros(x.shape), tree))
+    for specs in (sharding.shardings(tree, mesh), sharding.shardings(state, mesh)[0].mu):
+        pair = specs["adapter"]["layers"]["layer"]["mlp"]["down_proj"]
+        assert pair["a"].spec == PartitionSpec(None, ("tensor",), None)
+        assert pair["b"].spec == PartitionSpec(None, None, ("fsdp",))
+    assert sharding.shardings(state, mesh)[0].count.spec == PartitionSpec()
+
+
+def test_a_large_axis_that_does_not_divide_is_refused_and_a_vocabulary_stays_whole():
+    mesh = sharding.make_mesh("fsdp:2,tensor:4")
+    layout = sharding.LAYOUTS["stored"]
+    assert sharding.divide((1001, 4096), ("vocab", "width"), mesh, layout, "t") == PartitionSpec(None, ("fsdp",))
+    with pytest.raises(ValueError, match="axis 1 cannot be divided by tensor = 4"):
+        sharding.divide((4096, 1001), ("width", "heads"), mesh, layout, "t")
+
+
+def test_a_state_moves_to_another_mesh(divisible, tmp_path):
+    _, method, state = a_step(divisible, "fsdp:4,tensor:2", optax.adam(1e-3))
+    states = checkpoint.Checkpoints(tmp_path, method.mesh, writing=True)
+    states.save(1, state.trainable, state.opt_state)
+    states.close()
+    other = checkpoint.Checkpoints(tmp_path, sharding.make_mesh("data:2,tensor:2"))
+    loaded = other.load(1, trainable=state.trainable, opt_state=state.opt_state)
+    other.close()
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves({"trainable": state.trainable,
+                                                                      "opt_state": state.opt_state})):
+        assert len(ours.sharding.device_set) == 4
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------
+
+RUN = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import jax
+from gvu_jax import sharding, train
+hosts, work, config = sys.argv[1:]
+if hosts != "-":
+    sharding.join_hosts(hosts)
+from ml_collections import ConfigDict
+train.train(ConfigDict(json.loads(config)), Path(work))
+print("devices", jax.device_count(), jax.local_device_count())
+"""
+
+
+def start(hosts, work, config, devices):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen([sys.executable, "-c", RUN.format(tests=str(ROOT / "tests")), hosts, work, config.to_json()],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+
+
+def test_two_processes_write_the_metrics_of_one(tmp_path):
+    config = tiny_config(tmp_path)
+    config.mesh.update(data=2, fsdp=2)
+    config.update(steps=2)
+    one = start("-", str(tmp_path / "one"), config, 4)
+    output, errors = one.communicate(timeout=600)
+    assert one.returncode == 0 and "devices 4 4" in output, errors
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    both = [start(f"localhost:{port},2,{i}", str(tmp_path / "two"), config, 2) for i in range(2)]
+    for process in both:
+        output, errors = process.communicate(timeout=600)
+        assert process.returncode == 0 and "devices 4 2" in output, errors
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(two) == 4
+    for line, other in zip(one, two):
+        for name, value in line.items():
+            if "second" not in name:
+                np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+    assert (tmp_path / "two/report.html").exists() and json.loads((tmp_path / "two/summary.json").read_text())["after"]
