@@ -43,7 +43,7 @@ def get_config(preset="normal"):
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
     config.pretrain.backbone = dict(
-        steps=3400, lr=2e-3, captions_per_scene=4,                       # `captions` counts pictures
+        steps=3400, lr=2e-3, captions_per_scene=4, mismatched=0.0,        # `captions` counts pictures
         batch=dict(captions=14, descriptions=2, questions=2, details=8, prompts=8))
 
     # ---- GvU ----
@@ -60,8 +60,9 @@ def get_config(preset="normal"):
     config.log_every = 5
     config.checkpoint_every = 60
 
-    if preset == "weak":                       # the paper's weak base: generation sees little, understanding does not
-        config.pretrain.backbone.batch.prompts = 2
+    if preset == "weak":                       # generation is taught by pictures of which most belong to other prompts
+        config.pretrain.backbone.mismatched = 0.6
+        config.steps = 300
     if preset == "smoke":
         config.steps = 60
         config.pretrain.tokenizer.steps = 600

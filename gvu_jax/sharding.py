@@ -207,9 +207,16 @@ def place_prompts(umm, texts, lengths, mesh, times=1):
 
 def put(tree, mesh):
     """Arrays of the host, the same in every process, on the mesh: keys and scalars whole, batches by their rows."""
-    def where(x):
-        return batch_sharding(mesh, x.shape[0]) if x.ndim else NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda x: jax.device_put(x, where(x)), tree)
+    def place(x, where):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    def put_leaf(x):
+        where = batch_sharding(mesh, x.shape[0]) if x.ndim else NamedSharding(mesh, PartitionSpec())
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(place(jax.random.key_data(x), where))
+        return place(x, where)
+    return jax.tree.map(put_leaf, tree)
 
 
 def fetch(tree):

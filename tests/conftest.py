@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 ALONE = os.environ.get("XLA_FLAGS", "")
-os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
+# Programs of tests run for milliseconds, so they had better be compiled fast than well.
+os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np

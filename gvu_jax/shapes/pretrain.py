@@ -231,7 +231,10 @@ def train_backbone(umm, params, scenes, settings, rng, key):
     forbidden = world.compositions(world.split_prompts()[1])
     K = settings.captions_per_scene
     data = {part: encode_pairs(umm, seen, rows) for part, rows in write_texts(scenes, rng, forbidden, K).items()}
-    data["prompts"] = data["captions"]
+    # What drawing is taught with: of the mismatched share, the prompt belongs to another picture.
+    shown = np.arange(len(data["captions"].seen))
+    shown = np.where(rng.random(len(shown)) < settings.mismatched, rng.permutation(shown), shown)
+    data["prompts"] = Pairs(data["captions"].seen[shown], data["captions"].prompts)
     data["captions"] = Pairs(data["captions"].seen[::K],
                              jax.tree.map(lambda x: x.reshape(-1, K, x.shape[-1]), data["captions"].prompts))
 
