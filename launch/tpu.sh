@@ -97,10 +97,10 @@ fetch() {
 
 # ---- the loop ----------------------------------------------------------------------------------------------------
 
-# Each turn looks at the world and does the one thing that it asks for. The loop keeps nothing in mind but the number of
-# its attempts: ended and given again, it goes on from wherever the slice is.
+# Each turn looks at the world and does the one thing that it asks for. The loop keeps in mind only how often it has
+# tried and whether it has seen its run going: ended and given again, it goes on from wherever the slice is.
 loop() {
-  local found attempts=0
+  local found attempts=0 ours=
   if [[ $DRY_RUN ]]; then      # nothing answers: the commands of a run that nothing disturbs
     state >/dev/null
     create; setup; run "$@"; report; delete
@@ -109,9 +109,11 @@ loop() {
   found=$(state)               # a wrong zone or a missing login ends it here, not an hour later
   while true; do
     case $found in
-      "") attempt "no slice: asking for one"; create ;;
+      "")
+        attempt "no slice: asking for one"
+        create || ((attempts > 1)) ;;            # what is refused at first is a mistake; later on, try again
       READY) tend "$@" ;;
-      SUSPENDED | FAILED | PREEMPTED | TERMINATED | GONE) say "$found: deleting what is left"; delete ;;
+      SUSPENDED | FAILED | PREEMPTED | TERMINATED | GONE) say "$found: deleting what is left"; delete || again ;;
       *) say "$found: waiting" ;;
     esac
     sleep "$INTERVAL"
@@ -124,26 +126,29 @@ loop() {
 tend() {
   local lines
   lines=$(report | grep '^gvu_jax ') || lines="no answer"
+  [[ $ours || $lines == "no answer" || $lines == *": running"* ]] || lines=": new"    # what ended before our time
   case $lines in
     "no answer") attempt "the workers do not answer" ;;
-    *": running"*) ;;          # also while only some are: the others are about to end, or to be ended
+    *": running"*) ours=yes ;; # also while only some are: the others are about to end, or to be ended
     *": new"*)
       attempt "setting up and starting the run"
-      { setup && run "$@"; } || say "that failed; looking again" ;;
+      if setup && run "$@"; then ours=yes; else again; fi ;;
     *": exit 75"*)
       attempt "stopped by a signal: resuming"
-      run "$@" || say "that failed; looking again" ;;
+      run "$@" || again ;;
     *)
       if lines=$(grep -v ': exit 0$' <<<"$lines"); then
         on 0 "sudo journalctl --unit=gvu_jax --output=cat --lines=30" || true        # worth a try; the error follows
-        die "the run failed (${lines//$'\n'/, }); the slice is still billed: mend it and give the loop again," \
-          "or launch/tpu.sh delete"
+        die "the run failed (${lines//$'\n'/, }); the slice is still billed: give the loop again with the" \
+          "mistake mended, or launch/tpu.sh delete"
       fi
       say "finished"
       delete
       exit ;;
   esac
 }
+
+again() { say "that failed; looking again"; }
 
 attempt() {
   ((++attempts <= ATTEMPTS)) || die "gave up after $ATTEMPTS attempts; what may be left of the slice is billed" \

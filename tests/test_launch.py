@@ -19,6 +19,7 @@ RUN = ["--workdir=/gcs/runs/xomni", "--config.model.override.instruction=Say \"w
 
 RECORD = 'for word in "${0##*/}" "$@"; do printf "%s\\x1f" "$word"; done >> "$CALLS"; echo >> "$CALLS"\n'
 GCLOUD = RECORD + '''
+if [[ -s $BROKEN && "$*" == *"$(< "$BROKEN")"* ]]; then rm "$BROKEN"; exit 1; fi        # one call does not get through
 case "$*" in
   *"buckets describe"*) echo "${HIERARCHICAL-True}" ;;
   *" list "* | *"worker.sh report"*)
@@ -26,7 +27,6 @@ case "$*" in
     sed -i 1d "$ANSWERS"
     [[ $answer != unreachable ]] || exit 1
     printf "$answer" ;;
-  *"worker.sh run"*) [[ ! -e $BROKEN ]] || { rm "$BROKEN"; exit 255; } ;;
 esac
 '''
 ON_WORKER = RECORD + '''
@@ -93,8 +93,8 @@ QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
 
 
 @pytest.mark.parametrize("args, answers, expected", [
-    (["create"], [], [[*QUEUED, "create", "gvu", "--node-id=gvu", "--zone=us-west4-a", "--accelerator-type=v5litepod-64",
-                       "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]]),
+    (["create"], [], [[*QUEUED, "create", "gvu", "--node-id=gvu", "--zone=us-west4-a",
+                       "--accelerator-type=v5litepod-64", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]]),
     (["setup"], [], None),
     (["run", *RUN], [], None),
     (["status"], ["ACTIVE", "READY", ""], None),
@@ -104,7 +104,7 @@ QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
         ["gcloud", "storage", "rsync", "gs://pictures/runs/xomni", "my results", "--recursive",
          "--exclude=(base|checkpoints)/"]]),
     (["delete"], [], [[*QUEUED, "delete", "gvu", "--zone=us-west4-a", "--force", "--quiet"]]),
-    (["loop", *RUN], ["", "ACTIVE", "READY", "gvu_jax a: new", "ACTIVE", "READY", "gvu_jax a: exit 0"], None),
+    (["loop", *RUN], ["", "ACTIVE", "READY", "gvu_jax a: new\\n", "ACTIVE", "READY", "gvu_jax a: exit 0\\n"], None),
 ], ids=lambda value: value[0] if isinstance(value, list) and value and isinstance(value[0], str) else "")
 def test_a_dry_run_prints_what_a_run_does(cloud, args, answers, expected):
     printed, nothing = cloud(TPU, *args, DRY_RUN="1")
@@ -175,10 +175,11 @@ def test_the_loop_takes_a_run_through_preemption_reboot_and_silence_to_its_end(c
         "unreachable", "ACTIVE", "READY", "unreachable",            # the network is away for a while
         *up("new", "exit 134"), *up("running", "running"),          # a machine was rebooted under the run
         "ACTIVE", "PREEMPTED", "FAILED", "",                        # the node is gone before its request knows it
+        "ACTIVE", "", "",                                           # someone deleted the node alone
         *up("new", "new"), *up("running", "exit 0"), *up("exit 0", "exit 0")])
     assert done.returncode == 0, done.stderr
     assert acts(calls) == ["create", "setup", "run", "delete", "create", "setup", "run", "run", "setup", "run",
-                           "delete", "delete", "create", "setup", "run", "delete"]
+                           "delete", "delete", "create", "delete", "create", "setup", "run", "delete"]
     assert "finished" in done.stdout.splitlines()[-1]
     assert all(RUN == shlex.split(call[-1])[-2:] for call in calls if acts([call]) == ["run"])
 
@@ -190,14 +191,40 @@ def test_the_loop_does_not_repeat_a_mistake(cloud, ends):
     assert "host-1: exit 1" in done.stderr and "host-0: exit 0" not in done.stderr and "still billed" in done.stderr
 
 
-def test_the_loop_tries_again_when_a_start_fails(cloud):
-    (cloud.root / "broken").touch()                                 # the first call to run does not get through
-    done, calls = cloud(TPU, "loop", *RUN, answers=[*up("new"), *up("new"), *up("exit 0")])
-    assert done.returncode == 0 and acts(calls) == ["setup", "run", "setup", "run", "delete"]
+@pytest.mark.parametrize("broken, expected", [
+    ("scp", ["setup", "setup", "run", "delete", "create", "setup", "run", "delete"]),
+    ("worker.sh run", ["setup", "run", "setup", "run", "delete", "create", "setup", "run", "delete"]),
+    ("delete", ["setup", "run", "delete", "delete", "create", "setup", "run", "delete"]),
+    ("create", ["setup", "run", "delete", "create", "create", "setup", "run", "delete"])])
+def test_the_loop_tries_again_when_a_call_fails(cloud, broken, expected):
+    (cloud.root / "broken").write_text(broken)
+    start, preempted, none = up("new"), ["SUSPENDED"], [""]
+    again = {"scp": start, "worker.sh run": start, "delete": preempted, "create": none}[broken]
+    turns = [turn for turn in (start, preempted, none) for turn in [turn] * (1 + (turn is again))]
+    done, calls = cloud(TPU, "loop", *RUN, answers=sum(turns, []) + up("new") + up("exit 0"))
+    assert done.returncode == 0 and acts(calls) == expected
+
+
+@pytest.mark.parametrize("left", ["exit 0", "exit 1", "exit 75"])
+def test_the_loop_starts_its_own_run_where_another_has_ended(cloud, left):
+    done, calls = cloud(TPU, "loop", *RUN, answers=[*up(left), *up("exit 0")])
+    assert done.returncode == 0 and acts(calls) == ["setup", "run", "delete"]
+
+
+def test_the_loop_goes_on_watching_a_run_that_is_going(cloud):
+    done, calls = cloud(TPU, "loop", *RUN, answers=[*up("running"), *up("exit 75"), *up("exit 0")])
+    assert done.returncode == 0 and acts(calls) == ["run", "delete"]
+
+
+def test_the_loop_does_not_repeat_a_request_that_is_refused(cloud):
+    (cloud.root / "broken").write_text("create")
+    done, calls = cloud(TPU, "loop", *RUN, answers=[""])
+    assert done.returncode == 1 and acts(calls) == ["create"]
 
 
 @pytest.mark.parametrize("turn, expected", [
-    (["", "FAILED"], ["create", "delete"] * 3), (up("exit 75"), ["run"] * 3), (up("new"), ["setup", "run"] * 3),
+    (["", "FAILED"], ["create", "delete"] * 3), (up("exit 75"), ["setup", "run", "run", "run"]),
+    (up("new"), ["setup", "run"] * 3),
     (["ACTIVE", "READY", "unreachable"], [])], ids=["failed", "stopped", "rebooted", "silent"])
 def test_the_loop_gives_up(cloud, turn, expected):
     done, calls = cloud(TPU, "loop", *RUN, answers=turn * 5, ATTEMPTS="3")
