@@ -18,6 +18,7 @@ set -euo pipefail
 TPU=${TPU:-gvu} INTERVAL=${INTERVAL:-60} ATTEMPTS=${ATTEMPTS:-50} DRY_RUN=${DRY_RUN:-}
 ZONE=${ZONE:-} TYPE=${TYPE:-} BUCKET=${BUCKET:-} RUNTIME=${RUNTIME:-}
 BUCKET=${BUCKET#gs://}         # name or address
+[[ ${SPOT:-0} != 0 ]] || SPOT=
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 exec 3>&1                      # where a dry run prints, also from inside $(...)
 

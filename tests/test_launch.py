@@ -130,7 +130,7 @@ def test_what_the_run_is_told_reaches_python_unchanged(cloud):
 @pytest.mark.parametrize("kind, runtime", [("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-16", "v2-alpha-tpuv5"),
                                            ("v6e-16", "v2-alpha-tpuv6e")])
 def test_each_generation_has_its_image(cloud, kind, runtime):
-    _, [call] = cloud(TPU, "create", TYPE=kind, SPOT="")
+    _, [call] = cloud(TPU, "create", TYPE=kind, SPOT="0")
     assert f"--runtime-version={runtime}" in call and "--spot" not in call
 
 
