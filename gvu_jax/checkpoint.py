@@ -76,8 +76,9 @@ def read_metadata(folder):
 
 
 def load_model(folder, mesh=None, override=()):
-    """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh: a model
-    too large for one device is never whole in one place. mesh: None takes all devices.
+    """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh.
+
+    A model too large for one device is never whole in one place. mesh: None takes all devices.
 
     override: fields of the umm that take the place of the folder's (a run's config.model.override), e.g. {"grid": [36,
     36]}. Raises ValueError or FileNotFoundError with one line that says what is wrong.
@@ -122,8 +123,8 @@ def init(umm, key):
 class Checkpoints:
     """The sequence of training states of one run: the newest `keep` are kept, each is written whole or not at all.
 
-    mesh: where states are loaded to, whatever mesh they were saved from; None takes all devices. Only the run itself opens them for writing,
-    which clears away what an earlier sitting left half-written.
+    mesh: where states are loaded to, whatever mesh they were saved from; None takes all devices. Only the run itself
+    opens them for writing, which clears away what an earlier sitting left half-written.
     """
 
     def __init__(self, workdir, mesh=None, keep=2, writing=False):

@@ -39,8 +39,8 @@ def main(_):
     train, held_out = world.split_prompts()
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
     metas = suite.choose_prompts(held_out, -(-_PROMPTS.value // BATCH) * BATCH, np.random.default_rng(_SEED.value))
-    shapes = suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH, _IMAGES.value, _CHOICES.value,
-                         model.umm.lengths([meta["prompt"] for meta in train + held_out]),
+    shapes = suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH, _IMAGES.value,
+                         _CHOICES.value, model.umm.lengths([meta["prompt"] for meta in train + held_out]),
                          world.compositions(held_out), _SEED.value)
     scores, areas, pictures, right = shapes.draw(model.params, model.params)
     understanding = shapes.understand(model.params)

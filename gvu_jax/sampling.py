@@ -62,8 +62,8 @@ def filter_logits(logits, how, negative=None):
 
 
 def sample_keys(key, index):
-    """One key for each sample, [S], by its place `index` [S] in the whole: it depends neither on the mesh nor on how the
-    whole was cut into batches."""
+    """One key for each sample, [S], by its place `index` [S] in the whole: it depends neither on the mesh nor on how
+    the whole was cut into batches."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 

@@ -8,11 +8,11 @@ The mesh has three axes. A picture, a prompt, a sample is a row of a batch; its 
 
 Each model's file names the logical axes of its parameters (`PARTITION`: path regex -> logical axes, of the trailing
 dimensions); `LAYOUTS` here says which mesh axes a logical axis is divided over. The adapter and the optimizer's state
-follow the parameters they belong to. The backbone draws tokens in a layout of its own, "rollout": gathered over fsdp once,
-before the first token, so that decoding moves activations between chips and never weights.
+follow the parameters they belong to. The backbone draws tokens in a layout of its own, "rollout": gathered over fsdp
+once, before the first token, so that decoding moves activations between chips and never weights.
 
-Nothing in a model depends on the mesh: samples get their keys from their place in the whole, and sharded programs compute
-what one device does, up to the order of sums.
+Nothing in a model depends on the mesh: samples get their keys from their place in the whole, and sharded programs
+compute what one device does, up to the order of sums.
 """
 import math
 import re
@@ -42,8 +42,9 @@ SMALL = 2 ** 20          # elements; a smaller array whose axis does not divide 
 def make_mesh(sizes="fsdp:-1", devices=None):
     """A mesh with the axes data, fsdp, tensor (Auto: XLA places what no constraint does).
 
-    sizes: {"data": 4, "tensor": 2} or "data:4,tensor:2"; an axis not named is 1, and one may be -1, "the rest". devices:
-    jax.devices() where None; a mesh may leave some of them out. Raises ValueError that says why there is no such mesh.
+    sizes: {"data": 4, "tensor": 2} or "data:4,tensor:2"; an axis not named is 1, and one may be -1, "the rest".
+    devices: jax.devices() where None; a mesh may leave some of them out. Raises ValueError that says why there is no
+    such mesh.
     """
     devices = jax.devices() if devices is None else list(devices)
     if isinstance(sizes, str):
@@ -114,7 +115,8 @@ def check(umm, mesh, gvu):
         raise ValueError(f"{of_mesh}: {samples} samples a step (gvu.prompts {gvu.prompts} x gvu.group {gvu.group}) in "
                          f"{gvu.micro_batches} micro-batches cannot be divided by data x fsdp = {rows}")
     if gvu.waves > 1 and gvu.prompts % (rows * gvu.waves):
-        raise ValueError(f"{of_mesh}: {gvu.prompts} prompts in {gvu.waves} waves cannot be divided by data x fsdp = {rows}")
+        raise ValueError(f"{of_mesh}: {gvu.prompts} prompts in {gvu.waves} waves cannot be divided by data x fsdp = "
+                         f"{rows}")
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -123,8 +125,8 @@ def shardings(tree, mesh, layout="stored"):
     """NamedShardings of a tree of arrays or shapes whose paths name a part of the model ("ar", "adapter", "flux", ..)
     anywhere on their way: params, a trainable subtree, an optimizer's state. What belongs to no part lies whole.
 
-    Raises ValueError for a parameter that no rule or more than one rule matches, and for a large one whose axis does not
-    divide.
+    Raises ValueError for a parameter that no rule or more than one rule matches, and for a large one whose axis does
+    not divide.
     """
     def place(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]

@@ -2,8 +2,8 @@
 
     python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR [--config.key=value ...]
 
-Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop -> report.
-DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
+Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop ->
+report. DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
 stopped goes on when the same command is given again.
 
 On several hosts the same command runs on each of them, with a DIR that all of them see: --hosts=auto where the machines
