@@ -1,7 +1,6 @@
 """The published model as one piece: the golden checkpoint converted, then driven through the interface of GvU."""
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from safetensors.numpy import load_file
 
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
-from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards
+from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
@@ -215,6 +214,7 @@ def test_training_on_the_published_model(converted, tmp_path):
     config.model.update(checkpoint=str(converted), override=dict(
         grid=checkpoint.read_metadata(converted).grid, diffusion_steps=2, instruction="Describe the image in detail."))
     config.gvu.update(prompts=2, group=2, micro_batches=2)
+    config.mesh.update(fsdp=1, tensor=1)
     config.update(steps=2, cache=str(tmp_path / "cache"), eval=dict(every=2, batches=1))
     summary = train(config, tmp_path / "run")
     assert set(summary["before"]) == {"overall", "counting", "position"}
@@ -226,29 +226,16 @@ def test_training_on_the_published_model(converted, tmp_path):
     assert (tmp_path / "run/report.html").stat().st_size > 0
 
 
-def test_eight_devices_draw_and_score_as_one_does(converted, tmp_path):
+def test_eight_devices_draw_and_score_as_one_does(converted):
     """Parameters spread over devices: the same pictures up to a byte, the same reward up to rounding."""
-    program = """
-import sys, jax, numpy as np, gvu_jax
-from gvu_jax import checkpoint
-checkpoint.SMALL = 1
-model = gvu_jax.load(sys.argv[1])
-spread = [x for x in jax.tree.leaves(model.params) if not x.sharding.is_fully_replicated]
-pictures = model.generate(["a red cube", "two dogs"], seed=3, batch=2)[:, 0]
-side = model.umm.transform.short_size
-given = np.random.default_rng(0).integers(256, size=(2, side, side + 16, 3)).astype(np.uint8)
-rewards = [score.reward for score in model.score(given, ["a red cube", "two dogs"])]
-np.savez(sys.argv[2], devices=jax.device_count(), spread=len(spread), pictures=pictures, rewards=rewards)
-"""
-    found = {}
-    for devices in (1, 8):
-        out = tmp_path / f"{devices}.npz"
-        env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-        done = subprocess.run([sys.executable, "-c", program, str(converted), str(out)], env=env, capture_output=True,
-                              text=True)
-        assert done.returncode == 0, done.stderr
-        found[devices] = np.load(out)
-    assert found[8]["devices"] == 8 and found[8]["spread"] > 0 and found[1]["spread"] == 0
-    difference = np.abs(found[8]["pictures"].astype(int) - found[1]["pictures"].astype(int))
-    assert difference.max() <= 1
-    np.testing.assert_allclose(found[8]["rewards"], found[1]["rewards"], rtol=1e-4)
+    prompts, found = ["a red cube", "two dogs"], []
+    for mesh in (one_device(), sharding.make_mesh("fsdp:8")):
+        model = gvu_jax.load(converted, mesh)
+        spread = [x for x in jax.tree.leaves(model.params) if not x.sharding.is_fully_replicated]
+        assert bool(spread) == (mesh.size == 8)
+        side = model.umm.transform.short_size
+        given = np.random.default_rng(0).integers(256, size=(2, side, side + 16, 3)).astype(np.uint8)
+        found.append((model.generate(prompts, seed=3)[:, 0].astype(int),
+                      [score.reward for score in model.score(given, prompts)]))
+    assert np.abs(found[0][0] - found[1][0]).max() <= 1
+    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from conftest import ROOT, one_device, tiny_config
-from gvu_jax import optim
+from gvu_jax import optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
@@ -33,7 +33,8 @@ def method_of(tiny, **changes):
     config.update_from_flattened_dict(changes)
     optimizer = optim.build(config.optim, 10)
     method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer, one_device())
-    state = gvu.init_state(base, config, optimizer, jax.random.key(1))
+    base = jax.device_put(base, sharding.shardings(base, method.mesh))
+    state = method.init(base, jax.random.key(1))
     texts = ["a photo of a red circle", "a photo of two crosses"] * (config.gvu.prompts // 2)
     return method, base, state, umm.encode_prompts(texts)
 
@@ -220,7 +221,7 @@ def test_nothing_compiles_after_the_first_step(tiny, key):
     counts = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: counts.append(event) if event.endswith("backend_compile_duration") else None)
-    prompts = jax.device_put(prompts)
+    prompts, key = sharding.put((prompts, key), method.mesh)
     state, _, _ = one_step(method, base, state, prompts, jax.random.fold_in(key, 0))
     jax.block_until_ready(state)
     assert counts

@@ -35,7 +35,7 @@ def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(tiny, key):
     _, umm, params = tiny
     lengths = umm.lengths(TEXTS)
     whole, _ = umm.sample_image(params, umm.encode_prompts(TEXTS, lengths), key, How())
-    last, _ = umm.sample_image(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), first=2)
+    last, _ = umm.sample_image(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), np.array([2]))
     np.testing.assert_array_equal(whole[2:], last)
 
 
