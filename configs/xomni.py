@@ -42,6 +42,8 @@ def get_config():
 
     config.steps = PROMPTS * EPOCHS // config.gvu.prompts
     config.eval = dict(every=250, batches=4)
+    # When to warn that the policy collapses, or (stop) to end; how many steps in a row may be skipped as not finite.
+    config.alarm = dict(kl=2.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
     config.log_every = 1
     config.checkpoint_every = 50
     return config

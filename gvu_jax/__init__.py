@@ -50,7 +50,7 @@ def load(path, mesh=None):
     umm, base = checkpoint.load_model(base_of_run(path, config), mesh, config.model.get("override", {}))
     checkpoints = checkpoint.Checkpoints(path, mesh)
     try:
-        step = checkpoints.latest()
+        step = checkpoints.newest_whole()
         if step is None:
             raise FileNotFoundError(f"{path} has no checkpoint yet: the run ended before its first one")
         like = jax.eval_shape(lambda: gvu.init_trainable(base, config, jax.random.key(0)))

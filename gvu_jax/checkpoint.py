@@ -8,12 +8,16 @@ A model folder holds everything that loading needs, and nothing that must be exe
     source/           where the model was converted: what the way back needs (see convert.py)
 
 A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
-each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items.
+each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items, and DIGEST, the
+SHA-256 of every file: Orbax notices a write that was cut off, but not a byte that changed on disk.
 """
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -27,6 +31,7 @@ from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.umm import XOmni
 
 FORMAT = 2
+DIGEST = "sha256.json"
 TOKENIZERS = ("tokenizer", "t5_tokenizer", "clip_tokenizer")
 
 
@@ -128,19 +133,51 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, mesh=None, keep=2, writing=False):
-        self.mesh = mesh or sharding.make_mesh()
+        self.mesh, self._writing = mesh or sharding.make_mesh(), writing
+        self._folder = Path(workdir).absolute() / "checkpoints"
         policy = ocp.training.preservation_policies.LatestN(keep)
         self._checkpointer = ocp.training.Checkpointer(
-            Path(workdir).absolute() / "checkpoints", preservation_policy=policy, cleanup_tmp_directories=writing)
+            self._folder, preservation_policy=policy, cleanup_tmp_directories=writing)
 
-    def latest(self):
-        """The step of the newest state, or None."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+    def newest_whole(self):
+        """The step of the newest state whose files are as they were written, or None where there is no state.
+
+        Newer states that are not are named in a warning and, by the run itself, moved out of the way. Raises ValueError
+        where no state is whole.
+        """
+        found = self._checkpointer.latest and sharding.first_says(self._find_whole() if jax.process_index() == 0 else 0)
+        if found == -1:
+            raise ValueError(f"no state in {self._folder} is whole: give another --workdir, or remove this one to start "
+                             f"over")
+        if self._writing:
+            self._checkpointer.reload()                       # some may have been moved
+        return found
+
+    def _find_whole(self):
+        broken = []
+        for state in sorted(self._checkpointer.checkpoints, key=lambda state: -state.step):
+            wrong = differing(self._folder / str(state.step))
+            if not wrong:
+                for step, what in broken:
+                    print(f"warning: the state of step {step} in {self._folder} is broken ({what}); going on from step "
+                          f"{state.step}, the newest whole one", file=sys.stderr)
+                    if self._writing:
+                        (self._folder / str(step)).rename(self._folder.with_name(f"broken_state_{step}_{time.time_ns()}"))
+                return state.step
+            broken.append((state.step, wrong))
+        return -1
 
     def save(self, step, trainable, opt_state):
-        self._checkpointer.save_checkpointables(
-            step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
+        """Writes a state. Raises OSError where the disk refuses; the states before it stay."""
+        try:
+            self._checkpointer.save_checkpointables(
+                step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
+        except Exception as error:                            # of Orbax, TensorStore or the file system
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
+            raise OSError(f"the state of step {step} could not be saved in {self._folder}: {first_line}") from error
+        if jax.process_index() == 0:
+            folder = self._folder / str(step)
+            replace_file(folder / DIGEST, json.dumps(digests(folder)))
 
     def load(self, step, **like):
         """The items named in `like` (trainable=..., opt_state=...: arrays or shapes), each in the given structure."""
@@ -149,3 +186,25 @@ class Checkpoints:
 
     def close(self):
         self._checkpointer.close()
+
+
+def digests(folder):
+    """{file's path below folder: its SHA-256}, without DIGEST itself."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != DIGEST)
+    return {str(path.relative_to(folder)): hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
+
+
+def differing(folder):
+    """What is wrong with the files of a state, in a few words; "" where they are as they were written.
+
+    A state without DIGEST was whole for Orbax when the process ended, and is taken as it is.
+    """
+    if not (folder / DIGEST).exists():
+        return ""
+    try:
+        written = json.loads((folder / DIGEST).read_text())
+        found = digests(folder)
+        wrong = [name for name in written if found.get(name) != written[name]]
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{DIGEST}: {error}"
+    return f"{', '.join(wrong[:3])} differ or are missing" if wrong else ""

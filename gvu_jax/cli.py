@@ -21,7 +21,7 @@ def run(main):
         logging.set_verbosity(logging.WARNING)        # libraries are talkative; ours prints what it has to say
         try:
             return main(argv)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, FloatingPointError) as error:
             if os.environ.get("GVU_TRACEBACK"):
                 raise
             sys.exit(f"error: {' '.join(str(error).split())}")

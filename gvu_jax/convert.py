@@ -538,7 +538,7 @@ def export_peft(run, dst):
     umm = checkpoint.read_metadata(base_of_run(run, config))
     states = checkpoint.Checkpoints(run)
     try:
-        if (step := states.latest()) is None:
+        if (step := states.newest_whole()) is None:
             raise FileNotFoundError(f"{run} has no checkpoint yet: the run ended before its first one")
         base = jax.eval_shape(lambda: checkpoint.init(umm, jax.random.key(0)))
         like = jax.eval_shape(lambda base: gvu.init_trainable(base, config, jax.random.key(0)), base)

@@ -44,6 +44,10 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
         self._tensorboard = _open_tensorboard(workdir / "tensorboard", resume_step)
 
+    def has(self, step: int, name: str) -> bool:
+        """Whether a line of this step holds a value of this name."""
+        return any(line["step"] == step and name in line for line in read_metrics(self._file.name))
+
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one line `{"step": step, name: value, ...}` and flushes it.
 

@@ -18,6 +18,13 @@ def group_advantages(rewards, group, eps):
     return (centred / (jnp.std(grouped, axis=1, ddof=1, keepdims=True) + eps)).reshape(-1)
 
 
+def duplicates(tokens, group):
+    """Share of samples that equal an earlier one of their group: it nears one when a policy collapses. [S, N] -> []."""
+    grouped = tokens.reshape(-1, group, tokens.shape[-1])                                           # [S/G, G, N]
+    same = jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)                             # [S/G, G, G]
+    return jnp.mean(jnp.any(jnp.tril(same, -1), axis=-1))
+
+
 def k3(logps, ref_logps):
     """Unbiased, non-negative estimate of KL(pi || pi_ref) per token: e^d - d - 1, d = ref - policy (Schulman 2020).
 

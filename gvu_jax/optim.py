@@ -1,12 +1,14 @@
-"""The optimizer: clip by global norm, then AdamW under a schedule with warm-up."""
+"""The optimizer: clip by global norm, then AdamW under a schedule with warm-up; steps that are not finite are skipped."""
 import jax
+import numpy as np
 import optax
 
 
 def build(config, steps):
     """config: lr, warmup (steps), schedule ("constant" | "cosine"), b2, weight_decay, clip_norm. steps: updates in all.
 
-    Returns an optax.GradientTransformation. Weight decay leaves vectors (norm scales, biases) alone; parameters are
+    Returns an optax.GradientTransformation. A gradient that is not finite changes nothing and is counted in the state
+    (`notfinite_count` in a row, `total_notfinite`), however often it comes: the loop decides when to give up. Weight decay leaves vectors (norm scales, biases) alone; parameters are
     stacked over layers, so a vector of one layer has two dimensions here and is told by its name. Raises ValueError for
     an unknown schedule.
     """
@@ -17,8 +19,9 @@ def build(config, steps):
         rate = optax.warmup_constant_schedule(0.0, config.lr, config.warmup) if config.warmup else config.lr
     else:
         raise ValueError(f"optim.schedule is {config.schedule!r}; it must be 'constant' or 'cosine'")
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm),
-                       optax.adamw(rate, b1=0.9, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
+    adamw = optax.chain(optax.clip_by_global_norm(config.clip_norm),
+                        optax.adamw(rate, b1=0.9, b2=config.b2, weight_decay=config.weight_decay, mask=decays))
+    return optax.apply_if_finite(adamw, max_consecutive_errors=np.iinfo(np.int32).max)
 
 
 def decays(params):

@@ -95,6 +95,11 @@ def wait_for_all(what):
         multihost.sync_global_processes(what, timeout=24 * 3600)
 
 
+def first_says(value):
+    """What process 0 says, in all processes. value: bool or a number."""
+    return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(np.array(value)).item()
+
+
 def named(shape):
     return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape))
 

@@ -4,7 +4,7 @@
 
 Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop ->
 report. DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
-stopped goes on when the same command is given again.
+stopped goes on when the same command is given again; one that a signal stopped ends with status 75 (see stop.py).
 
 On several hosts the same command runs on each of them, with a DIR that all of them see: --hosts=auto where the machines
 know each other (TPU pods, Slurm), else --hosts=ADDRESS:PORT,COUNT,INDEX with the address of process 0. Each process
@@ -13,6 +13,7 @@ encodes the prompts of its own devices; process 0 writes metrics and pictures; c
 import dataclasses
 import json
 import shutil
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,6 +30,7 @@ from gvu_jax.methods import gvu
 from gvu_jax.metrics import MetricsWriter, Progress, replace_file
 from gvu_jax.report import image_grid, write_report
 from gvu_jax.sampling import How
+from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
@@ -39,13 +41,18 @@ _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: 
 def main(_):
     if _CONFIG.value is None:
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
-    if _HOSTS.value:
-        sharding.join_hosts(_HOSTS.value)
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    with Stop() as stop:
+        if _HOSTS.value:
+            sharding.join_hosts(_HOSTS.value)
+        if train(_CONFIG.value, Path(_WORKDIR.value), stop) is None:
+            return STOPPED
 
 
-def train(config, workdir):
-    """Runs the whole training described by `config` (ConfigDict) in `workdir`. Returns the run's summary (dict)."""
+def train(config, workdir, stop=Stop()):
+    """Runs the whole training described by `config` (ConfigDict) in `workdir`.
+
+    Returns the run's summary (dict), or None where `stop` ended it before its time.
+    """
     gvu.check(config)
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     if min(config.log_every, config.checkpoint_every, config.eval.every) < 1:
@@ -79,7 +86,7 @@ def train(config, workdir):
     root = jax.random.key(config.seed)
     state = method.init(base, sharding.put(jax.random.fold_in(root, 0), mesh))
     checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
-    resumed = checkpoints.latest()
+    resumed = checkpoints.newest_whole()
     if resumed is not None:
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
         state = gvu.State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
@@ -91,9 +98,14 @@ def train(config, workdir):
     with (MetricsWriter(notes, resume_step=-1 if resumed is None else resumed) as writer,
           Progress(config.steps, "step", "GvU", done=first, silent=not first_process) as progress):
 
-        def evaluate(step, thorough):
+        def save(step):
+            checkpoints.save(step, state.trainable, state.opt_state)
+            replace_file(notes / "summary.json", json.dumps(summary, indent=1))
+            stop.unsaved = False
+
+        def evaluate(step):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
-            began = time.time()
+            began, thorough = time.time(), step in (0, config.steps)
             policy = method.policy(base, state.trainable)
             scores, areas, pictures, right = suite.draw(policy, base)
             values = {f"eval/{name}": score for name, score in scores.items()}
@@ -104,19 +116,25 @@ def train(config, workdir):
                                 f"understanding_{moment}": understanding, f"auc_{moment}": areas})
                 if step == 0:
                     summary["auc"] = areas
-                replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             writer.write(step, values)
             name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
             picture = sample_grid(suite, pictures, right)
             picture.save(notes / "samples" / f"{name}.png")
             writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
+            replace_file(notes / "summary.json", json.dumps(summary, indent=1))
 
-        if first == 0:
-            evaluate(0, thorough=True)
-        began, evaluating = time.time(), timings["evaluation"]
+        def evaluation_due(step):
+            return step in (0, config.steps) or step % config.eval.every == 0
+
+        # A run that was stopped during an evaluation repeats it.
+        if evaluation_due(first) and not sharding.first_says(writer.has(first, "eval/overall")):
+            evaluate(first)
         for step in range(first, config.steps):
-            clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == first else None)
+            began = time.time()
+            if stop.requested():
+                break
+            clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == 0 else None)
             texts = [meta["prompt"] for meta in data.batch(stream, step, config.gvu.prompts)]
             prompts, grouped = (sharding.place_prompts(umm, texts, lengths, mesh, times)
                                 for times in (1, config.gvu.group))
@@ -126,23 +144,31 @@ def train(config, workdir):
             image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
             pixels = clock.lap("render", method.render(base, image_tokens, prompts, key_render))
             reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
+            if stop.requested():
+                break
             state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward, read))
+            stop.unsaved = True
 
             shown = {}
             if clock.on:
                 metrics = jax.device_get(metrics)
                 writer.write(step + 1, metrics | clock.seconds(len(reward)))
                 shown = {"reward": metrics["reward/mean"], "kl": metrics["kl"]}
+                alarm(config.alarm, step + 1, metrics)
             progress.update(1, **shown)
-            done = step + 1 == config.steps
-            if done or (step + 1) % config.eval.every == 0:
-                evaluate(step + 1, thorough=done)
-            if done or (step + 1) % config.checkpoint_every == 0:
-                checkpoints.save(step + 1, state.trainable, state.opt_state)
-        timings["training"] += time.time() - began - (timings["evaluation"] - evaluating)
+            timings["training"] += time.time() - began
+            if evaluation_due(step + 1) or (step + 1) % config.checkpoint_every == 0:
+                save(step + 1)               # before the evaluation: whatever ends that one, the step is not lost
+            if evaluation_due(step + 1):
+                evaluate(step + 1)
+        else:
+            step = config.steps
+        if stop.unsaved:
+            save(step)
 
     checkpoints.close()
-    replace_file(notes / "summary.json", json.dumps(summary, indent=1))
+    if step < config.steps:
+        return None
     if first_process:
         report = write_report(workdir)
         print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
@@ -221,6 +247,27 @@ def sample_grid(suite, pictures, right):
     captions = [suite.metas[i]["prompt"] for i in chosen]
     marks = None if right is None else right[chosen][:, :6]
     return image_grid(pictures[chosen][:, :6], captions, scale=max(1, 96 // pictures.shape[2]), marks=marks)
+
+
+def alarm(config, step, metrics):
+    """Says when a run goes wrong in a way that its reward does not show, and ends it where the config wants that.
+
+    Raises FloatingPointError after `skipped` steps in a row whose numbers were not finite, and with `stop` at the other
+    signs: KL to the base above `kl`, entropy below `entropy` (nats a token), more than `duplicates` of a group's
+    pictures drawn twice: a policy that has collapsed onto what pleases its teacher.
+    """
+    if metrics["skipped_in_a_row"] >= config.skipped:
+        raise FloatingPointError(f"step {step}: {int(metrics['skipped_in_a_row'])} steps in a row had rewards, losses or "
+                                 f"gradients that are not finite and were skipped; lower optim.lr, or raise alarm.skipped")
+    signs = [f"kl {metrics['kl']:.3g} is above {config.kl}"] * bool(metrics["kl"] > config.kl)
+    signs += [f"entropy {metrics['entropy']:.3g} is below {config.entropy}"] * bool(metrics["entropy"] < config.entropy)
+    signs += [f"{metrics['duplicates']:.0%} of the pictures repeat another of their group"] * bool(
+        metrics["duplicates"] > config.duplicates)
+    if signs:
+        warning = f"step {step}: {', '.join(signs)}: the policy may be collapsing"
+        if config.stop:
+            raise FloatingPointError(f"{warning} (alarm.stop is set)")
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 class Stopwatch:

@@ -147,6 +147,9 @@ class GvU:
             "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
             "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
             "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
+            "duplicates": objectives.duplicates(image_tokens, gvu.group),
+            "skipped": optax.tree.get(opt_state, "total_notfinite", 0),
+            "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0),
         }
         return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics
 
