@@ -26,6 +26,15 @@ def one_device():
     return sharding.make_mesh({}, jax.devices()[:1])
 
 
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=int, default=2, help="how often tests/test_faults.py disturbs a run")
+
+
+@pytest.fixture(scope="session")
+def faults(request):
+    return request.config.getoption("--faults")
+
+
 def load_config(name, *preset):
     spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

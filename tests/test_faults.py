@@ -1,0 +1,170 @@
+"""What happens to a run from outside: killed, told to stop, its files damaged. The same command must go on from there.
+
+    python -m pytest tests/test_faults.py --faults=100         # as many kills; the default is a few
+"""
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from conftest import ROOT, one_device, tiny_config
+from gvu_jax import checkpoint, optim
+from gvu_jax.metrics import read_metrics
+from gvu_jax.stop import STOPPED
+from gvu_jax.train import alarm
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+from ml_collections import ConfigDict
+from gvu_jax import train
+from gvu_jax.stop import STOPPED, Stop
+with Stop() as stop:
+    sys.exit(STOPPED if train.train(ConfigDict(json.loads(sys.argv[1])), Path(sys.argv[2]), stop) is None else 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(config, the metrics of the undisturbed run, seconds that a start takes when all is compiled)."""
+    folder = tmp_path_factory.mktemp("faults")
+    config = tiny_config(folder)
+    config.update(steps=8, checkpoint_every=1, log_every=2)
+    config.eval.every = 4
+    assert start(config, folder / "whole").wait() == 0
+    began = time.time()
+    assert start(config, folder / "again").wait() == 0
+    return config, timeless(folder / "whole"), time.time() - began, folder
+
+
+def start(config, work):
+    return subprocess.Popen([sys.executable, "-c", PROGRAM, config.to_json(), str(work)], cwd=ROOT,
+                            stdout=subprocess.DEVNULL, stderr=(work.parent / f"{work.name}.log").open("a"))
+
+
+def timeless(work):
+    return [{name: value for name, value in line.items() if "second" not in name}
+            for line in read_metrics(work / "metrics.jsonl")]
+
+
+def disturbed(run, name, times, number):
+    """Sends a signal at random moments to `times` sittings of one run, then lets it end. How each sitting ended."""
+    config, _, seconds, folder = run
+    work, moments, ends = folder / name, random.Random(number), []
+    for _ in range(times):
+        if (work / "summary.json").exists() and '"after"' in (work / "summary.json").read_text():
+            shutil.rmtree(work)                                       # it came to its end: disturb another one
+        process = start(config, work)
+        try:
+            ends.append(process.wait(timeout=moments.uniform(0.1, 1.1) * seconds))
+        except subprocess.TimeoutExpired:
+            process.send_signal(number)
+            ends.append(process.wait(timeout=120))
+    last = start(config, work)
+    assert last.wait(timeout=600) == 0, (folder / f"{name}.log").read_text()[-3000:]
+    return ends, timeless(work)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, faults):
+    """SIGKILL at any moment, saving included: the metrics at the end are the undisturbed run's, bit for bit."""
+    ends, metrics = disturbed(run, "killed", faults, signal.SIGKILL)
+    assert set(ends) <= {0, -signal.SIGKILL} and metrics == run[1]
+    print(f"{ends.count(-signal.SIGKILL)} sittings killed, {ends.count(0)} ended before")
+
+
+def test_a_run_that_is_told_to_stop_ends_in_time_with_the_documented_status(run, faults):
+    ends, metrics = disturbed(run, "stopped", faults, signal.SIGTERM)
+    # Before Python has loaded the package, nothing listens yet and the signal ends it as it ends any program.
+    assert set(ends) <= {0, STOPPED, -signal.SIGTERM} and metrics == run[1]
+
+
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+    "deleted": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture
+def states(tmp_path):
+    """A run's folder with the states of steps 1 and 2, and what is in them."""
+    trainable = {"ar": {"lm_norm": {"scale": np.arange(6.0, dtype=np.float32)}}}
+    opt_state = optax.adam(1e-3).init(trainable)
+    writer = checkpoint.Checkpoints(tmp_path, one_device())
+    for step in (1, 2):
+        writer.save(step, jax.tree.map(lambda x: x + step, trainable), opt_state)
+    writer.close()
+    return tmp_path, trainable, opt_state
+
+
+def test_every_damage_to_every_file_of_a_state_is_noticed(states, tmp_path):
+    newest, table = states[0] / "checkpoints/2", {}
+    for file in [path for path in newest.rglob("*") if path.is_file()]:
+        for name, damage in DAMAGE.items():
+            whole = file.read_bytes()
+            if whole:
+                damage(file)
+                table[f"{name} {file.relative_to(newest)}"] = checkpoint.differing(newest)
+                file.write_bytes(whole)
+    assert checkpoint.differing(newest) == "" and len(table) > 40
+    assert [damage for damage, noticed in table.items() if not noticed] == [f"deleted {checkpoint.DIGEST}"]
+    print(f"{len(table)} damages: {sum(map(bool, table.values()))} noticed, the rest harmless")
+
+
+def test_the_state_before_a_broken_one_is_used_and_the_run_goes_on(states, capsys):
+    work, trainable, opt_state = states
+    DAMAGE["flipped"](next(path for path in (work / "checkpoints/2").rglob("d/*") if path.is_file()))
+    again = checkpoint.Checkpoints(work, one_device(), writing=True)
+    assert again.newest_whole() == 1
+    warning = capsys.readouterr().err
+    assert "step 2" in warning and "step 1" in warning
+    loaded = again.load(1, trainable=trainable)["trainable"]["ar"]["lm_norm"]["scale"]
+    np.testing.assert_array_equal(loaded, np.arange(6.0) + 1)
+    again.save(2, trainable, opt_state)
+    assert again.newest_whole() == 2 and not capsys.readouterr().err
+    again.close()
+
+
+def test_where_no_state_is_whole_the_run_does_not_silently_start_over(states):
+    for step in (1, 2):
+        (states[0] / f"checkpoints/{step}" / checkpoint.DIGEST).write_text("{")
+    again = checkpoint.Checkpoints(states[0], one_device())
+    with pytest.raises(ValueError, match="no state .* is whole"):
+        again.newest_whole()
+    again.close()
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
+    config = tiny_config(ROOT).optim
+    optimizer = optim.build(config, 10)
+    params = {"w": np.ones(3, np.float32)}
+    state = optimizer.init(params)
+    for bad in range(1, 4):
+        updates, after = optimizer.update({"w": np.full(3, np.nan, np.float32)}, state, params)
+        assert not np.any(updates["w"]) and int(after.notfinite_count) == int(after.total_notfinite) == bad
+        for old, new in zip(*map(jax.tree.leaves, (state.inner_state, after.inner_state))):
+            np.testing.assert_array_equal(old, new)
+        state = after
+
+
+@pytest.mark.parametrize("sign, word", [({"kl": 9.0}, "kl 9"), ({"entropy": 1e-4}, "entropy"), ({"duplicates": 1.0}, "100%")])
+def test_signs_of_collapse_warn_and_can_end_a_run(sign, word, capsys):
+    config = tiny_config(ROOT).alarm
+    healthy = {"kl": 0.1, "entropy": 2.0, "duplicates": 0.0, "skipped_in_a_row": 0}
+    alarm(config, 5, healthy)
+    assert not capsys.readouterr().err
+    alarm(config, 5, healthy | sign)
+    assert word in capsys.readouterr().err
+    config.stop = True
+    with pytest.raises(FloatingPointError, match=word):
+        alarm(config, 5, healthy | sign)
+    with pytest.raises(FloatingPointError, match="in a row"):
+        alarm(config, 5, healthy | {"skipped_in_a_row": config.skipped})
