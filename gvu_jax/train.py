@@ -61,7 +61,7 @@ def train(config, workdir, stop=Stop()):
     optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     if first_process:
         claim(workdir, config)
         prepare_base(config, workdir)

@@ -2,6 +2,8 @@
 import importlib.util
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 ALONE = os.environ.get("XLA_FLAGS", "")
@@ -26,6 +28,20 @@ def one_device():
     return sharding.make_mesh({}, jax.devices()[:1])
 
 
+def pytest_configure(config):
+    """One empty cache for all processes of this session: a program, or a base, is made once and not in every test."""
+    if not hasattr(config, "workerinput"):
+        os.environ["GVU_CACHE"] = config.gvu_cache = tempfile.mkdtemp(prefix="gvu_tests_")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ["GVU_CACHE"] + "/compiled"
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_unconfigure(config):
+    if hasattr(config, "gvu_cache"):
+        shutil.rmtree(config.gvu_cache, ignore_errors=True)
+
+
 def pytest_addoption(parser):
     parser.addoption("--faults", type=int, default=2, help="how often tests/test_faults.py disturbs a run")
 
@@ -42,10 +58,9 @@ def load_config(name, *preset):
     return module.get_config(*preset)
 
 
-def tiny_config(tmp_path):
+def tiny_config():
     """configs/shapes.py with every size and budget cut to what a test can pay."""
     config = load_config("shapes", "smoke")
-    config.cache = str(tmp_path / "cache")
     config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                            num_key_value_heads=1)
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
@@ -62,10 +77,10 @@ def tiny_config(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
+def tiny():
     """(config, umm, params) of an untrained model."""
     from gvu_jax.shapes import pretrain
-    config = tiny_config(tmp_path_factory.mktemp("tiny"))
+    config = tiny_config()
     return (config, *pretrain.build(config))
 
 

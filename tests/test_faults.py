@@ -35,7 +35,7 @@ with Stop() as stop:
 def run(tmp_path_factory):
     """(config, the metrics of the undisturbed run, seconds that a start takes when all is compiled)."""
     folder = tmp_path_factory.mktemp("faults")
-    config = tiny_config(folder)
+    config = tiny_config()
     config.update(steps=8, checkpoint_every=1, log_every=2)
     config.eval.every = 4
     assert start(config, folder / "whole").wait() == 0
@@ -143,7 +143,7 @@ def test_where_no_state_is_whole_the_run_does_not_silently_start_over(states):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
-    config = tiny_config(ROOT).optim
+    config = tiny_config().optim
     optimizer = optim.build(config, 10)
     params = {"w": np.ones(3, np.float32)}
     state = optimizer.init(params)
@@ -157,7 +157,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 
 @pytest.mark.parametrize("sign, word", [({"kl": 9.0}, "kl 9"), ({"entropy": 1e-4}, "entropy"), ({"duplicates": 1.0}, "100%")])
 def test_signs_of_collapse_warn_and_can_end_a_run(sign, word, capsys):
-    config = tiny_config(ROOT).alarm
+    config = tiny_config().alarm
     healthy = {"kl": 0.1, "entropy": 2.0, "duplicates": 0.0, "skipped_in_a_row": 0}
     alarm(config, 5, healthy)
     assert not capsys.readouterr().err

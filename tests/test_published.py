@@ -215,7 +215,7 @@ def test_training_on_the_published_model(converted, tmp_path):
         grid=checkpoint.read_metadata(converted).grid, diffusion_steps=2, instruction="Describe the image in detail."))
     config.gvu.update(prompts=2, group=2, micro_batches=2)
     config.mesh.update(fsdp=1, tensor=1)
-    config.update(steps=2, cache=str(tmp_path / "cache"), eval=dict(every=2, batches=1))
+    config.update(steps=2, eval=dict(every=2, batches=1))
     summary = train(config, tmp_path / "run")
     assert set(summary["before"]) == {"overall", "counting", "position"}
     lines = read_metrics(tmp_path / "run/metrics.jsonl")

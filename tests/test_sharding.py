@@ -25,7 +25,7 @@ TEXTS = ["a photo of a red circle", "a photo of two crosses", "an image of a squ
 def divisible(tmp_path_factory):
     """(config, umm, params) of an untrained model whose sides are multiples of eight."""
     from gvu_jax.shapes import pretrain
-    config = tiny_config(tmp_path_factory.mktemp("divisible"))
+    config = tiny_config()
     config.model.ar.update(num_attention_heads=4, num_key_value_heads=2)
     config.gvu.update(prompts=4, group=8)
     return (config, *pretrain.build(config))
@@ -184,7 +184,7 @@ def start(hosts, work, config, devices):
 
 
 def test_two_processes_write_the_metrics_of_one(tmp_path):
-    config = tiny_config(tmp_path)
+    config = tiny_config()
     config.mesh.update(data=2, fsdp=2)
     config.update(steps=2)
     one = start("-", str(tmp_path / "one"), config, 4)

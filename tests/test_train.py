@@ -22,7 +22,7 @@ from gvu_jax.train import train
 def run(tmp_path_factory):
     """(config, workdir) of a finished run of four steps."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(folder)
+    config = tiny_config()
     train(config, folder / "work")
     return config, folder / "work"
 
