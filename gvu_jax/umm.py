@@ -241,13 +241,14 @@ class XOmni:
         said, said_mask = prompts.words[:, :-1], prompts.words_mask[:, :-1]                         # [B*K, L-1]
         tokens = jnp.concatenate([asked, said.reshape(B, -1)], axis=1)                              # [B, C+K(L-1)]
         mask = jnp.concatenate([asked_mask, said_mask.reshape(B, -1)], axis=1)
-        text = jnp.concatenate([jnp.full(C, -1), jnp.repeat(jnp.arange(K), L - 1)])                 # -1: read by all
-        together = (text[None, :] == -1) | (text[:, None] == text[None, :])                         # [T, T]
+        if K > 1:
+            text = jnp.concatenate([jnp.full(C, -1), jnp.repeat(jnp.arange(K), L - 1)])             # -1: read by all
+            mask = mask[:, None, :] & ((text[None, :] == -1) | (text[:, None] == text[None, :]))    # [B, T, T]
         counted = jnp.concatenate([jnp.repeat(asked_mask, K, axis=0), said_mask], axis=1)           # [B*K, C+L-1]
         positions = count_positions(counted)
         positions = jnp.concatenate([positions[::K, :C], positions[:, C:].reshape(B, -1)], axis=1)
         model, variables = xomni.XOmni(self.ar), self._variables(params)
-        hidden, _ = model.apply(variables, tokens, mask[:, None, :] & together, positions=positions, text_only=True)
+        hidden, _ = model.apply(variables, tokens, mask, positions=positions, text_only=True)
         ends = jnp.repeat(hidden[:, C - 1:C], K, axis=0)                      # each text's first word is said from here
         hidden = jnp.concatenate([ends, hidden[:, C:].reshape(S, L - 1, -1)], axis=1)               # [B*K, L, D]
         logits = model.apply(variables, hidden, method="text_logits")                               # [B*K, L, V]

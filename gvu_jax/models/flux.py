@@ -16,7 +16,8 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import AXES, RMSNorm, attention, spread
+from gvu_jax.models.layers import AXES, RMSNorm, spread
+from gvu_jax.models.splash import full_attention
 
 ROPE_THETA = 10000
 SINUSOIDS = 256     # width of the sinusoidal embedding of sigma and of the guidance
@@ -122,7 +123,7 @@ def queries_keys_values(config, x, q, k, v, norm_q, norm_k):
 
 def attend(q, k, v, table):
     """Rotary attention over the joined stream, heads merged. [B, T, H, E] each -> [B, T, D]."""
-    return attention(rotate(q, table), rotate(k, table), v).reshape(*q.shape[:2], -1)
+    return full_attention(rotate(q, table), rotate(k, table), v).reshape(*q.shape[:2], -1)
 
 
 class JointAttention(nn.Module):

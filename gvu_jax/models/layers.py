@@ -16,6 +16,13 @@ AXES = ("data", "fsdp", "tensor")     # of every mesh, see sharding.py
 BATCH = ("data", "fsdp")              # those that divide the rows of a batch
 
 
+def dividing(rows, mesh, over=BATCH):
+    """The first of the mesh axes `over`, as many of them as divide so many rows."""
+    while rows % math.prod(mesh.shape[name] for name in over):
+        over = over[:-1]
+    return over
+
+
 def spread(x, *rest, over=BATCH, axis=0):
     """Keeps the rows of x [.., B, ..], which lie along `axis`, divided over the mesh axes `over`.
 
@@ -25,8 +32,7 @@ def spread(x, *rest, over=BATCH, axis=0):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    while over and x.shape[axis] % math.prod(mesh.shape[name] for name in over):
-        over = over[:-1]
+    over = dividing(x.shape[axis], mesh, over)
     rest = [name if name and size % mesh.shape[name] == 0 else None for name, size in zip(rest, x.shape[axis + 1:])]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, over or None, *rest))
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
+from gvu_jax.models import splash
 from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary, spread
 
 
@@ -47,8 +48,12 @@ class Attention(nn.Module):
         v = heads("v_proj", c.num_key_value_heads)                                                  # [B, T, K, E]
         if cache is not None:
             cache = cache.write(layer, at, k, v)
-            k, v = cache.read(layer)                                                                # [B, S, K, E]
-        y = attention(q, k, v, mask).reshape(B, T, c.num_attention_heads * c.head_dim)
+        if mask.ndim == 2:
+            y = splash.attention(q, k, v, mask, causal=True)                                        # [B, T, H, E]
+        else:
+            k, v = (k, v) if cache is None else cache.read(layer)                                   # [B, S, K, E]
+            y = attention(q, k, v, mask)                                                            # [B, T, H, E]
+        y = y.reshape(B, T, c.num_attention_heads * c.head_dim)
         return Dense(c.hidden_size, divided=0, name="o_proj")(y), cache
 
 
@@ -66,8 +71,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer of the stack; scanned, so it takes and returns the carry (x [B, T, D], cache or None).
 
-    layer: index of this layer in the cache. positions [B, T], mask [B, T, S] (True = may be read), at: the first
-    cache slot these T tokens are written to.
+    layer: index of this layer in the cache. positions [B, T], at: the first cache slot these T tokens are written to.
+    mask: [B, T, S], True where a key may be read; or [B, T], True for a real token, of rows that begin at slot 0: these
+    splash reads, in causal order.
     """
     config: object
 

@@ -14,7 +14,8 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import AXES, attention, spread
+from gvu_jax.models.layers import AXES, spread
+from gvu_jax.models.splash import full_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class AttentionBlock(nn.Module):
         B, h, w, D = x.shape
         y = nn.GroupNorm(self.config.norm_num_groups, epsilon=1e-6, name="group_norm")(x).reshape(B, h * w, D)
         q, k, v = (nn.Dense(D, name=name)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))   # [B, h*w, 1, D]
-        y = nn.Dense(D, name="to_out_0")(attention(q, k, v)[:, :, 0, :])                            # [B, h*w, D]
+        y = nn.Dense(D, name="to_out_0")(full_attention(q, k, v)[:, :, 0, :])                       # [B, h*w, D]
         return x + y.reshape(B, h, w, D)
 
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gvu_jax.models import torch_keys
+from gvu_jax.models import splash, torch_keys
 from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 
@@ -91,14 +91,14 @@ class XOmni(nn.Module):
         mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache. Or [B, T, S]: what
                    each position may read, where texts that share a beginning are packed into one row
         positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
-        cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to
+        cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to; the int 0 says that rows begin
+                   here, which is what splash can read
         text_only  the caller reads text positions alone: the trailing multimodal layers give those back untouched,
                    so they are not run, and the result at image positions means nothing
         Returns (hidden [B, T, D] after the final norm, cache).
         """
         c, (B, T) = self.config, tokens.shape
         S = mask.shape[-1]
-        mask = mask if mask.ndim == 3 else mask[:, None, :]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         is_image = tokens >= c.vocab_size                                                           # [B, T]
@@ -107,8 +107,11 @@ class XOmni(nn.Module):
         x = spread(jnp.where(is_image[:, :, None], image, text))                                    # [B, T, D]
 
         ago = (at + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]                                # [T, S]
-        readable = (ago >= 0) & mask                                                                 # [B, T, S]
         near = None if c.sliding_window is None else ago < c.sliding_window                         # [T, S]
+        if near is None and mask.ndim == 2 and isinstance(at, int) and at == 0 and splash.serves(T, c.head_dim):
+            readable = mask[:, :T]                                      # the rows begin here: the rest is causal order
+        else:
+            readable = (ago >= 0) & (mask if mask.ndim == 3 else mask[:, None, :])                  # [B, T, S]
         index = jnp.arange(c.num_hidden_layers)
         multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)
         per_layer = (index, multimodal, index >= c.max_window_layers)
