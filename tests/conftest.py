@@ -6,9 +6,9 @@ import shutil
 import tempfile
 from pathlib import Path
 
-ALONE = os.environ.get("XLA_FLAGS", "")
 # Programs of tests run for milliseconds, so they had better be compiled fast than well.
-os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+ALONE = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
 
 import jax
 import numpy as np

@@ -177,7 +177,7 @@ print("devices", jax.device_count(), jax.local_device_count())
 
 
 def start(hosts, work, config, devices):
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen([sys.executable, "-c", RUN.format(tests=str(ROOT / "tests")), hosts, work, config.to_json()],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
