@@ -56,7 +56,7 @@ def init_state(base, config, optimizer, key):
     would round most updates away: one of 1e-6 on a weight of 1 needs 20 bits, bfloat16 has 8."""
     narrow = {leaf.dtype.name for leaf in jax.tree.leaves(base["ar"])} - {"float32"}
     if config.lora.rank == 0 and narrow:
-        raise ValueError(f"lora.rank = 0 trains the backbone itself, which is stored in {', '.join(sorted(narrow))}: too "
+        raise ValueError(f"lora.rank = 0 trains the backbone itself, which is in {', '.join(sorted(narrow))}: too "
                          f"coarse for its updates. Train an adapter instead, e.g. --config.lora.rank=8")
     trainable = init_trainable(base, config, key)
     return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
