@@ -1,14 +1,15 @@
 """Whatever a user or a stranger's file brings ends in one clear line: settings, full disks, folders that mean harm, and
 bytes that nobody chose (hypothesis: the same few inputs each time; GVU_EXAMPLES=5000 makes it as many new ones)."""
+import contextlib
 import importlib
 import io
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +52,10 @@ def model(tiny, folder):
 def command(monkeypatch):
     """Runs a command line of the package in this process: (exit status or the line it ends with)."""
     def run(tool, *arguments):
-        for name in [name for name in flags.FLAGS if flags.FLAGS.find_module_defining_flag(name).startswith("gvu_jax")]:
-            delattr(flags.FLAGS, name)                                  # each command defines its own
+        ours = [name for name in flags.FLAGS if name.startswith("config.")
+                or flags.FLAGS.find_module_defining_flag(name).startswith("gvu_jax")]
+        for name in ours:                                               # each command defines its own
+            delattr(flags.FLAGS, name)
         sys.modules.pop(f"gvu_jax.{tool}", None)
         monkeypatch.setattr(sys, "argv", [tool, *arguments])
         with pytest.raises(SystemExit) as ended:
@@ -154,8 +157,11 @@ def test_any_caption_can_be_drawn(caption, words):
 TENSORS = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.int8)}
 SPECS = {name: tensor_files.Spec(array.dtype, array.shape, 0) for name, array in TENSORS.items()}
 SIZES = st.integers(-3, 9) | JSON
-TENSOR = st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "I8", "F8"]) | JSON, "shape": st.lists(SIZES, max_size=2),
-                                "data_offsets": st.lists(SIZES, max_size=3)}) | JSON
+TENSOR = JSON | st.fixed_dictionaries({
+    "dtype": st.sampled_from(["F32", "I8", "F8"]) | JSON, "shape": st.lists(SIZES, max_size=2),
+    "data_offsets": st.lists(SIZES, max_size=3)})
+NEGATIVE = {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]},           # adds up, all the same
+            "b": {"dtype": "F32", "shape": [8], "data_offsets": [-4, 28]}}
 
 
 def with_header(described):
@@ -164,10 +170,8 @@ def with_header(described):
 
 
 @some
-@given(content=mutated(with_header({}) + bytes(64)) | st.dictionaries(st.text(max_size=2), TENSOR, max_size=3).map(with_header)
-       | JSON.map(with_header) | mutated(tensor_files.safetensors_header(SPECS) + bytes(28)) | st.just(
-           with_header({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]},
-                        "b": {"dtype": "F32", "shape": [8], "data_offsets": [-4, 28]}})))
+@given(content=mutated(tensor_files.safetensors_header(SPECS) + bytes(28)) | JSON.map(with_header) | st.binary()
+       | st.dictionaries(st.text(max_size=2), TENSOR, max_size=3).map(with_header) | st.just(with_header(NEGATIVE)))
 def test_any_safetensors_file_is_read_or_refused(folder, content):
     (folder / "x.safetensors").write_bytes(content)
     check_tensors(folder / "x.safetensors")
@@ -209,7 +213,8 @@ def parse(name, *overrides):
 
 
 SETTINGS = sorted(set(cli.flatten(load_config("shapes")))), sorted(set(cli.flatten(load_config("xomni"))))
-VALUE = st.sampled_from(["nan", "-1", "0", "inf", "1e30", "", "[", "None", "True", "(1, 2)", "3", "0.5", "{}", "é"]) | st.text()
+VALUE = st.text() | st.sampled_from(
+    ["nan", "-1", "0", "inf", "1e30", "", "[", "None", "True", "(1, 2)", "3", "0.5", "{}", "é", "9" * 30])
 
 
 @some
@@ -246,3 +251,314 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
         checkpoint.shapes(checkpoint.read_metadata(folder))
     except OURS:
         pass
+
+
+# ------------------------------------------------------------------ settings and texts
+
+@pytest.mark.parametrize("preset, setting, message", [
+    ("shapes", "optim.lr=nan", "optim.lr is nan; it must be a number from 0"),
+    ("shapes", "steps=-3", "steps is -3"),
+    ("shapes", "eval.batches=0", "eval.batches is 0; it must be a number from 1"),
+    ("shapes", "pretrain.backbone.lr=inf", "pretrain.backbone.lr is inf"),
+    ("shapes", "optim.b2=1", "optim.b2 is 1.0"),
+    ("shapes", "gvu.group=abc", "invalid literal for int"),
+    ("shapes", "optim.lr=fast", "could not convert string to float"),
+    ("shapes", "gvu=5", "is not a dict"),
+    ("shapes", "lora.targets=[", r"lora.targets = '\[' is no regular expression"),
+    ("shapes", "sampling.top_p=2", "top_p 2.0"),
+    ("shapes", "model.vision.heads=3", "no model has these sizes"),
+    ("shapes", "model.flux.siglip_channels=16", "channels of image tokenizer and decoder differ: 32 and 16"),
+    ("xomni", "model.checkpoint=", "no prompt file prompts/train.jsonl")])
+def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting, message):
+    line = command("train", f"--config={ROOT}/configs/{preset}.py", f"--workdir={tmp_path}/w", f"--config.{setting}",
+                   f"--config.cache={tmp_path}/cache")
+    assert isinstance(line, str) and re.search(message, line), line
+    assert not list(tmp_path.glob("**/metadata.json"))
+
+
+def test_a_config_without_a_world_cannot_be_pretrained():
+    with pytest.raises(ValueError, match="no world to pretrain"):
+        pretrain.ensure_base(load_config("xomni"))
+
+
+def test_a_backbone_in_bfloat16_is_not_trained_itself(tiny):
+    config, _, base = tiny
+    base = {**base, "ar": jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["ar"])}
+    optimizer = optim.build(config.optim, 10)
+    start = lambda config: jax.eval_shape(lambda: gvu.init_state(base, config, optimizer, jax.random.key(0)))
+    with pytest.raises(ValueError, match="is in bfloat16: too coarse.*lora.rank=8"):
+        start(config)
+    config = config.copy_and_resolve_references()
+    config.lora.rank = 2
+    assert start(config).trainable.keys() == {"adapter"}
+
+
+@pytest.mark.parametrize("prompt, message", [
+    ("", "prompt 1 is empty"), ("\ud800", "prompt 1 is no Unicode text"),
+    ("a <MM-Token-3>", "prompt 1 holds <MM-Token-3>, which is a piece of a picture"),
+    ("a red circle " * 8_000, "has 24000 tokens, but the model reads at most 512: shorten it")])
+def test_a_prompt_that_cannot_be_read_whole_is_refused(tiny, prompt, message):
+    for call in (tiny[1].lengths, tiny[1].encode_prompts):
+        with pytest.raises(ValueError, match=message) as error:
+            call(["a red circle", prompt])
+        assert len(str(error.value)) < 200
+
+
+def test_what_the_text_encoders_read_of_a_prompt_is_explicit(converted, monkeypatch):
+    umm, said = checkpoint.read_metadata(converted), []
+    monkeypatch.setattr("absl.logging.log_first_n", lambda _, message, n, *values: said.append((n, message % values)))
+    words = lambda tokenizer, most: " ".join(["a"] * (most - len(tokenizer("")["input_ids"])))
+    short = words(umm.clip_tokenizer, umm.clip.max_position_embeddings)
+    umm.encode_prompts([short])
+    assert not said
+    umm.encode_prompts([short + " a"])
+    assert said[0][0] == 1 and "CLIP" in said[0][1]
+    rows = [[0] * 513]
+    with pytest.raises(ValueError, match="T5 reads at most 512"):
+        object.__setattr__(umm, "t5_tokenizer", lambda texts: {"input_ids": rows})
+        umm.encode_prompts(["a"])
+
+
+def test_repeated_prompts_are_kept_and_counted(tmp_path):
+    (tmp_path / "train.txt").write_text("a cat\na dog\na  cat\n")
+    (tmp_path / "test.txt").write_text("a cat\na bird\n")
+    both = data.read_prompts(tmp_path / "train.txt"), data.read_prompts(tmp_path / "test.txt")
+    assert len(both[0]) == 3
+    assert data.overlap(*both) == (
+        "prompts: 3 to train on (1 repeated), 2 held out (0 repeated, 1 also trained on)")
+
+
+def test_a_picture_that_would_fill_the_memory_is_refused(tmp_path):
+    Image.new("1", (20_000, 4_000)).save(tmp_path / "bomb.png")             # a kilobyte, or 240 megabytes as RGB
+    assert (tmp_path / "bomb.png").stat().st_size < 20_000
+    with pytest.raises(ValueError, match="it has 20000 x 4000 pixels"):
+        data.read_picture(tmp_path / "bomb.png")
+    Image.new("1", (20_000, 10)).save(tmp_path / "strip.png")
+    assert data.read_picture(tmp_path / "strip.png").shape == (10, 20_000, 3)
+
+
+def test_postscript_is_not_run(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture.eps")
+    with pytest.raises(ValueError, match="cannot be read as a picture"):
+        data.read_picture(tmp_path / "picture.eps")
+
+
+# ------------------------------------------------------------------ folders
+
+@pytest.mark.parametrize("content, message", [
+    ("[]", "holds a list"), ("{", "not valid JSON"), ('{"model_type": "xomni"}', "a published model is converted")])
+def test_what_is_no_run_is_named(tmp_path, content, message):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        gvu_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"format": 3}, "it is format 3 of kind 'xomni'; .* reads format 2"), ({"format": 1}, "write the folder again"),
+    ({"kind": "janus"}, "kind 'janus'"), ({"ar": 5}, "ar is 5, which is no Config"),
+    ({"grid": [3]}, r"grid is \(3,\), which is no tuple\[int, int\]"), ({"grid": [0, 3]}, "at least 1"),
+    ({"diffusion_steps": "two"}, "diffusion_steps is 'two', which is no int"), ({"colour": 1}, "unknown .*: colour")])
+def test_metadata_of_another_version_or_type_is_named(model, tmp_path, change, message):
+    shutil.copytree(model[1], tmp_path / "model")
+    metadata = json.loads((model[1] / "metadata.json").read_text())
+    (tmp_path / "model/metadata.json").write_text(json.dumps(metadata | change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer.json", "{}", "cannot read the tokenizer"), ("tokenizer_config.json", "[]", "cannot read the tokenizer"),
+    ("tokenizer_config.json", "{}", "has no eos_token"),
+    ("chat_template.jinja", "{{ [].__class__.__mro__ }}", "chat template .* unsafe"),
+    ("chat_template.jinja", "{% if %}", "chat template"), ("chat_template.jinja", "hello", "chat template")])
+def test_a_broken_tokenizer_is_named(model, tmp_path, file, content, message):
+    shutil.copytree(model[1], tmp_path / "model")
+    (tmp_path / "model/tokenizer" / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load_model(tmp_path / "model")
+
+
+# ------------------------------------------------------------------ folders that mean harm
+
+class Harm:
+    """Leaves a mark where it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "pickle"])
+def test_a_torch_file_is_not_executed(tmp_path, kind):
+    torch, mark = pytest.importorskip("torch"), tmp_path / "mark"
+    harm = {"weight": Harm(mark)}
+    if kind == "pickle":
+        (tmp_path / "x.pt").write_bytes(pickle.dumps(harm))
+    else:
+        torch.save(harm, tmp_path / "x.pt", _use_new_zipfile_serialization=kind == "zip")
+    with pytest.raises(ValueError, match="no state dict of tensors alone"):
+        tensor_files.TensorFile(tmp_path / "x.pt")
+    assert not mark.exists()
+    with contextlib.suppress(RuntimeError):                               # which the bare pickle ends in, afterwards
+        torch.load(tmp_path / "x.pt", weights_only=False)
+    assert mark.exists(), "the file would have done harm"
+
+
+def test_a_tokenizer_folder_is_not_executed(model, tmp_path, monkeypatch):
+    """Neither from a model folder nor from a published one, and nobody is asked whether it may."""
+    tokenizer, mark = tmp_path / "model/tokenizer", tmp_path / "mark"
+    shutil.copytree(model[1], tmp_path / "model")
+    told = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    told |= {"auto_map": {"AutoTokenizer": ["harm.Tokenizer", "harm.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(told))
+    (tokenizer / "harm.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n"
+                                       "from transformers import PreTrainedTokenizerFast\n"
+                                       "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
+    assert len(checkpoint.load_model(tmp_path / "model")[0].tokenizer) == len(model[0].umm.tokenizer)
+    convert.read_tokenizer(tokenizer, "tokenizer")
+    (tokenizer / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="cannot read tokenizer"):
+        convert.read_tokenizer(tokenizer, "tokenizer")
+    assert not mark.exists()
+    from transformers import AutoTokenizer
+    with pytest.raises(Exception):
+        AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=True)
+    assert mark.exists(), "the folder would have done harm"
+
+
+def test_an_export_stays_in_its_directory(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "model")
+    manifest = tmp_path / "model/source/manifest.json"
+    whole = json.loads(manifest.read_text())
+    for name in ("../harm.safetensors", str(tmp_path / "harm.safetensors"), "a/../../harm.pt"):
+        manifest.write_text(json.dumps(whole | {"parts": {name: "ar"}}))
+        with pytest.raises(ValueError, match="outside of its directory"):
+            convert.export_hf(tmp_path / "model", tmp_path / "out")
+    manifest.write_text(json.dumps({"parts": ["ar"]}))
+    with pytest.raises(ValueError, match="no dict"):
+        convert.export_hf(tmp_path / "model", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+# ------------------------------------------------------------------ disks that refuse
+
+class Disk:
+    """A file system of its own, of `size` kB."""
+
+    def __init__(self, path, size):
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}k", "none", path], check=True, capture_output=True)
+
+    def remount(self, options):
+        subprocess.run(["mount", "-o", f"remount,{options}", self.path], check=True)
+
+    def leave(self, kilobytes):
+        """Fills it up to the last `kilobytes`."""
+        free = os.statvfs(self.path)
+        (self.path / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - 1024 * kilobytes))
+
+
+@pytest.fixture
+def disk(tmp_path):
+    try:
+        disk = Disk(tmp_path / "disk", 400)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("a real full disk needs the right to mount one (root)")
+    yield disk
+    subprocess.run(["umount", disk.path], check=True)
+
+
+FULL, LOCKED = "No space left on device", "Read-only file system"
+
+
+@pytest.fixture
+def quick(tiny, monkeypatch):
+    """Commands load a model that answers at once: what the disk does is not its affair."""
+    class Quick:
+        umm, params = tiny[1:]
+
+        def draw(self, prompts, *_):
+            for start in range(0, len(prompts), 4):                         # noise: 5 kB a picture
+                yield np.random.default_rng(start).integers(0, 256, (4, 1, 40, 40, 3), np.uint8)
+
+        def score(self, pictures, prompts):
+            return [gvu_jax.Score(0.5, prompts, np.ones(1), prompts, np.full(1, 0.5))]
+    monkeypatch.setattr(gvu_jax, "load", lambda path: Quick())
+
+
+def test_generate_on_a_disk_that_refuses(command, quick, disk, tmp_path):
+    (tmp_path / "eight.txt").write_text("a photo of a red circle\n" * 8)
+    arguments = ["--checkpoint=x", f"--prompts={tmp_path}/eight.txt", "--images_per_prompt=1"]
+    assert command("generate", *arguments, f"--out={tmp_path}/whole") is None
+    out = disk.path / "out"
+    out.mkdir()
+    disk.leave(52)
+    line = command("generate", *arguments, f"--out={out}")
+    assert FULL in line and str(out) in line
+    names = sorted(path.name for path in out.iterdir())                     # what is there is whole
+    assert names == [f"{i:05d}_0.png" for i in range(len(names))] and 4 < len(names) < 8
+    for name in names:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    disk.remount("ro")
+    for folder in (out, disk.path / "new"):
+        assert LOCKED in command("generate", *arguments, f"--out={folder}")
+
+
+def test_score_on_a_disk_that_refuses(command, quick, disk, tmp_path, capsys):
+    Image.new("RGB", (48, 48)).save(tmp_path / "picture.png")
+    arguments = ["--checkpoint=x", f"--image={tmp_path}/picture.png", "--prompt=a <script>alert(1)</script>"]
+    disk.leave(4)
+    line = command("score", *arguments, f"--heatmap={disk.path}/heat.png")
+    assert FULL in line and "heat.png" in line and "reward" in capsys.readouterr().out
+    assert [path.name for path in disk.path.iterdir()] == ["filler"]
+    disk.remount("ro")
+    assert LOCKED in command("score", *arguments, f"--heatmap={disk.path}/heat.png")
+    assert "heat.png" in command("score", *arguments, f"--heatmap={tmp_path}/heat.doc")
+    assert command("score", *arguments, f"--heatmap={tmp_path}/heat.jpg") is None
+
+
+def test_evaluate_on_a_disk_that_refuses(command, quick, disk, monkeypatch, capsys):
+    """The table is on the screen all the same, and the results of before are not lost."""
+    class Suite:
+        draw = lambda self, *_: ({"overall": 0.25} | dict.fromkeys(gvu_jax.shapes.world.TAGS, 0.25), {},
+                                 np.zeros((12, 1, 8, 8, 3), np.uint8), np.zeros((12, 1), bool))
+        understand = lambda self, *_: {"long name": 0.75} | {f"{i}": 0.5 for i in range(1000)}
+    monkeypatch.setattr("gvu_jax.shapes.suite.build", lambda *_: Suite())
+    (disk.path / "results.json").write_text("old")
+    disk.leave(4)
+    line = command("evaluate", "--checkpoint=x", "--suite=shapes", f"--out={disk.path}")
+    assert FULL in line and "results.json" in line and "0.750" in capsys.readouterr().out
+    assert (disk.path / "results.json").read_text() == "old" and not list(disk.path.glob("*.tmp"))
+
+
+def test_pretraining_does_not_begin_where_it_cannot_end(tiny, disk, monkeypatch):
+    monkeypatch.setattr(pretrain, "pretrain", lambda config: pytest.fail("it began"))
+    config = tiny[0].copy_and_resolve_references()
+    config.cache = str(disk.path / "cache")
+    disk.path.joinpath("cache").mkdir()
+    disk.remount("ro")
+    with pytest.raises(OSError, match=LOCKED):
+        pretrain.ensure_base(config)
+
+
+def test_convert_on_a_disk_that_refuses(fixtures, converted, disk, monkeypatch):
+    """It says how much it needs; where the space goes while it works, it ends in one line and can go on later."""
+    size = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"]
+    target = disk.path / "model"
+    with pytest.raises(OSError, match="no space left .* bytes are needed"):
+        convert.convert(fixtures / "xomni", target, image_size=size)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40))
+        with pytest.raises(OSError, match=FULL):
+            convert.convert(fixtures / "xomni", target, image_size=size)
+    assert not target.exists()
+    disk.remount("size=64m")
+    convert.convert(fixtures / "xomni", target, image_size=size)
+    jax.tree.map(np.testing.assert_array_equal, *(checkpoint.load_model(path)[1] for path in (target, converted)))
+    disk.remount("ro")
+    with pytest.raises(OSError, match=LOCKED):
+        convert.export_hf(target, disk.path / "back")
