@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 import gvu_jax
-from conftest import ROOT, load_config
+from conftest import ROOT, load_config, tiny_config
 from gvu_jax import checkpoint, cli, convert, data, optim, tensor_files
 from gvu_jax.methods import gvu
 from gvu_jax.models import siglip_vq
@@ -42,10 +42,19 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tiny(folder):
+    """(config, umm, params) as in conftest, but all parameters are zero: nothing here is compiled for them."""
+    config, zeros = tiny_config(folder), lambda shape: np.zeros(shape.shape, shape.dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "jit", lambda init: lambda key: jax.tree.map(zeros, jax.eval_shape(init, key)))
+        return config, *pretrain.build(config)
+
+
+@pytest.fixture(scope="module")
 def model(tiny, folder):
-    """An untrained model and its folder."""
+    """A model and its folder."""
     checkpoint.save_model(folder / "model", *tiny[1:])
-    return gvu_jax.Model(*tiny[1:]), folder / "model"
+    return tiny[1], folder / "model"
 
 
 @pytest.fixture
@@ -417,7 +426,7 @@ def test_a_tokenizer_folder_is_not_executed(model, tmp_path, monkeypatch):
                                        "from transformers import PreTrainedTokenizerFast\n"
                                        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
-    assert len(checkpoint.load_model(tmp_path / "model")[0].tokenizer) == len(model[0].umm.tokenizer)
+    assert len(checkpoint.load_model(tmp_path / "model")[0].tokenizer) == len(model[0].tokenizer)
     convert.read_tokenizer(tokenizer, "tokenizer")
     (tokenizer / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="cannot read tokenizer"):
