@@ -244,7 +244,7 @@ def test_any_override_is_taken_or_refused(chosen):
         pass
 
 
-@some
+@settings(some, max_examples=EXAMPLES or 25)
 @given(content=st.data())
 def test_any_metadata_is_read_or_refused(model, folder, content):
     """One entry of the metadata, at any depth, is something else."""
