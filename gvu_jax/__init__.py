@@ -7,7 +7,6 @@
     model.answer(pictures, "Does this image describe a photo of a red circle?")
 """
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -16,10 +15,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells e
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from gvu_jax import checkpoint, rewards, sharding
 from gvu_jax.methods import gvu
+from gvu_jax.metrics import read_json
 from gvu_jax.models import siglip_vq
 from gvu_jax.sampling import How
 
@@ -45,8 +46,7 @@ def load(path, mesh=None):
         return Model(*checkpoint.load_model(path, mesh), mesh)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is neither a model folder (metadata.json) nor a run (config.json)")
-    from ml_collections import ConfigDict
-    config = ConfigDict(json.loads((path / "config.json").read_text()))
+    config = read_run_config(path)
     umm, base = checkpoint.load_model(base_of_run(path, config), mesh, config.model.get("override", {}))
     checkpoints = checkpoint.Checkpoints(path, mesh)
     try:
@@ -60,9 +60,20 @@ def load(path, mesh=None):
     return Model(umm, gvu.policy_params(base, trainable, config.lora), mesh)
 
 
+def read_run_config(workdir):
+    """The config (ConfigDict) of a run's folder. ValueError where config.json is another kind of config."""
+    path = Path(workdir) / "config.json"
+    settings = read_json(path)
+    if not all(isinstance(settings.get(part), dict) for part in ("model", "lora")):
+        raise ValueError(f"{path} is not of a run of gvu_jax.train; a published model is converted first: "
+                         f"python -m gvu_jax.convert --src={workdir} --dst=DIR")
+    return ConfigDict(settings)
+
+
 def base_of_run(workdir, config):
     """The model folder that a run started from: its own copy, or the converted checkpoint that its config names."""
-    return Path(workdir) / "base" if (Path(workdir) / "base").exists() else Path(config.model.checkpoint).expanduser()
+    base = Path(workdir) / "base"
+    return base if base.exists() else Path(config.model.get("checkpoint", base)).expanduser()
 
 
 class Model:
@@ -81,22 +92,28 @@ class Model:
         A picture depends on the seed and on its place in the list, not on `batch`, the prompts drawn at a time.
         progress: called with the number of finished prompts after each batch.
         """
+        batches = []
+        for pictures in self.draw(prompts, seed, images_per_prompt, how, batch):
+            batches.append(pictures)
+            if progress:
+                progress(len(pictures))
+        return np.concatenate(batches)
+
+    def draw(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=16):
+        """As `generate`, but yields the pictures of `batch` prompts at a time, as soon as they are drawn."""
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError("prompts is a list of at least one text")
         how = dataclasses.replace(how, images_per_prompt=images_per_prompt)
         keys = jax.random.split(jax.random.key(seed))
-        lengths, batch, pictures = self.umm.lengths(prompts), min(batch, len(prompts)), []
+        lengths, batch = self.umm.lengths(prompts), min(batch, len(prompts))
         for start in range(0, len(prompts), batch):
             rows = [prompts[i % len(prompts)] for i in range(start, start + batch)]     # the last batch is filled up
             encoded = self.umm.encode_prompts(rows, lengths)
             index = start * images_per_prompt + np.arange(batch * images_per_prompt)
             tokens, _ = self._sample(self.params, encoded, keys[0], how=how, index=index)
             pixels = self._render(self.params, tokens, encoded, keys[1], index=index)
-            pictures.append(np.asarray(jnp.round(pixels * 255), np.uint8).reshape(batch, images_per_prompt,
-                                                                                  *pixels.shape[1:]))
-            if progress:
-                progress(min(batch, len(prompts) - start))
-        return np.concatenate(pictures)[:len(prompts)]
+            pictures = np.asarray(jnp.round(pixels * 255), np.uint8)
+            yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(prompts) - start]
 
     def score(self, images, prompts):
         """The intrinsic reward of each picture for its prompt, token by token and word by word: a list of `Score`."""

@@ -14,10 +14,13 @@ SHA-256 of every file: Orbax notices a write that was cut off, but not a byte th
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
 import time
+import types
+import typing
 from pathlib import Path
 
 import jax
@@ -26,7 +29,7 @@ from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
 
 from gvu_jax import sharding
-from gvu_jax.metrics import replace_file
+from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.umm import XOmni
 
@@ -64,20 +67,96 @@ def write_metadata(folder, umm):
 
 
 def read_metadata(folder):
-    """The umm of a model folder. Raises KeyError, TypeError or ValueError where the metadata is not ours."""
-    metadata = json.loads((folder / "metadata.json").read_text())
-    if metadata["format"] != FORMAT or metadata["kind"] != "xomni":
-        raise ValueError(f"it is format {metadata['format']} of kind {metadata['kind']!r}; this version of gvu_jax "
-                         f"reads format {FORMAT} of kind 'xomni'")
+    """The umm of a model folder. Raises ValueError or OSError, in one line, where the metadata is not ours.
+
+    The tokenizers are data: code that a folder brings along ("auto_map") is not looked at.
+    """
+    path = folder / "metadata.json"
+    metadata = read_json(path)
+    if metadata.get("format") != FORMAT or metadata.get("kind") != "xomni":
+        raise ValueError(f"it is format {metadata.get('format')!r} of kind {metadata.get('kind')!r}; this version of "
+                         f"gvu_jax reads format {FORMAT} of kind 'xomni': update gvu_jax, or write the folder again")
     classes = {"ar": xomni.Config, "vision": siglip_vq.Config, "flux": flux.Config, "schedule": flux.Schedule,
-               "vae": {"Config": vae.Config, "PatchConfig": vae.PatchConfig}[metadata["vae_class"]],
+               "vae": vae.PatchConfig if metadata.pop("vae_class", None) == "PatchConfig" else vae.Config,
                "transform": siglip_vq.Transform, "t5": text_encoders.T5Config, "clip": text_encoders.ClipConfig}
-    tuples = lambda settings: {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    parts = {part: None if metadata[part] is None else cls(**tuples(metadata[part])) for part, cls in classes.items()}
-    tokenizers = {name: PreTrainedTokenizerFast.from_pretrained(folder / name)
-                  for name in TOKENIZERS if (folder / name).exists()}
-    return XOmni(**parts, **tokenizers, grid=tuple(metadata["grid"]), diffusion_steps=metadata["diffusion_steps"],
-                 diffusion_guidance=metadata["diffusion_guidance"], instruction=metadata["instruction"])
+    for part, cls in classes.items():
+        if isinstance(metadata.get(part), dict):
+            metadata[part] = typed(cls, metadata[part], part)
+    tokenizers = {name: read_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()}
+    rest = {name: x for name, x in metadata.items() if name not in ("format", "kind", *TOKENIZERS)}
+    umm = typed(XOmni, rest | tokenizers)
+    for name, needed in zip(TOKENIZERS, (True, umm.t5, umm.clip)):
+        if needed and name not in tokenizers:
+            raise FileNotFoundError(f"there is no {folder / name}")
+    return umm
+
+
+def typed(cls, values, name=""):
+    """cls(**values), a dataclass, from what JSON or a config says; lists become tuples.
+
+    Raises ValueError for a missing or unknown entry and for one of another type than its field. A whole number is a
+    size, a count or an id: none of them is negative.
+    """
+    where = f"{name}." if name else ""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values = {entry: tuple(x) if isinstance(x, list) else x for entry, x in values.items()}
+    missing = [n for n, field in fields.items() if n not in values and field.default is dataclasses.MISSING]
+    unknown = [n for n in values if n not in fields]
+    if missing or unknown:
+        raise ValueError(f"missing: {', '.join(where + n for n in missing)}" if missing else
+                         f"unknown to this version of gvu_jax: {', '.join(where + n for n in unknown)}")
+    for entry, value in values.items():
+        kind = fields[entry].type
+        if not is_a(value, kind):
+            name = str(kind) if typing.get_args(kind) else kind.__name__
+            raise ValueError(f"{where}{entry} is {value!r}, which is no {name}")
+    return cls(**values)
+
+
+def is_a(value, kind):
+    """Whether a value may stand in a field of type `kind`, e.g. int | None or tuple[int, int]."""
+    if isinstance(kind, types.UnionType):
+        return any(is_a(value, one) for one in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        first, *rest = typing.get_args(kind)
+        return isinstance(value, tuple) and all(is_a(x, first) for x in value) and (
+            rest == [...] or len(value) == 1 + len(rest))
+    if kind is int:
+        return type(value) is int and 0 <= value < 2 ** 63
+    if kind is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return kind is typing.Any or isinstance(value, kind)
+
+
+def read_tokenizer(folder):
+    """The tokenizer of a folder with a tokenizer.json. Raises ValueError naming it where it is broken."""
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:                           # transformers raises anything from KeyError to its own
+        raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+def check_tokenizer(tokenizer, ar, specials=()):
+    """ValueError unless the tokenizer speaks of pictures as the backbone does."""
+    def insist(token, low, high):
+        at = tokenizer.convert_tokens_to_ids(token)
+        if token not in tokenizer.get_vocab() or not low <= at < high:
+            raise ValueError(f"the tokenizer has no token {token} with an id from {low} to {high - 1}")
+    V = ar.vocab_size
+    insist("<MM-Token-0>", V, V + 1)
+    insist(f"<MM-Token-{ar.image_vocab_size - 1}>", V + ar.image_vocab_size - 1, V + ar.image_vocab_size)
+    for token in {"<SOM>", "<EOM>", "<IMAGE>", *specials}:
+        insist(token, V + ar.image_vocab_size, V + ar.mm_vocab_size)
+    for what in ("chat_template", "eos_token", "pad_token"):
+        if getattr(tokenizer, what) is None:
+            raise ValueError(f"the tokenizer has no {what}")
+
+
+def _try_template(umm):
+    try:
+        umm._around(umm.instruction, umm.grid)
+    except Exception as error:                           # a template is a program, which jinja2 fences in; it may fail
+        raise ValueError(f"its chat template cannot be used: {_first_line(error)}") from error
 
 
 def load_model(folder, mesh=None, override=()):
@@ -90,29 +169,54 @@ def load_model(folder, mesh=None, override=()):
     """
     folder = Path(folder).absolute()
     if not (folder / "metadata.json").exists():
-        raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json")
+        raise FileNotFoundError(f"{folder} is no model folder: it has no metadata.json (gvu_jax.convert writes model "
+                                f"folders from published checkpoints)")
     try:
-        umm = dataclasses.replace(read_metadata(folder), **{
-            name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in dict(override).items()})
-    except (KeyError, TypeError, ValueError) as error:
+        umm = read_metadata(folder)
+        umm = typed(XOmni, {field.name: getattr(umm, field.name) for field in dataclasses.fields(umm)} | dict(override))
+        check_tokenizer(umm.tokenizer, umm.ar)
+        _try_template(umm)
+        return umm, ocp.load(folder / "params", sharding.place(stored_shapes(folder, umm), mesh or sharding.make_mesh()))
+    except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
-    return umm, ocp.load(folder / "params", sharding.place(stored_shapes(folder, umm), mesh or sharding.make_mesh()))
+
+
+def shapes(umm):
+    """The shapes of all parameters. ValueError where the parts do not fit, each in itself and one to the other."""
+    try:
+        found = jax.eval_shape(lambda: init(umm, jax.random.key(0)))
+    except Exception as error:                           # a layer of an impossible size fails in a way of its own
+        raise ValueError(f"no model has these sizes: {_first_line(error)}") from error
+    fits = {"codes of backbone and image tokenizer": (umm.ar.image_vocab_size, umm.vision.codebook_size),
+            "channels of image tokenizer and decoder": (umm.vision.z_channels, umm.flux.siglip_channels),
+            "channels of VAE and decoder": (4 * umm.vae.latent_channels, umm.flux.in_channels)}
+    if umm.t5 is not None:
+        fits |= {"widths of T5 and decoder": (umm.t5.d_model, umm.flux.joint_attention_dim),
+                 "widths of CLIP and decoder": (umm.clip.hidden_size, umm.flux.pooled_projection_dim)}
+    for what, (one, other) in fits.items():
+        if one != other:
+            raise ValueError(f"the {what} differ: {one} and {other}")
+    return found
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def stored_shapes(folder, umm):
     """Shapes and dtypes of a folder's params. ValueError names what differs from what the configs ask for."""
     flat = lambda tree: traverse_util.flatten_dict(tree, sep="/")
-    asked = flat(jax.eval_shape(lambda: init(umm, jax.random.key(0))))
+    asked = flat(shapes(umm))
     stored = flat(ocp.metadata(folder / "params").metadata)
     misshapen = [f"{name} {tuple(stored[name].shape)} instead of {asked[name].shape}"
                  for name in sorted(set(asked) & set(stored)) if tuple(stored[name].shape) != asked[name].shape]
     wrong = {"missing": sorted(set(asked) - set(stored)), "unknown": sorted(set(stored) - set(asked)),
              "misshapen": misshapen}
     if any(wrong.values()):
-        raise ValueError(f"the params in {folder} do not fit its metadata.json: " + "; ".join(
+        raise ValueError("the params do not fit metadata.json: " + "; ".join(
             f"{what}: {', '.join(names)}" for what, names in wrong.items() if names))
-    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
-    return traverse_util.unflatten_dict(shapes, sep="/")
+    found = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
+    return traverse_util.unflatten_dict(found, sep="/")
 
 
 def init(umm, key):
@@ -173,8 +277,8 @@ class Checkpoints:
             self._checkpointer.save_checkpointables(
                 step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
         except Exception as error:                            # of Orbax, TensorStore or the file system
-            first_line = (str(error).splitlines() or [type(error).__name__])[0]
-            raise OSError(f"the state of step {step} could not be saved in {self._folder}: {first_line}") from error
+            raise OSError(f"the state of step {step} could not be saved in {self._folder}: "
+                          f"{_first_line(error)}") from error
         if jax.process_index() == 0:
             folder = self._folder / str(step)
             replace_file(folder / DIGEST, json.dumps(digests(folder)))

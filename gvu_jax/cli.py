@@ -3,6 +3,25 @@ import os
 import sys
 
 from absl import app, flags, logging
+from flax import traverse_util
+
+
+def flatten(config):
+    """{"gvu.group": 12, ..}: the settings of a config (ConfigDict) under the names they have on a command line."""
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
+AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "gvu.prompts", "alarm.skipped")
+
+
+def check_numbers(config):
+    """Raises ValueError for a number in a config (ConfigDict) that no setting of ours can take: nan, infinite, negative
+    or enormous ones, and 0 where there must be one at least."""
+    for name, value in flatten(config).items():
+        least = 1 if name in AT_LEAST_ONE else -1 if name in REST else 0
+        if isinstance(value, (int, float)) and not least <= value < 2 ** 31:                # nan fails every comparison
+            raise ValueError(f"{name} is {value}; it must be a number from {least} to {2 ** 31 - 1}")
 
 
 def run(main):

@@ -30,12 +30,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
-from gvu_jax import base_of_run, checkpoint, cli, lora
+from gvu_jax import base_of_run, checkpoint, cli, lora, read_run_config
 from gvu_jax.methods import gvu
-from gvu_jax.metrics import Progress, replace_file
+from gvu_jax.metrics import Progress, read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile, read_header, safetensors_header, write_file
 from gvu_jax.umm import XOmni
@@ -65,10 +64,7 @@ class Described:
         if values is None:
             if not path.is_file():
                 raise FileNotFoundError(f"there is no {path}")
-            try:
-                self.values = json.loads(path.read_text())
-            except ValueError as error:
-                raise ValueError(f"cannot read {path}: {error}") from error
+            self.values = read_json(path)
         if not isinstance(self.values, dict):
             raise ValueError(f"{path} holds no JSON object")
 
@@ -77,6 +73,13 @@ class Described:
             raise ValueError(f"{self.path} does not say {name!r}")
         value = self.values[name]
         return Described(f"{self.path}, {name},", value) if isinstance(value, dict) else value
+
+    def a(self, kind, name):
+        """The entry `name`, which is a `kind`: dict (as Described), list, str, int or float."""
+        value = self[name]
+        if not isinstance(value, Described) if kind is dict else not checkpoint.is_a(value, kind):
+            raise ValueError(f"{self.path} says {name} = {self.values[name]!r}, which is no {kind.__name__}")
+        return value
 
     def get(self, name, default=None):
         return self.values.get(name, default)
@@ -91,12 +94,12 @@ class Described:
         """A config of ours whose fields have the names of the file; `more` are the fields that do not."""
         asked = [f for f in dataclasses.fields(cls) if f.name not in more and f.name != "remat"]
         values = {f.name: self[f.name] for f in asked if f.default is dataclasses.MISSING or f.name in self.values}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}, **more)
+        return _named(self.path, lambda: checkpoint.typed(cls, values | more))
 
 
 def ar_config(described):
     """config.json -> xomni.Config."""
-    head_dim = described["hidden_size"] // described["num_attention_heads"]
+    head_dim = described.a(int, "hidden_size") // max(1, described.a(int, "num_attention_heads"))
     described.insist(hidden_act="silu", rope_scaling=None, tie_word_embeddings=False, head_dim=head_dim)
     windowed = described["use_sliding_window"]
     return described.numbers(
@@ -140,7 +143,7 @@ def _heads(encoder, folder):
         heads = described.get("heads") or described.get("siglip_config", {}).get("heads")
         if heads:
             return heads
-    name = encoder["siglip_name"].lower()
+    name = encoder.a(str, "siglip_name").lower()
     for part, heads in HEADS.items():
         if part in name:
             return heads
@@ -155,7 +158,7 @@ def flux_config(described):
 
 
 def vae_config(described):
-    levels = len(described["block_out_channels"])
+    levels = len(described.a(list, "block_out_channels"))
     described.insist(act_fn="silu", in_channels=3, out_channels=3, latents_mean=None, latents_std=None,
                      mid_block_add_attention=True, down_block_types=["DownEncoderBlock2D"] * levels,
                      up_block_types=["UpDecoderBlock2D"] * levels)
@@ -179,29 +182,14 @@ def read_tokenizer(folder, name):
 
     transformers 5 rebuilds T5's from the vocabulary, with other ids than the model was trained on, so T5 needs one.
     """
-    ready = (folder / "tokenizer.json").is_file()
-    if name == "t5_tokenizer" and not ready:
+    if (folder / "tokenizer.json").is_file():
+        return checkpoint.read_tokenizer(folder)
+    if name == "t5_tokenizer":
         raise FileNotFoundError(f"there is no {folder / 'tokenizer.json'}")
     try:
-        return (PreTrainedTokenizerFast if ready else AutoTokenizer).from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)        # and do not ask whether to
     except Exception as error:                           # transformers raises anything from KeyError to its own
         raise ValueError(f"cannot read {name} in {folder}: {error}") from error
-
-
-def check_tokenizer(tokenizer, ar, specials):
-    """ValueError unless the tokenizer speaks of pictures as the backbone does."""
-    def insist(token, low, high):
-        at = tokenizer.convert_tokens_to_ids(token)
-        if token not in tokenizer.get_vocab() or not low <= at < high:
-            raise ValueError(f"the tokenizer has no token {token} with an id from {low} to {high - 1}")
-    V = ar.vocab_size
-    insist("<MM-Token-0>", V, V + 1)
-    insist(f"<MM-Token-{ar.image_vocab_size - 1}>", V + ar.image_vocab_size - 1, V + ar.image_vocab_size)
-    for token in {"<SOM>", "<EOM>", "<IMAGE>", *specials}:
-        insist(token, V + ar.image_vocab_size, V + ar.mm_vocab_size)
-    for what in ("chat_template", "eos_token", "pad_token"):
-        if getattr(tokenizer, what) is None:
-            raise ValueError(f"the tokenizer has no {what}")
 
 
 # ------------------------------------------------------------------ the files of the source
@@ -220,10 +208,9 @@ def weight_files(folder):
         return [TensorFile(single[0])]
     if not index:
         raise FileNotFoundError(f"{folder} has no safetensors (model.safetensors or model.safetensors.index.json)")
-    weight_map = Described(index[0])["weight_map"].values
-    for name in set(weight_map.values()):
-        if Path(name).is_absolute() or ".." in Path(name).parts:      # as written: shards may be links elsewhere
-            raise ValueError(f"{index[0]} names {name}, outside of its directory")
+    weight_map = Described(index[0]).a(dict, "weight_map").values
+    for name in weight_map.values():
+        _insist_inside(name, index[0])
     files = [TensorFile(folder / name) for name in sorted(set(weight_map.values()))]
     places = {}                                                             # key -> the shards that have it
     for file in files:
@@ -237,6 +224,13 @@ def weight_files(folder):
     if wrong:
         raise ValueError(f"{index[0]} and its shards disagree about the keys {wrong}")
     return files
+
+
+def _insist_inside(name, where):
+    """ValueError unless `name`, which the file `where` gives, stays in its directory as written (links may leave it:
+    the files of a download cache are links)."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where} names {name!r}, outside of its directory")
 
 
 class Source(NamedTuple):
@@ -253,56 +247,48 @@ def read_source(src, flux_folder=None, image_size=None):
     if not src.is_dir():
         raise FileNotFoundError(f"there is no directory {src}")
     described = Described(src / "config.json")
-    vision, ar = described["vision_config"], ar_config(described)
-    encoder, decoder, transform = vision["encoder"], vision["decoder"], vision["transform"]
+    vision, ar = described.a(dict, "vision_config"), ar_config(described)
+    encoder, decoder, transform = (vision.a(dict, part) for part in ("encoder", "decoder", "transform"))
+    fitted = transform.numbers(siglip_vq.Transform)
     if decoder["cfg_scale_2"] != decoder["cfg_scale"]:
         raise ValueError(f"{decoder.path} says cfg_scale = {decoder['cfg_scale']} and cfg_scale_2 = "
                          f"{decoder['cfg_scale_2']}; implemented are equal ones only")
-    head = src / decoder["model_path"]
+    head = src / decoder.a(str, "model_path")
     base = Path(flux_folder).absolute() if flux_folder else head.parent / "base"
     if not head.is_dir():
         raise FileNotFoundError(f"there is no decoder transformer {head}, which {src / 'config.json'} names")
     if not base.is_dir():
         raise FileNotFoundError(f"there is no FLUX.1-dev folder {base}: pass --flux=DIR")
 
-    siglip = {"vision/vit": src / encoder["siglip_path"], "vision": src / encoder["projector_path"]}
+    siglip = {"vision/vit": src / encoder.a(str, "siglip_path"), "vision": src / encoder.a(str, "projector_path")}
     folders = {"ar": src, "flux": head, "vae": base / "vae", "t5": base / "text_encoder_2",
                "clip": base / "text_encoder"}
     weights = {part: weight_files(folder) for part, folder in folders.items()}
     weights |= {part: [TensorFile(path)] for part, path in siglip.items()}
 
     of_file = lambda part: Described(folders[part] / "config.json")
-    from_json = lambda part, cls: _named(of_file(part).path, lambda: cls.from_json(of_file(part).values))
     tokenizers = {"tokenizer": src, "t5_tokenizer": base / "tokenizer_2", "clip_tokenizer": base / "tokenizer"}
     vae_of_it = vae_config(of_file("vae"))
-    if decoder["upscale_factor"] != 2 * vae_of_it.downscale:
+    upscale = 2 * vae_of_it.downscale
+    if decoder["upscale_factor"] != upscale:
         raise ValueError(f"{decoder.path} says upscale_factor = {decoder['upscale_factor']}, but the decoder draws "
-                         f"{2 * vae_of_it.downscale} pixels a token")
+                         f"{upscale} pixels a token")
     if image_size is None:
-        image_size = IMAGE_SIZE if IMAGE_SIZE <= transform["long_size"] else transform["short_size"]
-    if image_size % decoder["upscale_factor"] or image_size > transform["long_size"]:
-        raise ValueError(f"--image_size={image_size}: it must be a multiple of {decoder['upscale_factor']}, and at "
-                         f"most {transform['long_size']}, the long_size that the model reads")
+        image_size = IMAGE_SIZE if IMAGE_SIZE <= fitted.long_size else fitted.short_size
+    if image_size % upscale or image_size > fitted.long_size:
+        raise ValueError(f"--image_size={image_size}: it must be a multiple of {upscale}, and at most "
+                         f"{fitted.long_size}, the long_size that the model reads")
     umm = XOmni(
         ar=ar, vision=vision_config(encoder, transform, siglip["vision/vit"].parent,
                                     *(weights[part][0].specs for part in siglip)),
         flux=flux_config(of_file("flux")), vae=vae_of_it,
         schedule=schedule_config(Described(base / "scheduler" / "scheduler_config.json")),
-        transform=transform.numbers(siglip_vq.Transform),
-        t5=from_json("t5", text_encoders.T5Config), clip=from_json("clip", text_encoders.ClipConfig),
-        grid=(image_size // decoder["upscale_factor"],) * 2, diffusion_steps=decoder["num_inference_steps"],
-        diffusion_guidance=float(decoder["cfg_scale"]),
+        transform=fitted,
+        t5=of_file("t5").numbers(text_encoders.T5Config), clip=of_file("clip").numbers(text_encoders.ClipConfig),
+        grid=(image_size // upscale,) * 2, diffusion_steps=decoder.a(int, "num_inference_steps"),
+        diffusion_guidance=float(decoder.a(float, "cfg_scale")),
         **{name: read_tokenizer(folder, name) for name, folder in tokenizers.items()})
-    check_tokenizer(umm.tokenizer, ar, described.get("mm_special_tokens", ()))
-    fits = {"codes of backbone and image tokenizer": (ar.image_vocab_size, umm.vision.codebook_size),
-            "channels of image tokenizer and decoder": (umm.vision.z_channels, umm.flux.siglip_channels),
-            "widths of T5 and decoder": (umm.t5.d_model, umm.flux.joint_attention_dim),
-            "widths of CLIP and decoder": (umm.clip.hidden_size, umm.flux.pooled_projection_dim),
-            "channels of VAE and decoder": (4 * umm.vae.latent_channels, umm.flux.in_channels)}
-    for what, (one, other) in fits.items():
-        if one != other:
-            raise ValueError(f"the {what} differ: {one} and {other}")
-
+    checkpoint.check_tokenizer(umm.tokenizer, ar, described.get("mm_special_tokens", ()))
     return Source(umm, weights, *_export_paths(src, head, base, weights, siglip.values()))
 
 
@@ -346,7 +332,7 @@ def plan(umm, found):
     Returns {part: {key: Place}}; what a part may hold besides has no place. Raises ValueError naming missing,
     unknown and misshapen keys.
     """
-    shapes = jax.eval_shape(lambda: checkpoint.init(umm, jax.random.key(0)))
+    shapes = checkpoint.shapes(umm)
     vision = dict(shapes["vision"])
     trees = {**shapes, "vision/vit": vision.pop("vit"), "vision": vision}
     rules = {"ar": xomni.rules(umm.ar), "vision/vit": siglip_vq.RULES, "vision": siglip_vq.RULES, "flux": flux.RULES,
@@ -449,7 +435,7 @@ def _fingerprint(path):
 def _identity(folder):
     """What the folder was, or is being, converted from; None where that is not known (yet)."""
     manifest = folder / "source" / "manifest.json"
-    return json.loads(manifest.read_text())["identity"] if manifest.is_file() else None
+    return read_json(manifest).get("identity") if manifest.is_file() else None
 
 
 def _keep_source(folder, source, planned, identity):
@@ -476,9 +462,12 @@ def export_hf(src, dst):
     src, dst = Path(src).absolute(), Path(dst).absolute()
     if not (src / "metadata.json").exists():
         raise FileNotFoundError(f"{src} is no model folder: it has no metadata.json")
-    if _identity(src) is None:
+    manifest = src / "source" / "manifest.json"
+    if not manifest.is_file():
         raise ValueError(f"{src} was not converted from a published checkpoint: it has no source/manifest.json")
-    parts = json.loads((src / "source" / "manifest.json").read_text())["parts"]
+    parts = Described(manifest).a(dict, "parts").values
+    for name in parts:
+        _insist_inside(name, manifest)
     kept = src / "source" / "weights"
     headers = {name: (kept / f"{name}.header").read_bytes() for name in parts}
     found = {}
@@ -532,15 +521,15 @@ def export_peft(run, dst):
     run = Path(run)
     if not (run / "config.json").exists() or not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{run} is no run's folder: it has no config.json and checkpoints/")
-    config = ConfigDict(json.loads((run / "config.json").read_text()))
-    if "lora" not in config or config.lora.rank == 0:
+    config = read_run_config(run)
+    if config.lora.rank == 0:
         raise ValueError(f"{run} trained the whole backbone (lora.rank = 0): there is no adapter to export")
     umm = checkpoint.read_metadata(base_of_run(run, config))
     states = checkpoint.Checkpoints(run)
     try:
         if (step := states.newest_whole()) is None:
             raise FileNotFoundError(f"{run} has no checkpoint yet: the run ended before its first one")
-        base = jax.eval_shape(lambda: checkpoint.init(umm, jax.random.key(0)))
+        base = checkpoint.shapes(umm)
         like = jax.eval_shape(lambda base: gvu.init_trainable(base, config, jax.random.key(0)), base)
         adapter = states.load(step, trainable=like)["trainable"]["adapter"]
     finally:

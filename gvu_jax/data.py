@@ -1,5 +1,7 @@
 """Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures: read."""
 import json
+import math
+import warnings
 from pathlib import Path
 
 import grain
@@ -10,7 +12,8 @@ from PIL import Image, ImageOps
 def read_prompts(path):
     """A .txt file (one prompt a line) or .jsonl (objects with a "prompt" key, GenEval's metadata) -> list of dicts.
 
-    Blank lines are skipped. Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
+    UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts twice.
+    Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
     """
     path = Path(path)
     if not path.is_file():
@@ -18,23 +21,36 @@ def read_prompts(path):
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl (objects with a \"prompt\" key)")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     metas = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):           # splitlines() would also cut JSON at a raw U+2028
         if not line.strip():
             continue
         try:
             meta = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(meta, dict) or not str(meta.get("prompt", "")).strip():
-            raise ValueError(f"{path}, line {number} has no \"prompt\"")
+        prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"{path}, line {number} has no \"prompt\", which is a text of at least one word")
+        if not isinstance(tag, str):
+            raise ValueError(f"{path}, line {number} has the \"tag\" {tag!r}, which is no text")
+        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
+            raise ValueError(f"{path}, line {number} holds NUL or half a character (is the file UTF-16?)")
         metas.append(meta)
     if not metas:
         raise ValueError(f"{path} holds no prompts")
     return metas
+
+
+def overlap(training, held_out):
+    """One line on what two lists of prompts (dicts) have in common with themselves and with each other."""
+    trained, held = ([" ".join(meta["prompt"].split()) for meta in metas] for metas in (training, held_out))
+    known = set(trained)
+    return (f"prompts: {len(trained)} to train on ({len(trained) - len(known)} repeated), {len(held)} held out "
+            f"({len(held) - len(set(held))} repeated, {sum(prompt in known for prompt in held)} also trained on)")
 
 
 def prompt_stream(metas, seed):
@@ -53,18 +69,27 @@ def batch(stream, step, size):
     return [stream[step * size + i] for i in range(size)]
 
 
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # of pictures; PIL's others run more code (EPS a program)
+MOST_PIXELS = 2 ** 26                                       # of a picture; a small file may claim to hold any number
+
+
 def read_picture(path):
-    """Any file that PIL opens -> uint8 [H, W, 3], as a viewer shows it: turned as EXIF says, transparency over white.
+    """A picture file of one of FORMATS -> uint8 [H, W, 3], as a viewer shows it: turned as EXIF says, transparency over
+    white.
 
     Takes the first frame of an animation and the upper 8 bits of 16-bit grey. Raises FileNotFoundError where there is
-    no such file, ValueError where it is no picture or a broken one; both name it.
+    no such file, ValueError where it is no picture, a broken one or one of more than MOST_PIXELS; both name it.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no picture file {path}")
     try:
-        with Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+            if math.prod(file.size) > MOST_PIXELS:
+                raise ValueError(f"it has {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
             picture = ImageOps.exif_transpose(file)
+        if picture.mode == "F":
+            raise ValueError("its pixels are floats, of which nothing says what is black and white: save 8 bits")
         if picture.mode.startswith("I"):                # 16-bit grey, which PIL would cut off at 255
             picture = Image.fromarray((np.clip(np.asarray(picture), 0, 2**16 - 1) >> 8).astype(np.uint8))
         if picture.has_transparency_data:

@@ -14,7 +14,7 @@ from absl import flags
 import gvu_jax
 from gvu_jax import cli
 from gvu_jax.metrics import replace_file
-from gvu_jax.report import image_grid
+from gvu_jax.report import image_grid, write_picture
 from gvu_jax.sampling import How
 from gvu_jax.shapes import suite, world
 from gvu_jax.umm import compile_programs
@@ -26,7 +26,7 @@ _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over t
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and of the pictures.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and of the pictures.", 0, 2**31 - 1)
 
 BATCH = 24           # prompts drawn at a time
 
@@ -46,12 +46,13 @@ def main(_):
     understanding = shapes.understand(model.params)
     results = {"suite": "shapes", "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value,
                "pictures": int(right.size), "scores": scores, "auc": areas, "understanding": understanding}
-    replace_file(out / "results.json", json.dumps(results, indent=1))
-    image_grid(pictures[:12, :6], [meta["prompt"] for meta in metas[:12]], 2, right[:12, :6]).save(out / "samples.png")
     print(f"{'':<16}{'score':>8}{'AUC':>8}")
     for name in ("overall", *world.TAGS):
         print(f"{name:<16}{scores[name]:8.3f}{areas.get(name, float('nan')):8.3f}")
     print("\n".join(f"understanding {name:<12}{value:8.3f}" for name, value in understanding.items()))
+    replace_file(out / "results.json", json.dumps(results, indent=1))
+    write_picture(out / "samples.png", image_grid(
+        pictures[:12, :6], [meta["prompt"] for meta in metas[:12]], 2, right[:12, :6]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ extra is installed. `Progress` tells whoever waits how fast the work goes and wh
 On several hosts all values are global by the time they arrive here, and only what process 0 writes is kept.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -102,12 +103,38 @@ def read_metrics(path: str | os.PathLike) -> list[dict]:
     return lines
 
 
-def replace_file(path: str | os.PathLike, text: str) -> None:
-    """Writes `text` to `path` such that a reader, or a crash, sees either the old file or the new one whole."""
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike):
+    """Gives a path to write to that becomes `path` at the end: a reader, or a crash, sees the old file or the new one.
+
+    Raises OSError naming `path` where the disk refuses; nothing half-written is left then.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def replace_file(path: str | os.PathLike, text: str) -> None:
+    """Writes `text` to `path` as `replacing` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """The JSON object in `path`. Raises FileNotFoundError, or ValueError naming the file that holds something else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    return value
 
 
 def _keep_until(path: Path, last_step: int) -> None:

@@ -24,7 +24,7 @@ import jinja2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gvu_jax.metrics import METRICS_FILE, read_metrics, replace_file
+from gvu_jax.metrics import METRICS_FILE, read_json, read_metrics, replace_file, replacing
 
 PHASES = ("sample", "render", "reward", "update")
 NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts
@@ -40,8 +40,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
       ValueError: a file of the run is not what it should be; the message names the file.
     """
     workdir = Path(workdir)
-    config = _read_json(workdir / "config.json")
-    summary = _read_json(workdir / "summary.json") or {}
+    read = lambda name: read_json(workdir / name) if (workdir / name).exists() else None
+    config, summary = read("config.json"), read("summary.json") or {}
     metrics = read_metrics(workdir / METRICS_FILE) if (workdir / METRICS_FILE).exists() else []
     run = _merge_steps(metrics)
 
@@ -76,19 +76,6 @@ def write_report(workdir: str | os.PathLike) -> Path:
 # ---------------------------------------------------------------------------------------------------------------
 # The run, as numbers
 # ---------------------------------------------------------------------------------------------------------------
-
-
-def _read_json(path: Path) -> dict | None:
-    """The JSON object in `path`; None where there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
-    return value
 
 
 def _is_finite(value) -> bool:
@@ -344,6 +331,18 @@ def image_grid(
             canvas.paste(Image.fromarray(rows[r, c]), (left, top))
         top += height
     return canvas
+
+
+def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
+    """Writes a picture in the format that the path's ending names, whole or not at all.
+
+    Raises ValueError for an unknown ending, OSError naming the path where the disk refuses.
+    """
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
+    if kind not in Image.SAVE:
+        raise ValueError(f"{path} does not end as a picture does: call it, for example, {Path(path).stem}.png")
+    with replacing(path) as temporary:
+        picture.save(temporary, kind)
 
 
 HEATMAP_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, p = 0 to 1

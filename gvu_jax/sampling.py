@@ -26,8 +26,9 @@ class How:
     def __post_init__(self):
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {self.images_per_prompt}")
-        if self.temperature < 0 or self.top_k < 0:
-            raise ValueError(f"temperature {self.temperature} and top_k {self.top_k} must not be negative")
+        if not (self.temperature >= 0 and self.top_k >= 0 and self.guidance >= 0):          # not what nan says no to
+            raise ValueError(f"temperature {self.temperature}, top_k {self.top_k} and guidance {self.guidance} must be "
+                             f"numbers that are not negative")
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1] and min_p {self.min_p} in [0, 1]")
 

@@ -12,11 +12,11 @@ from absl import flags
 
 import gvu_jax
 from gvu_jax import cli
-from gvu_jax.data import read_picture
-from gvu_jax.report import word_heatmap
+from gvu_jax.data import FORMATS, read_picture
+from gvu_jax.report import word_heatmap, write_picture
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_IMAGE = flags.DEFINE_string("image", None, "The picture, in any format that PIL opens.", required=True)
+_IMAGE = flags.DEFINE_string("image", None, f"The picture: {', '.join(FORMATS)}.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "What the picture should show.", required=True)
 _HEATMAP = flags.DEFINE_string("heatmap", None, "Where to draw the words' probabilities, e.g. out.png.")
 
@@ -34,7 +34,7 @@ def main(_):
         print(f"note: this model does not know {', '.join(unknown)}; it reads {tokenizer.unk_token}", file=sys.stderr)
     if _HEATMAP.value:
         Path(_HEATMAP.value).parent.mkdir(parents=True, exist_ok=True)
-        word_heatmap(picture, score.words, score.probabilities, score.reward).save(_HEATMAP.value)
+        write_picture(_HEATMAP.value, word_heatmap(picture, score.words, score.probabilities, score.reward))
 
 
 def figure(probability):

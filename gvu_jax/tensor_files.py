@@ -55,7 +55,7 @@ class TensorFile:
                 self.header = safetensors_header(specs)
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no file {path}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
             raise ValueError(f"cannot read {path}: {error}") from error
         self.specs = dict(sorted(specs.items(), key=lambda item: item[1].start))
 
@@ -80,6 +80,8 @@ def _read_safetensors_header(path):
     for name, tensor in sorted(described.items(), key=lambda item: item[1]["data_offsets"]):
         if tensor["dtype"] not in DTYPES:
             raise ValueError(f"key {name} has dtype {tensor['dtype']}, which is not implemented")
+        if not all(type(side) is int and side >= 0 for side in tensor["shape"]):
+            raise ValueError(f"key {name} has the shape {tensor['shape']}")
         spec = Spec(DTYPES[tensor["dtype"]], tuple(tensor["shape"]), 8 + length + tensor["data_offsets"][0])
         if tensor["data_offsets"] != [end, end + spec.nbytes]:
             raise ValueError(f"the bytes of key {name} overlap others, leave a gap or do not fit its shape")

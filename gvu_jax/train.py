@@ -27,7 +27,7 @@ from ml_collections import config_flags
 import gvu_jax
 from gvu_jax import checkpoint, cli, data, optim, sharding
 from gvu_jax.methods import gvu
-from gvu_jax.metrics import MetricsWriter, Progress, replace_file
+from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
 from gvu_jax.report import image_grid, write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
@@ -53,12 +53,12 @@ def train(config, workdir, stop=Stop()):
 
     Returns the run's summary (dict), or None where `stop` ended it before its time.
     """
+    cli.check_numbers(config)
     gvu.check(config)
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
-    if min(config.log_every, config.checkpoint_every, config.eval.every) < 1:
-        raise ValueError("log_every, checkpoint_every and eval.every must be at least 1")
     how = How(images_per_prompt=config.gvu.group, **config.sampling)
     optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
+    train_metas, held_out = prompts_of(config)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -71,13 +71,12 @@ def train(config, workdir, stop=Stop()):
 
     # ---- base model: pretrained here, or converted before -------------------------------------------------------
     umm, base = load_base(config, workdir, mesh)
-    summary = json.loads(path.read_text()) if (path := workdir / "summary.json").exists() else {}
+    summary = read_json(path) if (path := workdir / "summary.json").exists() else {}
     timings = summary.setdefault("timings", {"pretraining": 0.0, "training": 0.0, "evaluation": 0.0})   # seconds,
     timings["pretraining"] += time.time() - started                             # summed over the sittings of a run
     print(", ".join(f"{name}: {parameter_overview.count_parameters(part):,} parameters" for name, part in base.items()))
 
     # ---- prompts ------------------------------------------------------------------------------------------------
-    train_metas, held_out = prompts_of(config)
     stream = data.prompt_stream(train_metas, config.seed)
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
@@ -186,7 +185,7 @@ def claim(workdir, config):
     workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
-        theirs = json.loads(path.read_text())
+        theirs = read_json(path)
         ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
         flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (
             flat(x, f"{at}{name}.") if isinstance(x, dict) else {f"{at}{name}": x}).items()}
@@ -226,7 +225,9 @@ def prompts_of(config):
     if config.get("world"):
         from gvu_jax.shapes import world
         return world.split_prompts()
-    return data.read_prompts(config.data.prompts), data.read_prompts(config.data.held_out)
+    train_metas, held_out = data.read_prompts(config.data.prompts), data.read_prompts(config.data.held_out)
+    print(data.overlap(train_metas, held_out))
+    return train_metas, held_out
 
 
 def build_suite(config, umm, programs, held_out, lengths):

@@ -21,12 +21,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import struct
 
 from gvu_jax import sampling, sharding
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 
-T5_LENGTH = 512         # tokens of a prompt that the published diffusion head reads
+MOST_TOKENS = 512       # of a prompt: what the published diffusion head's T5 reads. Longer ones are refused, not cut
 
 
 class Lengths(NamedTuple):
@@ -75,6 +76,10 @@ class XOmni:
     t5_tokenizer: Any = None
     clip_tokenizer: Any = None
 
+    def __post_init__(self):
+        if min(*self.grid, self.diffusion_steps) < 1:
+            raise ValueError(f"grid {self.grid} and diffusion_steps {self.diffusion_steps} must be at least 1")
+
     # ---- text, on the host -------------------------------------------------------------------------------------
 
     @property
@@ -100,12 +105,35 @@ class XOmni:
 
     def _encode(self, texts, questions, end):
         for i, text in enumerate(texts):
-            if not text.strip():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError(f"prompt {i} is no Unicode text: {text[:40]!r}")
+        words = self._ids(list(texts))
+        for i, (text, ids) in enumerate(zip(texts, words)):
+            if not text.strip() or not ids:
                 raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
+            if max(ids) >= self.ar.vocab_size:
+                mark = self.tokenizer.decode(max(ids))
+                raise ValueError(f"prompt {i} holds {mark}, which is a piece of a picture and no word")
+        self._check_read_whole(texts, words)
         stop = [self.tokenizer.eos_token_id] if end else []
         return (self._ids([text + self.image_header for text in texts]),
                 [list(self._around(question, self.grid)[1]) for question in questions],
-                [ids + stop for ids in self._ids(list(texts))])
+                [ids + stop for ids in words])
+
+    def _check_read_whole(self, texts, words):
+        """ValueError for a prompt longer than what the backbone or T5 reads; what CLIP will leave out is said once."""
+        readers = {"the model": words}
+        if self.t5 is not None:
+            readers["T5"] = self.t5_tokenizer(list(texts))["input_ids"]
+            most = self.clip.max_position_embeddings
+            if max(map(len, self.clip_tokenizer(list(texts))["input_ids"])) > most:
+                logging.log_first_n(logging.WARNING, "a prompt is longer than the %d tokens that CLIP reads: what CLIP "
+                                    "makes of it leaves the rest out, as in FLUX; T5 and the backbone do not", 1, most)
+        for reader, rows in readers.items():
+            for text, ids in zip(texts, rows):
+                if len(ids) > MOST_TOKENS:
+                    raise ValueError(f"the prompt {text[:40]!r}... has {len(ids)} tokens, but {reader} reads at most "
+                                     f"{MOST_TOKENS}: shorten it")
 
     def lengths(self, texts, questions=None, end=False):
         """The smallest padded lengths that hold all of `texts`; of prompt and words, rounded up to a multiple of 4."""
@@ -118,7 +146,8 @@ class XOmni:
 
         lengths: padded lengths; None takes the smallest that hold these texts. questions: what the understanding
         branch is asked, one per text (None: the instruction). end: also score the end-of-turn token (pretraining
-        does; the reward does not). Raises ValueError for an empty text and for one longer than `lengths`.
+        does; the reward does not). Raises ValueError for a text that is empty, longer than `lengths` or MOST_TOKENS, or
+        that holds pieces of pictures (<MM-Token-5>, <SOM>): no text is cut.
         """
         questions = questions or [self.instruction] * len(texts)
         parts = self._encode(texts, questions, end)
@@ -145,7 +174,7 @@ class XOmni:
             return None, None
         ids = lambda tokenizer, length: tokenizer(
             list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")["input_ids"]
-        return (ids(self.t5_tokenizer, T5_LENGTH).astype(np.int32),
+        return (ids(self.t5_tokenizer, MOST_TOKENS).astype(np.int32),
                 ids(self.clip_tokenizer, self.clip.max_position_embeddings).astype(np.int32))
 
     # ---- generation branch -------------------------------------------------------------------------------------

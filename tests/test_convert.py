@@ -583,7 +583,7 @@ def ours_and_peft_agree(folder, params, adapter, config, inputs=4):
 
 @pytest.mark.parametrize("targets", ["self_attn|mlp|embed_tokens|mm_head/", "^mm_head_layers/.*(q_proj|down_proj)"])
 def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
-    config = ConfigDict({"lora": {"rank": 3, "alpha": 6, "targets": targets}})
+    config = ConfigDict({"model": {}, "lora": {"rank": 3, "alpha": 6, "targets": targets}})
     run = tmp_path / "run"
     run.mkdir()
     (run / "base").symlink_to(converted)
@@ -640,6 +640,6 @@ def test_adapters_that_do_not_fit_are_named(fixtures, tmp_path):
 
 def test_a_run_without_adapter_says_so(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "config.json").write_text(json.dumps({"lora": {"rank": 0}}))
+    (tmp_path / "config.json").write_text(json.dumps({"model": {}, "lora": {"rank": 0}}))
     with pytest.raises(ValueError, match="lora.rank = 0"):
         convert.export_peft(tmp_path, tmp_path / "x")

@@ -60,7 +60,7 @@ def test_rewards_of_the_golden_cases(fixtures, model):
         asked, _ = umm._asked(seen, prompts)
         assert asked[0].tolist() == case["context_ids"]
         assert prompts.words[0][prompts.words_mask[0]].tolist() == case["target_ids"]
-        logps, mask = umm.text_logps(params, seen, prompts)
+        logps, mask = jax.jit(umm.text_logps)(params, seen, prompts)
         n = int(golden["token_count"][i])
         np.testing.assert_allclose(logps[mask], golden["token_logprobs"][i, :n], atol=2e-4)
         np.testing.assert_allclose(rewards.geometric_mean(logps, mask), [case["score"]], rtol=1e-4)
@@ -133,10 +133,10 @@ def test_rewards_of_the_decoded_pictures(fixtures, model, case):
     trainable, lora_config = trainable_of(fixtures, case, umm)
     policy = gvu.policy_params(base, trainable, lora_config)
     prompts = umm.encode_prompts([p for p in config["prompts"] for _ in range(config["num_generations"])])
-    seen = umm.see(base, jnp.asarray(golden["decoded_images"], jnp.float32) / 255)
+    seen = jax.jit(umm.see)(base, jnp.asarray(golden["decoded_images"], jnp.float32) / 255)
     np.testing.assert_array_equal(seen.reshape(len(seen), -1), golden["reencoded_image_tokens"])
     assert seen.shape[1:] == grid_of(config)
-    score = lambda params: rewards.geometric_mean(*umm.text_logps(params, seen, prompts))
+    score = lambda params: rewards.geometric_mean(*jax.jit(umm.text_logps)(params, seen, prompts))
     np.testing.assert_allclose(score(policy), golden["rewards"], rtol=1e-4)
     if case == "lora":
         np.testing.assert_allclose(score(base), golden["rewards_adapter_off"], rtol=1e-4)

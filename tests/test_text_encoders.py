@@ -1,6 +1,5 @@
 """The text encoders against transformers on random weights, and against the recorded values of the reference."""
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
+from gvu_jax import convert
 from gvu_jax.models import text_encoders, torch_keys
 from gvu_jax.models.text_encoders import ClipConfig, ClipText, T5Config, T5Encoder
 
@@ -114,7 +114,7 @@ def golden(fixtures):
     safetensors = pytest.importorskip("safetensors.numpy")
 
     def read(folder, kind):
-        config = kind.from_json(json.loads((fixtures / "flux/base" / folder / "config.json").read_text()))
+        config = convert.Described(fixtures / "flux/base" / folder / "config.json").numbers(kind)
         tensors = safetensors.load_file(fixtures / "flux/base" / folder / "model.safetensors")
         return config, text_encoders.from_torch(tensors, config)
 
@@ -173,11 +173,15 @@ def test_clip_has_no_more_positions_than_its_table():
         ClipText(CLIP["gelu, own end"]).apply({"params": {}}, jnp.zeros((1, 10), int))
 
 
+def read(kind, values):
+    return convert.Described("config.json", values).numbers(kind)
+
+
 def test_configs_are_read_from_config_json():
     for config in (T5["narrow-heads"], CLIP["gelu, own end"]):
-        assert type(config).from_json(vars(config) | {"architectures": ["Some"], "dropout_rate": 0.1}) == config
+        assert read(type(config), vars(config) | {"architectures": ["Some"], "dropout_rate": 0.1}) == config
     described = {k: v for k, v in vars(XXL).items() if not k.startswith("relative")}        # as old files are
-    assert T5Config.from_json(described) == XXL
+    assert read(T5Config, described) == XXL
 
 
 @pytest.mark.parametrize("config, change, message", [
@@ -185,17 +189,17 @@ def test_configs_are_read_from_config_json():
     (XXL, {"relative_attention_num_buckets": 2}, "buckets 2"),
     (XXL, {"relative_attention_max_distance": 8}, "max_distance 8"),
     (CLIP_L, {"hidden_act": "gelu_new"}, "hidden_act 'gelu_new' is not implemented"),
-    (CLIP_L, {"eos_token_id": [2, 3]}, r"one id, not \[2, 3\]"),
+    (CLIP_L, {"eos_token_id": [2, 3]}, r"eos_token_id is \(2, 3\), which is no int"),
     (CLIP_L, {"num_attention_heads": 10}, "768 is not a multiple of 10 heads"),
 ])
 def test_what_is_not_implemented_is_refused(config, change, message):
     with pytest.raises(ValueError, match=message):
-        type(config).from_json(vars(config) | change)
+        read(type(config), vars(config) | change)
 
 
 def test_missing_fields_are_named():
-    with pytest.raises(ValueError, match="T5Config lacks d_kv, d_ff"):
-        T5Config.from_json({k: v for k, v in vars(XXL).items() if k not in ("d_kv", "d_ff")})
+    with pytest.raises(ValueError, match="config.json does not say 'd_kv'"):
+        read(T5Config, {k: v for k, v in vars(XXL).items() if k not in ("d_kv", "d_ff")})
 
 
 # ------------------------------------------------------------------ checkpoints under their several names

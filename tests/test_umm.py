@@ -9,6 +9,11 @@ from gvu_jax import lora, rewards
 from gvu_jax.methods import gvu
 from gvu_jax.sampling import How
 
+def jitted(call):
+    """A call of the interface, compiled: eager, each of its thousand small operations would be compiled alone."""
+    return jax.jit(call, static_argnums=3 if call.__name__ == "sample_image" else ())
+
+
 TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo of a square left of a green diamond"]
 
 
@@ -16,9 +21,9 @@ TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo o
 def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(tiny, key, how):
     _, umm, params = tiny
     prompts = umm.encode_prompts(TEXTS)
-    tokens, logps = umm.sample_image(params, prompts, key, how)
+    tokens, logps = jitted(umm.sample_image)(params, prompts, key, how)
     assert tokens.shape == logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
-    teacher_forced = umm.image_logps(params, prompts.repeat(how.images_per_prompt), tokens)
+    teacher_forced = jitted(umm.image_logps)(params, prompts.repeat(how.images_per_prompt), tokens)
     np.testing.assert_allclose(logps, teacher_forced, atol=1e-4)
 
 
@@ -26,16 +31,16 @@ def test_one_prefill_serves_the_group(tiny, key):
     """G samples of B prompts are what B * G single prompts with the same keys give."""
     _, umm, params = tiny
     prompts = umm.encode_prompts(TEXTS)
-    together, _ = umm.sample_image(params, prompts, key, How(images_per_prompt=4))
-    apart, _ = umm.sample_image(params, prompts.repeat(4), key, How())
+    together, _ = jitted(umm.sample_image)(params, prompts, key, How(images_per_prompt=4))
+    apart, _ = jitted(umm.sample_image)(params, prompts.repeat(4), key, How())
     np.testing.assert_array_equal(together, apart)
 
 
 def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(tiny, key):
     _, umm, params = tiny
     lengths = umm.lengths(TEXTS)
-    whole, _ = umm.sample_image(params, umm.encode_prompts(TEXTS, lengths), key, How())
-    last, _ = umm.sample_image(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), np.array([2]))
+    whole, _ = jitted(umm.sample_image)(params, umm.encode_prompts(TEXTS, lengths), key, How())
+    last, _ = jitted(umm.sample_image)(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), np.array([2]))
     np.testing.assert_array_equal(whole[2:], last)
 
 
@@ -43,10 +48,10 @@ def test_temperature_one_draws_from_the_policy(tiny, key):
     """Over many samples, the first token's frequencies are its probabilities."""
     _, umm, params = tiny
     prompts = umm.encode_prompts(TEXTS[:1])
-    tokens, _ = umm.sample_image(params, prompts, key, How(images_per_prompt=4000))
+    tokens, _ = jitted(umm.sample_image)(params, prompts, key, How(images_per_prompt=4000))
     K = umm.ar.image_vocab_size
     every = jnp.tile(jnp.arange(K)[:, None], (1, umm.image_tokens))
-    probabilities = np.exp(umm.image_logps(params, prompts.repeat(K), every)[:, 0])
+    probabilities = np.exp(jitted(umm.image_logps)(params, prompts.repeat(K), every)[:, 0])
     frequencies = np.bincount(tokens[:, 0], minlength=K) / 4000
     assert abs(probabilities.sum() - 1) < 1e-4
     np.testing.assert_allclose(frequencies, probabilities, atol=4 * np.sqrt(probabilities.max() / 4000))
@@ -59,7 +64,7 @@ def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
     texts = TEXTS[:2]
     seen = jax.random.randint(key, (len(texts), *umm.grid), 0, umm.ar.image_vocab_size)
     prompts = umm.encode_prompts(texts)
-    logps, mask = umm.text_logps(params, seen, prompts)
+    logps, mask = jitted(umm.text_logps)(params, seen, prompts)
     before, after = umm._around(umm.instruction, umm.grid)
 
     @jax.jit
@@ -82,8 +87,8 @@ def test_texts_that_share_a_picture_are_scored_as_if_each_had_its_own(tiny, key)
     texts = [*TEXTS, *TEXTS[::-1]]
     seen = jax.random.randint(key, (2, *umm.grid), 0, umm.ar.image_vocab_size)
     prompts = umm.encode_prompts(texts)
-    shared, mask = umm.text_logps(params, seen, prompts)
-    alone, _ = umm.text_logps(params, jnp.repeat(seen, len(TEXTS), axis=0), prompts)
+    shared, mask = jitted(umm.text_logps)(params, seen, prompts)
+    alone, _ = jitted(umm.text_logps)(params, jnp.repeat(seen, len(TEXTS), axis=0), prompts)
     assert shared.shape == mask.shape == prompts.words.shape
     np.testing.assert_allclose(shared[mask], alone[mask], atol=2e-6)
 
@@ -92,10 +97,10 @@ def test_pictures_of_any_grid_are_read(tiny, key):
     """The chat around a picture names its own rows and columns, not those of the pictures that the model draws."""
     _, umm, params = tiny
     patch = umm.vision.patch_size
-    seen = umm.see(params, jax.random.uniform(key, (1, 2 * patch, 4 * patch, 3)))
+    seen = jitted(umm.see)(params, jax.random.uniform(key, (1, 2 * patch, 4 * patch, 3)))
     assert seen.shape == (1, 2, 4)
     assert "2 4" in umm.tokenizer.decode(umm._around(umm.instruction, (2, 4))[0])
-    logps, mask = umm.text_logps(params, seen, umm.encode_prompts(TEXTS[:1]))
+    logps, mask = jitted(umm.text_logps)(params, seen, umm.encode_prompts(TEXTS[:1]))
     assert np.isfinite(logps[mask]).all()
 
 
@@ -129,14 +134,14 @@ def test_an_adapter_equals_the_weights_it_stands_for(tiny, key):
     assert len(low) == 2 * 2 * 7                                                     # a and b, two stacks, 7 kernels
     tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
     prompts = umm.encode_prompts(TEXTS)
-    adapted = umm.image_logps({**base, "adapter": lora.scaled(adapter, 8.0)}, prompts, tokens)
-    np.testing.assert_allclose(adapted, umm.image_logps({**base, "ar": merged}, prompts, tokens), atol=1e-4)
+    adapted = jitted(umm.image_logps)({**base, "adapter": lora.scaled(adapter, 8.0)}, prompts, tokens)
+    np.testing.assert_allclose(adapted, jitted(umm.image_logps)({**base, "ar": merged}, prompts, tokens), atol=1e-4)
 
 
 def test_rendering_is_blind_to_the_prompt_and_rounded_to_bytes(tiny, key):
     _, umm, params = tiny
     tokens = jax.random.randint(key, (2, umm.image_tokens), 0, umm.ar.image_vocab_size)
-    one, other = (umm.render(params, tokens, umm.encode_prompts([text] * 2), key) for text in TEXTS[:2])
+    one, other = (jitted(umm.render)(params, tokens, umm.encode_prompts([text] * 2), key) for text in TEXTS[:2])
     np.testing.assert_array_equal(one, other)
     assert one.shape == (2, 48, 48, 3) and one.min() >= 0 and one.max() <= 1
     np.testing.assert_allclose(one * 255, np.round(one * 255), atol=1e-3)

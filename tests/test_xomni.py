@@ -125,7 +125,7 @@ def test_full_size():
 def test_multimodal_layers_leave_text_alone_but_let_pictures_read_it():
     """With every layer multimodal, a text position ends as norm(embedding), and a picture still depends on the text."""
     config = dataclasses.replace(TINY, num_mm_adap_layers=3, num_mm_head_layers=0)
-    params, model = xomni.init(config, jax.random.key(0)), xomni.XOmni(config)
+    params, model = jax.jit(xomni.init, static_argnums=0)(config, jax.random.key(0)), xomni.XOmni(config)
     tokens = jnp.array([[3, 4, 51, 52]])
     run = lambda tokens: model.apply({"params": params}, tokens, jnp.ones_like(tokens, bool))[0]
     embedded = params["lm_embed_tokens"]["embedding"][jnp.array([3, 4])]
@@ -135,7 +135,7 @@ def test_multimodal_layers_leave_text_alone_but_let_pictures_read_it():
 
 
 def test_padding_on_the_left_changes_nothing():
-    params, model = xomni.init(TINY, jax.random.key(0)), xomni.XOmni(TINY)
+    params, model = jax.jit(xomni.init, static_argnums=0)(TINY, jax.random.key(0)), xomni.XOmni(TINY)
     tokens = jnp.array([[3, 4, 51, 52]])
     padded, mask = jnp.pad(tokens, ((0, 0), (3, 0))), jnp.pad(jnp.ones((1, 4), bool), ((0, 0), (3, 0)))
     plain, _ = model.apply({"params": params}, tokens, jnp.ones((1, 4), bool))
@@ -161,7 +161,7 @@ def test_a_wrong_checkpoint_is_named_by_its_key(spoil, word):
 
 
 def test_text_can_do_without_the_trailing_multimodal_layers():
-    params, model = xomni.init(TINY, jax.random.key(0)), xomni.XOmni(TINY)
+    params, model = jax.jit(xomni.init, static_argnums=0)(TINY, jax.random.key(0)), xomni.XOmni(TINY)
     tokens = jnp.array([[3, 51, 52, 4, 7]])
     whole, cut = (model.apply({"params": params}, tokens, jnp.ones_like(tokens, bool), text_only=t)[0] for t in (0, 1))
     np.testing.assert_array_equal(whole[0, 3:], cut[0, 3:])

@@ -16,6 +16,7 @@ What is trained is a subtree of the parameters: {"adapter": ...} for LoRA, {"ar"
 policy is the base with that subtree laid over it; the reference is the base itself.
 """
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,15 @@ def policy_params(base, trainable, lora_config):
 
 
 def init_state(base, config, optimizer, key):
-    """The state before the first step. Pure: under jax.eval_shape, its shapes."""
+    """The state before the first step. Pure: under jax.eval_shape, its shapes.
+
+    Raises ValueError for full fine-tuning of a backbone in less than float32, which would round most updates away: one
+    of 1e-6 on a weight of 1 needs 20 bits, bfloat16 has 8.
+    """
+    narrow = {leaf.dtype.name for leaf in jax.tree.leaves(base["ar"])} - {"float32"}
+    if config.lora.rank == 0 and narrow:
+        raise ValueError(f"lora.rank = 0 trains the backbone itself, which is in {', '.join(sorted(narrow))}: too "
+                         f"coarse for its updates. Train an adapter instead, e.g. --config.lora.rank=8")
     trainable = init_trainable(base, config, key)
     return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
 
@@ -184,5 +193,9 @@ def check(config):
         raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
     if gvu.anchor and config.reward.teacher != "base":
         raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
+    try:
+        re.compile(config.lora.targets if config.lora.rank else "")
+    except re.error as error:
+        raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
     if config.reward.view not in ("pixels", "tokens"):
         raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")

@@ -33,7 +33,7 @@ class Config:
     joint_attention_dim: int     # width of the text vectors (T5)
     pooled_projection_dim: int   # width of the pooled text vector (CLIP)
     guidance_embeds: bool
-    axes_dims_rope: tuple        # rotary channels of a head for (text, row, column) ids; their sum is the head width
+    axes_dims_rope: tuple[int, ...]     # rotary channels of a head for (text, row, column); their sum is the head width
     siglip_channels: int         # 0: plain FLUX
     remat: bool = False          # recompute each block in the backward pass
 

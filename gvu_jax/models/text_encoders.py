@@ -26,23 +26,10 @@ CLIP_ACTIVATIONS = {                                 # `hidden_act` -> function
 }
 
 
-class FromJson:
-    """What both configs share: reading themselves from the checkpoint's config.json, which says more than they ask."""
-
-    @classmethod
-    def from_json(cls, described):
-        """described: the dict of config.json. ValueError names what is missing or says what is not implemented."""
-        fields = dataclasses.fields(cls)
-        missing = [f.name for f in fields if f.name not in described and f.default is dataclasses.MISSING]
-        if missing:
-            raise ValueError(f"config.json of {cls.__name__} lacks {', '.join(missing)}")
-        return cls(**{f.name: described[f.name] for f in fields if f.name in described})
-
-
 # ------------------------------------------------------------------ T5
 
 @dataclasses.dataclass(frozen=True)
-class T5Config(FromJson):
+class T5Config:
     """The numbers of the checkpoint's config.json, under its names; old files lack the ones with a default."""
     vocab_size: int
     d_model: int
@@ -141,7 +128,7 @@ class T5Encoder(nn.Module):
 # ------------------------------------------------------------------ CLIP
 
 @dataclasses.dataclass(frozen=True)
-class ClipConfig(FromJson):
+class ClipConfig:
     """The numbers of the checkpoint's config.json, under its names; files may lack the ones with a default."""
     vocab_size: int
     hidden_size: int
@@ -156,8 +143,6 @@ class ClipConfig(FromJson):
     def __post_init__(self):
         if self.hidden_act not in CLIP_ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not implemented, only {', '.join(CLIP_ACTIVATIONS)}")
-        if not isinstance(self.eos_token_id, int):
-            raise ValueError(f"eos_token_id must be one id, not {self.eos_token_id!r}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} heads")
 

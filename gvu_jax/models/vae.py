@@ -21,7 +21,7 @@ from gvu_jax.models.splash import full_attention
 @dataclasses.dataclass(frozen=True)
 class Config:
     latent_channels: int
-    block_out_channels: tuple    # one entry per level, from pixels down
+    block_out_channels: tuple[int, ...]      # one entry per level, from pixels down
     layers_per_block: int        # residual blocks per level of the encoder; the decoder has one more
     norm_num_groups: int
     scaling_factor: float

@@ -14,6 +14,7 @@ The result is cached under a hash of everything that shaped it. Held-out prompts
 import functools
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 
 import jax
@@ -22,7 +23,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from gvu_jax import checkpoint, objectives
+from gvu_jax import checkpoint, cli, objectives
 from gvu_jax.metrics import Progress
 from gvu_jax.models import flux, siglip_vq, vae, xomni
 from gvu_jax.shapes import world
@@ -41,9 +42,19 @@ def base_folder(config):
 
 
 def ensure_base(config):
-    """The folder of the pretrained base, trained now if the cache does not hold it."""
+    """The folder of the pretrained base, trained now if the cache does not hold it.
+
+    Raises ValueError for a config without a world to be trained in, OSError where the cache cannot be written.
+    """
+    if not ("world" in config and "pretrain" in config):
+        raise ValueError("this config has no world to pretrain a model in: give configs/shapes.py, or, to train a "
+                         "converted model, its folder as --config.model.checkpoint")
+    cli.check_numbers(config)
     folder = base_folder(config)
     if not (folder / "metadata.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder.parent):                 # better known now than after pretraining
+            pass
         umm, params = pretrain(config)
         checkpoint.save_model(folder, umm, params)
     return folder
@@ -60,6 +71,7 @@ def build(config):
                 vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
                 grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
                 instruction=config.model.instruction)
+    checkpoint.shapes(umm)
     return umm, jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(config.pretrain.seed))
 
 
@@ -281,7 +293,5 @@ def main(argv):
 
 if __name__ == "__main__":
     from ml_collections import config_flags
-
-    from gvu_jax import cli
     _CONFIG = config_flags.DEFINE_config_file("config", "configs/shapes.py", "The config whose base to train.")
     cli.run(main)
