@@ -88,7 +88,9 @@ class Bench:
 
     def __init__(self, sizes, tokens, prompts, group, seed=0):
         self.umm = build(sizes, tokens)
-        self.params = random_params(self.umm, jax.random.key(seed))
+        rng = np.random.default_rng(seed)
+        self.params = random_like(jax.eval_shape(lambda: checkpoint.init(self.umm, jax.random.key(0))), rng)
+        self.params["ar"]["mm_norm"] = self.params["ar"]["lm_norm"]                                 # Qwen2 has one
         self.config = ConfigDict(dict(
             gvu=dict(prompts=prompts, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4, inner_steps=1,
                      micro_batches=1),
@@ -98,8 +100,8 @@ class Bench:
         self.how = sampling.How(images_per_prompt=group)
         self.method = gvu.GvU(self.umm, self.config, self.how, self.optimizer)
         self.key = jax.random.key(seed + 1)
-        fresh = lora.init(self.key, self.params["ar"], self.config.lora.rank, self.config.lora.targets)
-        self.adapter = jax.tree.map(lambda x: x + 0.01, fresh)                # b = 0 would leave `a` without gradient
+        shapes = jax.eval_shape(lambda: gvu.init_trainable(self.params, self.config, self.key)["adapter"])
+        self.adapter = jax.tree.map(lambda x: 0.1 * x, random_like(shapes, rng))    # small, but b is not 0
         self.names = xomni.rules(self.umm.ar)
         self.backbone = peers.Backbone(self.umm.ar, self.params["ar"], lora.to_peft(self.adapter, self.names),
                                        self.config.lora, self.config.optim)
@@ -300,14 +302,14 @@ def build(sizes, tokens):
         tokenizer=tokenizer, grid=(side, side), diffusion_steps=4)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def random_params(umm, key):
-    """Parameters none of which is zero or one: a new diffusion head would compute nothing. Both final norms are equal."""
-    params = checkpoint.init(umm, key)
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(key, len(leaves))
-    params = tree.unflatten([x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
-    return {**params, "ar": {**params["ar"], "mm_norm": params["ar"]["lm_norm"]}}
+def random_like(shapes, rng):
+    """Arrays for a tree of shapes, float32, none of which is all zero or one: a new diffusion head would compute nothing.
+    Kernels [.., in, out] have variance 1 / in, so that activations keep their size."""
+    def draw(path, leaf):
+        x, kind = rng.standard_normal(leaf.shape, np.float32), path[-1].key
+        return x / np.sqrt(leaf.shape[-2]) if kind in ("kernel", "a", "b") else 1 + 0.1 * x if kind == "scale" else 0.2 * x
+
+    return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
 
 def assert_equal(what, ours, theirs):
@@ -439,7 +441,7 @@ def main(_):
     torch.set_num_threads(os.cpu_count())
     sizes, names = SIZES[_SIZE.value], [name for name in _PHASES.value if name != "linear"]
     bench = Bench(sizes, _TOKENS.value, _PROMPTS.value, _GROUP.value)
-    machine = probe(nbytes(bench.params["ar"]["layers"]))
+    machine = probe(max(nbytes(bench.params["ar"]["layers"]), 8 << 20))       # a smaller array would time the threads
     print(f"{_SIZE.value}: backbone of {sum(x.size for x in jax.tree.leaves(bench.params['ar'])) / 1e6:.1f}M parameters, "
           f"{bench.samples} pictures of {_TOKENS.value} tokens ({_PROMPTS.value} prompts of {WORDS} tokens), median "
           f"(range) of {_ROUNDS.value}\n{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s, "
