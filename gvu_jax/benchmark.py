@@ -13,7 +13,6 @@ ratios, and how far ours is from the floor: the larger of
 
 both measured at the start. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
 """
-import dataclasses
 import functools
 import json
 import math
@@ -21,7 +20,7 @@ import os
 import platform
 import statistics
 import time
-from typing import Any, Callable, NamedTuple
+from typing import Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +102,6 @@ class Bench:
         shapes = jax.eval_shape(lambda: gvu.init_trainable(self.params, self.config, self.key)["adapter"])
         self.adapter = jax.tree.map(lambda x: 0.1 * x, random_like(shapes, rng))    # small, but b is not 0
         self.names = xomni.rules(self.umm.ar)
-        self.backbone = peers.Backbone(self.umm.ar, self.params["ar"], lora.to_peft(self.adapter, self.names),
-                                       self.config.lora, self.config.optim)
-        self.pictures = peers.Pictures(self.umm, self.params)
         words = vocabulary()
         texts = [" ".join(words[(7 * i + j) % len(words)] for j in range(WORDS)) for i in range(prompts)]
         self.prompts = jax.device_put(self.umm.encode_prompts(texts))
@@ -115,6 +111,15 @@ class Bench:
         self.grouped = self.prompts.repeat(group)
         self.codes = jax.random.randint(self.key, (self.samples, tokens), 0, self.umm.ar.image_vocab_size)
         self.rewards = jax.random.uniform(self.key, (self.samples,))
+
+    @functools.cached_property
+    def backbone(self):
+        return peers.Backbone(self.umm.ar, self.params["ar"], lora.to_peft(self.adapter, self.names), self.config.lora,
+                              self.config.optim)
+
+    @functools.cached_property
+    def pictures(self):
+        return peers.Pictures(self.umm, self.params)
 
     def state(self):
         adapter = jax.tree.map(jnp.copy, self.adapter)                        # an update takes its state with it
@@ -237,13 +242,7 @@ class Bench:
 
     def step(self):
         """All of them, one after another: what training pays for S pictures."""
-        umm, peer, pictures, g, state = self.umm, self.backbone, self.pictures, self.config.gvu, self.state()
-
-        def ours():
-            nonlocal state
-            state, metrics = gvu_step(self.method, state, self.params, self.prompts, self.grouped, self.key)
-            return metrics
-
+        umm, peer, pictures, g, ours = self.umm, self.backbone, self.pictures, self.config.gvu, self.our_step()
         prompts, grouped, noise = peer.ids(self.prompts.tokens), peer.ids(self.grouped.tokens), self.noise()
         words = peers.tensor(self.grouped.words)
 
@@ -257,8 +256,23 @@ class Bench:
 
         count = sum(getattr(self, name)().flops for name in ("sample", "render", "see", "reward", "update"))
         # Both draw at random here; each part was compared in its own phase.
-        return Phase(ready(ours), {"peers, scoring loop": lambda: theirs(peer.read_in_loop),
+        return Phase(ours, {"peers, scoring loop": lambda: theirs(peer.read_in_loop),
                                    "peers, one forward": lambda: theirs(peer.read)}, ours, count, self.sample().bytes)
+
+    def our_step(self):
+        """The step as train.py takes it; every call goes on from the state that the one before left."""
+        method, base, state = self.method, self.params, self.state()
+
+        def step():
+            nonlocal state
+            policy = method.policy(base, state.trainable)
+            image_tokens, logps = method.sample(policy, self.prompts, self.key)
+            pixels = method.render(base, image_tokens, self.prompts, self.key)
+            reward, read = method.reward(base, policy, image_tokens, pixels, self.grouped)
+            state, metrics = method.update(state, base, self.grouped, image_tokens, logps, reward, read)
+            return metrics
+
+        return ready(step)
 
     # ---- inputs of several phases ----
 
@@ -273,15 +287,6 @@ class Bench:
 
 
 PHASES = ("sample", "denoise", "decode", "render", "see", "reward", "update", "step")
-
-
-def gvu_step(method, state, base, prompts, grouped, key):
-    """A step as train.py takes it. Returns the new state and its metrics."""
-    policy = method.policy(base, state.trainable)
-    image_tokens, logps = method.sample(policy, prompts, key)
-    pixels = method.render(base, image_tokens, prompts, key)
-    reward, read = method.reward(base, policy, image_tokens, pixels, grouped)
-    return method.update(state, base, grouped, image_tokens, logps, reward, read)
 
 
 def build(sizes, tokens):
@@ -401,7 +406,7 @@ def measure(bench, names, rounds, machine, say=lambda line: None):
     return lines
 
 
-HEADER = ("| phase | peer | ours, s | peer, s | peer / ours | ours / floor |\n|---|---|---|---|---|---|")
+HEADER = "| phase | peer | ours, s | peer, s | peer / ours | ours / floor |\n|---|---|---|---|---|---|"
 
 
 def row(line):
@@ -418,7 +423,7 @@ def linear(sizes, tokens, rounds, most=8):
     for what, shapes in {"G": [(1, n) for n in counts], "prompts": [(n // 2, 2) for n in counts]}.items():
         runs = {}
         for count, (prompts, group) in zip(counts, shapes):
-            runs[count] = Bench(sizes, tokens, prompts, group).step().ours
+            runs[count] = Bench(sizes, tokens, prompts, group).our_step()
             runs[count]()                                                                           # compiles
         medians = [statistics.median(taken) for taken in alternate(runs, rounds).values()]
         exponent = np.polyfit(np.log(counts), np.log(medians), 1)[0]
