@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from gvu_jax import benchmark
 
@@ -18,6 +19,7 @@ NANO = dict(
 
 @pytest.fixture(scope="module")
 def bench():
+    torch.set_num_threads(1)                               # more would wait for each other beside the other tests
     return benchmark.Bench(NANO, tokens=4, prompts=2, group=2)
 
 
@@ -41,8 +43,8 @@ def test_one_forward_beats_one_forward_per_word(lines):
 
 
 @pytest.mark.parametrize("phase, part, leaf", [
-    ("sample", "ar", ("layers", "layer", "self_attn", "q_proj", "bias")), ("denoise", "flux", ("siglip_embed", "kernel")),
-    ("reward", "ar", ("lm_head", "kernel")), ("see", "vision", ("codebook",))])
+    ("sample", "ar", ("layers", "layer", "self_attn", "q_proj", "bias")), ("reward", "ar", ("lm_head", "kernel")),
+    ("see", "vision", ("codebook",))])
 def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase, part, leaf):
     shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if tuple(p.key for p in path) == leaf else x
     other = {**bench.params, part: jax.tree_util.tree_map_with_path(shift, bench.params[part])}
