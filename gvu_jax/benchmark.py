@@ -308,11 +308,13 @@ def build(sizes, tokens):
 
 
 def random_like(shapes, rng):
-    """Arrays for a tree of shapes, float32, none of which is all zero or one: a new diffusion head would compute nothing.
+    """Arrays for a tree of shapes, float32, none of them all zero or one: a new diffusion head would compute nothing.
     Kernels [.., in, out] have variance 1 / in, so that activations keep their size."""
     def draw(path, leaf):
         x, kind = rng.standard_normal(leaf.shape, np.float32), path[-1].key
-        return x / np.sqrt(leaf.shape[-2]) if kind in ("kernel", "a", "b") else 1 + 0.1 * x if kind == "scale" else 0.2 * x
+        if kind in ("kernel", "a", "b"):
+            return x / np.sqrt(leaf.shape[-2])
+        return 1 + 0.1 * x if kind == "scale" else 0.2 * x
 
     return jax.device_put(jax.tree_util.tree_map_with_path(draw, shapes))
 
@@ -447,18 +449,19 @@ def main(_):
     sizes, names = SIZES[_SIZE.value], [name for name in _PHASES.value if name != "linear"]
     bench = Bench(sizes, _TOKENS.value, _PROMPTS.value, _GROUP.value)
     machine = probe(max(nbytes(bench.params["ar"]["layers"]), 8 << 20))       # a smaller array would time the threads
-    print(f"{_SIZE.value}: backbone of {sum(x.size for x in jax.tree.leaves(bench.params['ar'])) / 1e6:.1f}M parameters, "
-          f"{bench.samples} pictures of {_TOKENS.value} tokens ({_PROMPTS.value} prompts of {WORDS} tokens), median "
-          f"(range) of {_ROUNDS.value}\n{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s, "
-          f"{machine.bandwidth / 1e9:.1f} GB/s; jax {jax.__version__}, torch {torch.__version__}\n\n{HEADER}")
+    weights = nbytes(bench.params["ar"]) / 4e6                                                      # float32
+    print(f"{_SIZE.value}: backbone of {weights:.1f}M parameters, {bench.samples} pictures of {_TOKENS.value} tokens "
+          f"({_PROMPTS.value} prompts of {WORDS} tokens), median (range) of {_ROUNDS.value}\n"
+          f"{machine.name}: {machine.flops / 1e9:.0f} GFLOP/s, {machine.bandwidth / 1e9:.1f} GB/s; "
+          f"jax {jax.__version__}, torch {torch.__version__}\n\n{HEADER}")
     found = dict(size=_SIZE.value, tokens=_TOKENS.value, prompts=_PROMPTS.value, group=_GROUP.value,
                  machine=machine._asdict(),
                  phases=measure(bench, names, _ROUNDS.value, machine, functools.partial(print, flush=True)))
     if "linear" in _PHASES.value:
         found["linear"] = linear(sizes, _TOKENS.value, _ROUNDS.value)
         for what, line in found["linear"].items():
-            print(f"\n{what}: " + ", ".join(f"{n} pictures {s:.2f} s" for n, s in zip(line["pictures"], line["seconds"]))
-                  + f"; seconds ~ pictures^{line['exponent']:.2f}")
+            costs = ", ".join(f"{n} pictures {s:.2f} s" for n, s in zip(line["pictures"], line["seconds"]))
+            print(f"\n{what}: {costs}; seconds ~ pictures^{line['exponent']:.2f}")
     if _JSON.value:
         with open(_JSON.value, "w") as file:
             json.dump(found, file, indent=1)

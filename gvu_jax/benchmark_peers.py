@@ -70,7 +70,8 @@ class Backbone:
         self.policy = get_peft_model(qwen2(), LoraConfig(
             r=lora_config.rank, lora_alpha=lora_config.alpha, target_modules=f".*({lora_config.targets}).*"))
         set_peft_model_state_dict(self.policy, {k: tensor(v) for k, v in adapter.items()})
-        self.trained = {name.replace(".default", ""): p for name, p in self.policy.named_parameters() if p.requires_grad}
+        self.trained = {name.replace(".default", ""): p for name, p in self.policy.named_parameters()
+                        if p.requires_grad}
         self.clip_norm = optim.clip_norm
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=optim.lr, betas=(0.9, optim.b2), eps=1e-8,
                                            weight_decay=optim.weight_decay)

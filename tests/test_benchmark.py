@@ -1,6 +1,4 @@
 """The benchmark compares like with like, notices when it does not, and counts what it divides by."""
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,17 +23,17 @@ def bench():
 
 @pytest.fixture(scope="module")
 def lines(bench):
-    """The table of everything: each phase compared, then timed once."""
-    return benchmark.measure(bench, benchmark.PHASES, 1, benchmark.Machine("here", 1e9, 1e9))
+    """The table of everything: each phase compared, then timed."""
+    return benchmark.measure(bench, benchmark.PHASES, 3, benchmark.Machine("here", 1e9, 1e9))
 
 
 def test_every_phase_equals_its_peers_and_gets_its_lines(lines):
     assert [line["phase"] for line in lines] == [
         "sample", "denoise", "decode", "render", "see", "reward", "reward", "update", "step", "step"]
     for line in lines:
-        assert line["ratio"] == line["theirs"][0] / line["ours"][0]
+        assert line["ratio"] == np.median(np.divide(line["theirs"], line["ours"]))
         assert benchmark.row(line).count("|") == benchmark.HEADER.split("\n")[0].count("|")
-        assert line["over_floor"] * line["floor"] == pytest.approx(line["ours"][0])
+        assert line["over_floor"] * line["floor"] == pytest.approx(np.median(line["ours"]))
 
 
 def test_one_forward_beats_one_forward_per_word(lines):
@@ -59,7 +57,8 @@ def test_products_are_counted_through_loops():
     assert benchmark.flops(loop, x) == 5 * 2 * 2 * 8 * 8
     assert benchmark.flops(jax.grad(lambda x: loop(x).sum()), x) == 2 * 5 * 2 * 2 * 8 * 8
     picture, kernel = jnp.ones((1, 6, 6, 3)), jnp.ones((3, 3, 3, 7))
-    convolve = lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    layout = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x: jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
     assert benchmark.flops(convolve, picture) == 2 * 36 * 7 * 3 * 9
 
 
@@ -71,13 +70,14 @@ def test_sides_take_turns():
 
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_exponent_of_the_cost(monkeypatch, power):
-    class Sleeper:
+    class Costly:
         def __init__(self, sizes, tokens, prompts, group):
-            self.our_step = lambda: lambda: time.sleep(0.004 * (prompts * group) ** power)
+            self.our_step = lambda: lambda: 0.1 * (prompts * group) ** power
 
-    monkeypatch.setattr(benchmark, "Bench", Sleeper)
+    monkeypatch.setattr(benchmark, "Bench", Costly)
+    monkeypatch.setattr(benchmark, "seconds", lambda run: run())
     for line in benchmark.linear(NANO, 4, rounds=3, most=8).values():
-        assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power, abs=0.15)
+        assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power)
 
 
 def test_a_size_that_is_no_square_is_refused():
