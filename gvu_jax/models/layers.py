@@ -124,11 +124,14 @@ def attention(q, k, v, mask=None):
     Returns [B, T, H, E]. Scores and softmax are float32. A row that may read nothing gets the plain mean of v: its
     value means nothing, but it is finite.
     """
-    B, T, H, E = q.shape
-    K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, E)
-    scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(E))
+    (B, T, H, E), (S, K) = q.shape, k.shape[1:3]
+    # Batch dimensions first and nothing to transpose behind either product: other layouts are copied around on a CPU.
+    q = q.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, E)                 # [B, K, G T, E]
+    k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)                                # [B, K, E, S], [B, K, S, E]
+    scores = jnp.matmul(q, k, preferred_element_type=jnp.float32) / jnp.sqrt(jnp.float32(E))
+    scores = scores.reshape(B, K, H // K, T, S)
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)           # [B, 1, 1, T, S]
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bske->btkge", weights, v).reshape(B, T, H, E)
+    mixed = jnp.matmul(weights.reshape(B, K, -1, S), v).reshape(B, K, H // K, T, E)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)

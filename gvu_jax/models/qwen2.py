@@ -13,26 +13,29 @@ from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary, spread
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the positions read so far: each [layers, B, S, K, E], S slots allocated up front."""
+    """Keys and values of the positions read so far: each [layers, B, K, S, E], S slots allocated up front.
+
+    Heads stand before slots, as the products of attention read them: otherwise every step would move the whole cache.
+    """
     k: jax.Array
     v: jax.Array
 
     @staticmethod
     def empty(config, batch, slots, dtype):
-        shape = (config.num_hidden_layers, batch, slots, config.num_key_value_heads, config.head_dim)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     def repeat(self, times):
         """Each row `times` times, neighbours together: one prompt's prefill serves all samples of its group."""
-        return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), None, "tensor", axis=1), self)
+        return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), "tensor", axis=1), self)
 
     def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
-        put = lambda slots, new: spread(
-            jax.lax.dynamic_update_slice(slots, new[None], (layer, 0, at, 0, 0)), None, "tensor", axis=1)
+        put = lambda slots, new: spread(jax.lax.dynamic_update_slice(
+            slots, new.swapaxes(1, 2)[None], (layer, 0, 0, at, 0)), "tensor", axis=1)
         return Cache(put(self.k, k), put(self.v, v))
 
     def read(self, layer):                                                            # two of [B, S, K, E]
-        take = lambda slots: jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False)
+        take = lambda slots: jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False).swapaxes(1, 2)
         return take(self.k), take(self.v)
 
 

@@ -79,3 +79,13 @@ def to_params(tensors, shapes, rules, ignored=()):
     stacked = lambda path: "{layer" in torch_name(path, rules)
     return traverse_util.unflatten_dict(
         {path: np.stack(leaves) if stacked(path) else leaves[0] for path, leaves in rows.items()}, sep="/")
+
+
+def to_torch(params, rules):
+    """The inverse of `to_params`: {torch name: numpy array}, the rows of a stack under names of their own."""
+    tensors = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        name, leaf = torch_name(path, rules), np.asarray(leaf)
+        rows = leaf if "{layer" in name else leaf[None]
+        tensors |= {key: to_torch_layout(row, path) for key, row in zip(layer_names(name, len(rows)), rows)}
+    return tensors
