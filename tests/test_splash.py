@@ -94,7 +94,7 @@ def test_the_backbone_under_a_mesh(monkeypatch):
     def gradient(params):
         hidden, cache = model.apply({"params": params}, tokens, slots, None, model.empty_cache(4, 26, jnp.float32))
         hidden = jnp.where(real[:, :, None], hidden, 0)
-        return jnp.sin(hidden).sum(), (hidden, jnp.where(slots[:, :, None, None], cache.v, 0))
+        return jnp.sin(hidden).sum(), (hidden, jnp.where(slots[:, None, :, None], cache.v, 0))
     expected, calls, kernel = jax.jit(lambda p: gradient(p))(params), [], splash.attention
     monkeypatch.setattr(splash, "serves", lambda T, E: True)
     monkeypatch.setattr(splash, "attention", lambda *args, **kwargs: calls.append(args) or kernel(
@@ -122,11 +122,12 @@ def test_the_mesh_says_what_is_compiled_for():
             assert "custom_call" not in text.replace("@Sharding", "") and "1808x1808" in text
 
 
-def attentions(T, f, *args):
-    """Which attention stands in f, over rows of T, as traced for a TPU: "splash", or "plain" with a table of scores."""
+def attentions(T, S, f, *args):
+    """Which attention stands in f, over rows of T that read S slots, as traced for a TPU: "splash", or "plain" with a
+    table of scores."""
     with tpus((1, 1, 1)):
         trace = str(jax.make_jaxpr(f)(*args))
-    signs = {"splash": "name=splash_", "plain": rf"f32\[1,1,\d,{T},"}
+    signs = {"splash": "name=splash_", "plain": rf"f32\[1,1,\d,{T},{S}\]"}
     return {name for name, sign in signs.items() if re.search(sign, trace)}
 
 
@@ -141,7 +142,7 @@ def test_where_the_backbone_uses_it(change, mask, at, expected):
     def run(params):
         cache = None if mask[-1] == 128 else model.empty_cache(1, mask[-1], jnp.float32)
         return model.apply({"params": params}, jnp.zeros((1, 128), int), jnp.ones(mask, bool), None, cache, at)[0]
-    assert attentions(128, run, params) == {expected}
+    assert attentions(128, mask[-1], run, params) == {expected}
 
 
 def test_the_diffusion_head_uses_it():
@@ -152,13 +153,13 @@ def test_the_diffusion_head_uses_it():
     run = lambda params: flux.FluxTransformer(config).apply(
         {"params": params}, jnp.zeros((1, 120, 4)), None, jnp.zeros((1, 16, 8)), jnp.zeros((1, 8)), jnp.ones(1),
         jnp.ones(1), (10, 12))
-    assert attentions(136, run, params) == {"splash"}
+    assert attentions(136, 136, run, params) == {"splash"}
 
 
 def test_the_vae_uses_it():
     block, x = vae.AttentionBlock(types.SimpleNamespace(norm_num_groups=8)), jnp.zeros((1, 12, 12, 128))
     params = jax.eval_shape(block.init, jax.random.key(0), x)
-    assert attentions(144, lambda params: block.apply(params, x), params) == {"splash"}
+    assert attentions(144, 144, lambda params: block.apply(params, x), params) == {"splash"}
 
 
 def test_what_a_run_hands_to_it(tiny, monkeypatch):
