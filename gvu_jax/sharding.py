@@ -14,8 +14,11 @@ once, before the first token, so that decoding moves activations between chips a
 Nothing in a model depends on the mesh: samples get their keys from their place in the whole, and sharded programs
 compute what one device does, up to the order of sums.
 """
+import contextlib
 import math
+import os
 import re
+import sys
 
 import jax
 import numpy as np
@@ -87,6 +90,19 @@ def join_hosts(how):
     if not 0 <= index < count or ":" not in address:
         raise ValueError(f"--hosts={how}: the index must lie in [0, {count}), and the address must name a port")
     jax.distributed.initialize(address, count, index)
+
+
+@contextlib.contextmanager
+def one_fails_all_fail():
+    """Ends this process with one line, instead of waiting for ever, where another process of the run has ended."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(f"error: another process of this run has ended or cannot be reached: start all of them again, and they go "
+              f"on from the newest state ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
+        os._exit(1)                          # an orderly exit would wait for the other one
 
 
 def wait_for_all(what):

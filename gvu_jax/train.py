@@ -41,9 +41,9 @@ _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: 
 def main(_):
     if _CONFIG.value is None:
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
-    with Stop() as stop:
-        if _HOSTS.value:
-            sharding.join_hosts(_HOSTS.value)
+    if _HOSTS.value:
+        sharding.join_hosts(_HOSTS.value)
+    with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
         if train(_CONFIG.value, Path(_WORKDIR.value), stop) is None:
             return STOPPED
 
@@ -115,13 +115,13 @@ def train(config, workdir, stop=Stop()):
                                 f"understanding_{moment}": understanding, f"auc_{moment}": areas})
                 if step == 0:
                     summary["auc"] = areas
-            writer.write(step, values)
             name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
             picture = sample_grid(suite, pictures, right)
             picture.save(notes / "samples" / f"{name}.png")
             writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
+            writer.write(step, values)                                       # last: it says that the rest is there
 
         def evaluation_due(step):
             return step in (0, config.steps) or step % config.eval.every == 0
@@ -145,8 +145,8 @@ def train(config, workdir, stop=Stop()):
             reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
             if stop.requested():
                 break
-            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward, read))
             stop.unsaved = True
+            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward, read))
 
             shown = {}
             if clock.on:

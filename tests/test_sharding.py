@@ -1,9 +1,12 @@
 """Meshes, partition tables, and the one promise: what several devices compute together is what one computes alone."""
 import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from gvu_jax import checkpoint, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
+from gvu_jax.stop import STOPPED
 
 TEXTS = ["a photo of a red circle", "a photo of two crosses", "an image of a square", "a picture of a blue diamond"]
 
@@ -164,43 +168,84 @@ def test_a_state_moves_to_another_mesh(divided, tmp_path):
 RUN = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
+from ml_collections import ConfigDict
 import jax
 from gvu_jax import sharding, train
+from gvu_jax.stop import STOPPED, Stop
 hosts, work, config = sys.argv[1:]
 if hosts != "-":
     sharding.join_hosts(hosts)
-from ml_collections import ConfigDict
-train.train(ConfigDict(json.loads(config)), Path(work))
+with Stop() as stop, sharding.one_fails_all_fail():
+    result = train.train(ConfigDict(json.loads(config)), Path(work), stop)
 print("devices", jax.device_count(), jax.local_device_count())
+sys.exit(STOPPED if result is None else 0)
 """
 
 
 def start(hosts, work, config, devices):
+    """A process of a run with so many devices of its own. hosts: as in --hosts, or "-"."""
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    return subprocess.Popen([sys.executable, "-c", RUN.format(tests=str(ROOT / "tests")), hosts, work, config.to_json()],
+    return subprocess.Popen([sys.executable, "-c", RUN, hosts, str(work), config.to_json()],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
                             env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
 
 
-def test_two_processes_write_the_metrics_of_one(tmp_path):
-    config = tiny_config()
-    config.mesh.update(data=2, fsdp=2)
-    config.update(steps=2)
-    one = start("-", str(tmp_path / "one"), config, 4)
-    output, errors = one.communicate(timeout=600)
-    assert one.returncode == 0 and "devices 4 4" in output, errors
+def start_two(work, config):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    both = [start(f"localhost:{port},2,{i}", str(tmp_path / "two"), config, 2) for i in range(2)]
-    for process in both:
-        output, errors = process.communicate(timeout=600)
-        assert process.returncode == 0 and "devices 4 2" in output, errors
-    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
-    assert len(one) == len(two) == 4
-    for line, other in zip(one, two):
+    return [start(f"localhost:{port},2,{i}", work, config, 2) for i in range(2)]
+
+
+def ended(process):
+    """(exit status, stdout, stderr) of a process that is about to end."""
+    output, errors = process.communicate(timeout=600)
+    return process.returncode, output, errors
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """(config, folder) of a run of two steps by one process with four devices, and by two processes with two each."""
+    folder = tmp_path_factory.mktemp("processes")
+    config = tiny_config()
+    config.mesh.update(data=2, fsdp=2)
+    config.update(steps=2, checkpoint_every=1)
+    status, output, errors = ended(start("-", folder / "one", config, 4))
+    assert status == 0 and "devices 4 4" in output, errors
+    for process in start_two(folder / "two", config):
+        status, output, errors = ended(process)
+        assert status == 0 and "devices 4 2" in output, errors
+    return config, folder
+
+
+def test_two_processes_write_the_metrics_of_one(two):
+    one, both = (read_metrics(two[1] / name / "metrics.jsonl") for name in ("one", "two"))
+    assert len(one) == len(both) == 4
+    for line, other in zip(one, both):
         for name, value in line.items():
             if "second" not in name:
                 np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
-    assert (tmp_path / "two/report.html").exists() and json.loads((tmp_path / "two/summary.json").read_text())["after"]
+    assert (two[1] / "two/report.html").exists() and json.loads((two[1] / "two/summary.json").read_text())["after"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_signal_to_one_process_ends_both_and_both_go_on(two, number):
+    """Killed: the other one ends with a message. Told to stop: both save the same step."""
+    config, work = two[0].copy_and_resolve_references(), two[1] / number.name
+    shutil.copytree(two[1] / "two", work)
+    config.steps = 1000
+    processes = start_two(work, config)
+    while len(read_metrics(work / "metrics.jsonl")) < 6:
+        assert all(process.poll() is None for process in processes), [ended(p)[2][-2000:] for p in processes]
+        time.sleep(0.1)
+    processes[1].send_signal(number)
+    statuses, _, errors = zip(*map(ended, processes))
+    if number == signal.SIGKILL:
+        assert statuses == (1, -signal.SIGKILL) and "error: another process" in errors[0], errors[0][-2000:]
+    else:
+        assert statuses == (STOPPED, STOPPED), errors[0][-2000:] + errors[1][-2000:]
+    config.steps = done = checkpoint.Checkpoints(work, one_device()).newest_whole()
+    config.steps += 1
+    assert [ended(process)[0] for process in start_two(work, config)] == [0, 0]
+    steps = [line["step"] for line in read_metrics(work / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, done + 2))
