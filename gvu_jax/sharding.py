@@ -94,15 +94,16 @@ def join_hosts(how):
 
 @contextlib.contextmanager
 def one_fails_all_fail():
-    """Ends this process with one line, instead of waiting for ever, where another process of the run has ended."""
+    """With several processes, ends this one with one line at any error, its own or that another one is gone."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
+    except Exception as error:
         if jax.process_count() == 1:
             raise
-        print(f"error: another process of this run has ended or cannot be reached: start all of them again, and they go "
-              f"on from the newest state ({str(error).splitlines()[0]})", file=sys.stderr, flush=True)
-        os._exit(1)                          # an orderly exit would wait for the other one
+        what = (str(error).splitlines() or [type(error).__name__])[0]
+        print(f"error: process {jax.process_index()} of {jax.process_count()} ends: {what} - where another process has "
+              f"ended first, start all of them again: they go on from the newest state", file=sys.stderr, flush=True)
+        os._exit(1)                          # an orderly exit would wait for the others
 
 
 def wait_for_all(what):
