@@ -106,7 +106,8 @@ class Collective:
     bytes: int               # of its result, each time
     group: int               # chips that exchange
     loops: tuple             # how often each loop around it runs, outermost first; () outside of all
-    weights: bool            # what it moves follows from weights alone
+    weights: bool            # what it moves, or part of it, follows from weights alone
+    carried: int = 0         # its channel, where it runs in pieces beside other work; 0 for all others
 
     @property
     def times(self):
@@ -159,8 +160,11 @@ def collectives(hlo, weights):
             else:
                 of[op.name] = functools.reduce(either, ins, CONSTANT)
                 if (kind := op.opcode.removesuffix("-start")) in KINDS:
-                    found.append(Collective(kind, " ".join(op.result), sum(map(size, op.result)),
-                                            op.group or chips, loops, of[op.name] == 1))
+                    of[op.name] = ins if len(ins) > 1 else ins[0]
+                    # A TPU can carry one collective in pieces through a loop: it counts where its first piece is.
+                    if not op.carried or op.carried not in [c.carried for c in found]:
+                        found.append(Collective(kind, " ".join(op.result), sum(map(size, op.result)),
+                                                op.group or chips, loops, 1 in ins, op.carried))
             if op.root:
                 root = of[op.name]
         return root
@@ -191,6 +195,7 @@ class Instruction:
     result: list             # "dtype[dims]" of its parts; of an asynchronous start, of what it will give
     group: int               # chips of a replica group; 0: all
     trips: int               # of a while, where XLA knows; 0: it does not say
+    carried: int             # see Collective
 
 
 def parse(hlo):
@@ -208,12 +213,14 @@ def parse(hlo):
             branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
             known = re.search(r'known_trip_count":\{"n":"(\d+)"', rest)
             called = dict(re.findall(r"\b(\w+)=%([\w.\-]+)", rest))
+            carried = re.search(r"channel_id=(\d+).*async_collective_fusion_config", rest)
             current.append(Instruction(
                 name, bool(root), opcode, re.findall(r"%([\w.\-]+)", inside), int(number[1]) if number else None,
                 argument[1].replace("\\", "") if argument else "", called,
                 re.findall(r"%([\w.\-]+)", branches[1]) if branches else
                 [called[key] for key in ("true_computation", "false_computation") if key in called],
-                parts(kind, opcode), group(rest), int(known[1]) if known else 0))
+                parts(kind, opcode), group(rest), int(known[1]) if known else 0,
+                int(carried[1]) if carried else 0))
     return computations
 
 

@@ -60,7 +60,7 @@ def test_a_scanned_forward_and_its_backward_by_hand():
     once = forward_flops(SMALL, 2, 7, 7)
     assert counted(loss, params, tokens, mask).flops == once
     assert counted(jax.grad(loss), params, tokens, mask).flops == 3 * once                # backward: two for one
-    again = functools.partial(loss, config=dataclasses.replace(SMALL, remat=True))
+    again = functools.partial(loss, config=dataclasses.replace(SMALL, remat="all"))
     down = SMALL.num_hidden_layers * 2 * 14 * SMALL.hidden_size * SMALL.intermediate_size   # nothing needs its result
     assert counted(jax.grad(again), params, tokens, mask).flops == 4 * once - down
 
@@ -179,8 +179,46 @@ ENTRY %main (x: f32[8,4], y: bf16[4], i: s32[]) -> bf16[4] {
     assert len(found) == len(costs.collectives(text, "")) == 5
     kinds = {kind: (c.shape, c.bytes, c.group, c.weights, c.wire) for kind, c in found.items()}
     assert kinds == {"all-gather": ("f32[16,4]", 256, 2, True, 128), "reduce-scatter": ("f32[2,4]", 32, 4, True, 96),
-                     "all-reduce": ("f32[8,4] bf16[4]", 136, 4, False, 204),
+                     "all-reduce": ("f32[8,4] bf16[4]", 136, 4, True, 204),
                      "collective-permute": ("bf16[4]", 8, 8, False, 8), "all-to-all": ("bf16[4]", 8, 8, False, 7)}
+
+
+def test_a_collective_carried_through_a_loop_counts_once():
+    text = """HloModule m, num_partitions=2
+
+%piece (p: f32[4]) -> f32[8] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %g = f32[8]{0} all-gather(%p), channel_id=7, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+}
+
+%body (b: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %b = (s32[], f32[4]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %w = f32[4]{0} get-tuple-element(%b), index=1
+  %more = f32[8]{0} fusion(%w), kind=kCustom, calls=%piece
+  ROOT %next = (s32[], f32[4]{0}) tuple(%i, %w)
+}
+
+%condition (c: (s32[], f32[4])) -> pred[] {
+  %c = (s32[], f32[4]{0}) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %end = s32[] constant(5)
+  ROOT %less = pred[] compare(%j, %end), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[8] {
+  %x = f32[4]{0} parameter(0), metadata={op_name="w"}
+  %first = f32[8]{0} fusion(%x), kind=kCustom, calls=%piece
+  %zero = s32[] constant(0)
+  %state = (s32[], f32[4]{0}) tuple(%zero, %x)
+  %loop = (s32[], f32[4]{0}) while(%state), condition=%condition, body=%body
+  ROOT %last = f32[8]{0} fusion(%x), kind=kCustom, calls=%piece
+}
+"""
+    (once,) = costs.collectives(text, "w")
+    assert once.loops == () and once.weights and once.bytes == 32
+    loose = costs.collectives(text.replace("async_collective_fusion_config", "other"), "w")
+    assert [c.loops for c in loose] == [(), (5,), ()]
 
 
 def test_a_loop_without_an_end_is_refused():
