@@ -69,7 +69,7 @@ def _count(jaxpr, fractions):
                 total += max(sides, key=lambda cost: cost.flops)
             case "shard_map":
                 total += _count(params["jaxpr"], ins)[0] * math.prod(
-                    params["mesh"].shape[axis] for axis in params["manual_axes"])
+                    params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             case "pallas_call":
                 cost, _ = _count(params["jaxpr"], [DATA] * len(params["jaxpr"].invars))
                 total += Cost(cost.flops * math.prod(params["grid_mapping"].grid), _bytes(eqn.invars + eqn.outvars))

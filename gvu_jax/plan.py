@@ -5,7 +5,8 @@
 Every program of a training step is compiled for the slice by the real TPU compiler, which runs on any CPU machine
 (pip install "gvu_jax[tpu]"). Memory and traffic between chips are the compiler's; arithmetic and memory traffic are
 counted (see costs.py), and times are what these need at the chip's peak rates: no run will be faster. Arrays exist
-only as shapes. Where config.model.checkpoint does not exist, the published sizes are planned for.
+only as shapes. Where config.model.checkpoint does not exist, the published sizes are planned for. The compiler tunes a
+convolution for many seconds, so programs full of them (render, see) are compiled here with the least effort.
 """
 import dataclasses
 import functools
@@ -169,11 +170,11 @@ def make_plan(config, umm, params, mesh, chip):
              for name, part in (base | {"trained": state}).items()}
     pictures, programs = config.gvu.prompts * config.gvu.group, {}
     for name, (program, args) in step.items():
-        programs[name] = plan_program(
-            program, args, mesh, chip, resident,
-            # The backbone's matrices are divided, too; of the others only the rows, over as many axes as they go into.
-            busy=sharers(mesh, pictures // config.gvu.waves) if name in ("render", "see") else mesh.size,
-            decoded=umm.image_tokens - 1 if name == "sample" else None)
+        # Of the backbone matrices and rows are divided; of the other models rows, over as many axes as they go into.
+        busy, effort = (mesh.size, 0.0) if name not in ("render", "see") else (
+            sharers(mesh, pictures // config.gvu.waves), -1.0)
+        programs[name] = plan_program(program, args, mesh, chip, resident, busy, effort,
+                                      decoded=umm.image_tokens - 1 if name == "sample" else None)
         print(f"{name}: compiled in {programs[name]['compiled_in']:.0f} s", file=sys.stderr, flush=True)
     phases = {phase: sum(programs[name]["seconds"] for name in names if name in programs) for phase, names in
               {"sample": ["sample"], "render": ["render"], "reward": ["see", "read"], "update": ["update"]}.items()}
@@ -186,10 +187,11 @@ def make_plan(config, umm, params, mesh, chip):
         "fits": all(program["fits"] for program in programs.values())}
 
 
-def plan_program(program, args, mesh, chip, resident, busy, decoded):
+def plan_program(program, args, mesh, chip, resident, busy, effort, decoded):
     """What one program needs and takes, see `make_plan`; with "error" for what the compiler finds too large.
 
-    resident: bytes that are on a chip at all times. busy: chips that share the work. decoded: turns of the decode loop.
+    resident: bytes that are on a chip at all times. busy: chips that share the work. effort: of the compiler, -1 to 1;
+    0 is a run's own. decoded: turns of the decode loop, or None.
     """
     began = time.time()
     with jax.set_mesh(mesh):
@@ -197,7 +199,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
     cost, moved = costs.count(traced.jaxpr, fractions(args, mesh)), []
     figures = {"flops": cost.flops / busy, "traffic": cost.weights + cost.data / busy, "fits": False}
     try:
-        compiled = traced.lower().compile()
+        compiled = traced.lower().compile(compiler_options={"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gvu_jax import costs
@@ -81,6 +82,23 @@ def test_decoding_reads_every_weight_for_every_token():
     matrices = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params["layers"]["layer"])
                    + jax.tree_util.tree_leaves_with_path(params["mm_head_layers"]) if path[-1].key == "kernel")
     assert cost.weights == 4 * 0.5 * steps * (matrices + params["mm_head"]["kernel"].size)
+
+
+def test_what_runs_on_each_device_and_in_a_kernel_counts_for_all(sharded):
+    def halves(w, x):
+        return jax.shard_map(lambda x, w: x @ w, mesh=sharded((8,), "fsdp").sharding.mesh, in_specs=(
+            PartitionSpec("fsdp"), PartitionSpec(None, "tensor")), out_specs=PartitionSpec("fsdp", "tensor"))(x, w)
+
+    def kernel(w, x):
+        def tile(x, w, out):
+            out[...] = x[...] @ w[...]
+        rows = pl.BlockSpec((8, 64), lambda i: (i, 0))
+        return pl.pallas_call(tile, jax.ShapeDtypeStruct((16, 64), jnp.float32), grid=(2,), in_specs=[
+            rows, pl.BlockSpec((64, 64), lambda i: (0, 0))], out_specs=rows, interpret=True)(x, w)
+
+    w, x = jnp.zeros((64, 64)), jnp.zeros((16, 64))
+    assert counted(halves, w, x).flops == counted(kernel, w, x).flops == 2 * 16 * 64 * 64
+    assert counted(kernel, w, x).data == 4 * (16 * 64 + 64 * 64 + 16 * 64)
 
 
 # ------------------------------------------------------------------ compiled programs

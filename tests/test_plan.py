@@ -60,7 +60,8 @@ def test_what_the_compiler_finds_too_large(small):
     config.gvu.update(prompts=2 ** 16, group=64)
     mesh = sharding.make_mesh("fsdp:4", plan.chips_of("v5e:2x2"))
     step, _, _ = plan.step_of(config, umm, params, mesh)
-    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
+    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, effort=-1.0,
+                            decoded=None)
     assert not see["fits"] and "HBM" in see["error"] and see["seconds"] > 0
 
 
