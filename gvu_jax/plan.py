@@ -5,8 +5,8 @@
 Every program of a training step is compiled for the slice by the real TPU compiler, which runs on any CPU machine
 (pip install "gvu_jax[tpu]"). Memory and traffic between chips are the compiler's; arithmetic and memory traffic are
 counted (see costs.py), and times are what these need at the chip's peak rates: no run will be faster. Arrays exist
-only as shapes. Where config.model.checkpoint does not exist, the published sizes are planned for. The compiler tunes a
-convolution for many seconds, so programs full of them (render, see) are compiled here with the least effort.
+only as shapes. Where config.model.checkpoint does not exist, the published sizes are planned for. The compiler is told
+to spare its tuning, which takes minutes for render's convolutions; memory differs from a run's by a few percent.
 """
 import dataclasses
 import functools
@@ -33,7 +33,7 @@ from gvu_jax.methods import gvu
 from gvu_jax.models.layers import AXES
 from gvu_jax.models.published import PUBLISHED
 from gvu_jax.sampling import How
-from gvu_jax.umm import T5_LENGTH, Lengths, Prompts, XOmni
+from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/xomni.py.")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:8x8, v5p:2x2x2, v6e:4x4.")
@@ -62,6 +62,7 @@ CHIPS = {"v5e": Chip(16 * GIB, 197e12, 819e9, 200e9), "v5p": Chip(95 * GIB, 459e
 def main(_):
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise ValueError("give --config, e.g. configs/xomni.py, and --topology, e.g. v5e:8x8")
+    cli.check_numbers(_CONFIG.value)
     jax.config.update("jax_platforms", "cpu")
     devices = chips_of(_TOPOLOGY.value)
     umm, params = model_of(_CONFIG.value)
@@ -100,23 +101,20 @@ class Published(XOmni):
         return (0,) * 24, (0,) * 16
 
     def _head_ids(self, texts):
-        return (np.zeros((len(texts), T5_LENGTH), np.int32),
+        return (np.zeros((len(texts), MOST_TOKENS), np.int32),
                 np.zeros((len(texts), self.clip.max_position_embeddings), np.int32))
 
 
 def model_of(config):
     """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
-    override = {k: tuple(x) if isinstance(x, (list, tuple)) else x for k, x in config.model.get("override", {}).items()}
-    folder = Path(config.model.get("checkpoint", "")).expanduser().absolute()
-    if config.get("world"):
-        from gvu_jax.shapes import pretrain
-        umm, dtype = pretrain.model(config), jnp.float32
-    elif folder.exists():
-        umm, dtype = dataclasses.replace(checkpoint.read_metadata(folder), **override), None
+    override, folder = config.model.get("override", {}), config.model.get("checkpoint", "")
+    if not config.get("world") and Path(folder).expanduser().exists():
+        umm, params = checkpoint.describe_model(Path(folder).expanduser(), override)
     else:
-        umm, dtype = Published(**PUBLISHED | override, tokenizer=None), jnp.bfloat16
-    params = checkpoint.stored_shapes(folder, umm) if dtype is None else jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, dtype), jax.eval_shape(lambda: checkpoint.init(umm, jax.random.key(0))))
+        from gvu_jax.shapes import pretrain
+        umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
+            checkpoint.typed(Published, PUBLISHED | dict(override, tokenizer=None)), jnp.bfloat16)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
     remat = config.model.get("remat", umm.ar.remat)
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 
@@ -141,7 +139,7 @@ def step_of(config, umm, params, mesh):
 
     def prompts(n):
         texts = [array(dtype, n, length) for length in Lengths(PROMPT, question, WORDS) for dtype in (jnp.int32, bool)]
-        head = () if umm.t5 is None else (T5_LENGTH, umm.clip.max_position_embeddings)
+        head = () if umm.t5 is None else (MOST_TOKENS, umm.clip.max_position_embeddings)
         return Prompts(*texts, *(array(jnp.int32, n, length) for length in head))
 
     tokens, logps = array(jnp.int32, S, rows * cols), array(jnp.float32, S, rows * cols)
@@ -171,10 +169,10 @@ def make_plan(config, umm, params, mesh, chip):
     pictures, programs = config.gvu.prompts * config.gvu.group, {}
     for name, (program, args) in step.items():
         # Of the backbone matrices and rows are divided; of the other models rows, over as many axes as they go into.
-        busy, effort = (mesh.size, 0.0) if name not in ("render", "see") else (
-            sharers(mesh, pictures // config.gvu.waves), -1.0)
-        programs[name] = plan_program(program, args, mesh, chip, resident, busy, effort,
-                                      decoded=umm.image_tokens - 1 if name == "sample" else None)
+        programs[name] = plan_program(
+            program, args, mesh, chip, resident,
+            busy=sharers(mesh, pictures // config.gvu.waves) if name in ("render", "see") else mesh.size,
+            decoded=umm.image_tokens - 1 if name == "sample" else None)
         print(f"{name}: compiled in {programs[name]['compiled_in']:.0f} s", file=sys.stderr, flush=True)
     phases = {phase: sum(programs[name]["seconds"] for name in names if name in programs) for phase, names in
               {"sample": ["sample"], "render": ["render"], "reward": ["see", "read"], "update": ["update"]}.items()}
@@ -187,11 +185,11 @@ def make_plan(config, umm, params, mesh, chip):
         "fits": all(program["fits"] for program in programs.values())}
 
 
-def plan_program(program, args, mesh, chip, resident, busy, effort, decoded):
+def plan_program(program, args, mesh, chip, resident, busy, decoded):
     """What one program needs and takes, see `make_plan`; with "error" for what the compiler finds too large.
 
-    resident: bytes that are on a chip at all times. busy: chips that share the work. effort: of the compiler, -1 to 1;
-    0 is a run's own. decoded: turns of the decode loop, or None.
+    resident: bytes that are on a chip at all times. busy: chips that share the work. decoded: turns of the decode loop,
+    or None.
     """
     began = time.time()
     with jax.set_mesh(mesh):
@@ -199,7 +197,7 @@ def plan_program(program, args, mesh, chip, resident, busy, effort, decoded):
     cost, moved = costs.count(traced.jaxpr, fractions(args, mesh)), []
     figures = {"flops": cost.flops / busy, "traffic": cost.weights + cost.data / busy, "fits": False}
     try:
-        compiled = traced.lower().compile(compiler_options={"exec_time_optimization_effort": effort})
+        compiled = traced.lower().compile(compiler_options={"exec_time_optimization_effort": -1.0})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

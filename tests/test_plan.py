@@ -10,9 +10,9 @@ from gvu_jax import plan, sharding
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory):
+def small():
     """(config, umm, params) of a tiny model that compiles in seconds and whose backbone two chips can share."""
-    config = tiny_config(tmp_path_factory.mktemp("small"))
+    config = tiny_config()
     config.model.ar.num_key_value_heads = 2
     config.gvu.update(prompts=4, group=4, anchor=0.0, micro_batches=2)
     config.lora.rank = 2
@@ -60,8 +60,7 @@ def test_what_the_compiler_finds_too_large(small):
     config.gvu.update(prompts=2 ** 16, group=64)
     mesh = sharding.make_mesh("fsdp:4", plan.chips_of("v5e:2x2"))
     step, _, _ = plan.step_of(config, umm, params, mesh)
-    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, effort=-1.0,
-                            decoded=None)
+    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
     assert not see["fits"] and "HBM" in see["error"] and see["seconds"] > 0
 
 
