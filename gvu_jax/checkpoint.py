@@ -159,10 +159,8 @@ def _try_template(umm):
         raise ValueError(f"its chat template cannot be used: {_first_line(error)}") from error
 
 
-def load_model(folder, mesh=None, override=()):
-    """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh.
-
-    A model too large for one device is never whole in one place. mesh: None takes all devices.
+def describe_model(folder, override=()):
+    """A model folder -> (umm, shapes and dtypes of its params); no parameter is read.
 
     override: fields of the umm that take the place of the folder's (a run's config.model.override), e.g. {"grid": [36,
     36]}. Raises ValueError or FileNotFoundError with one line that says what is wrong.
@@ -176,9 +174,23 @@ def load_model(folder, mesh=None, override=()):
         umm = typed(XOmni, {field.name: getattr(umm, field.name) for field in dataclasses.fields(umm)} | dict(override))
         check_tokenizer(umm.tokenizer, umm.ar)
         _try_template(umm)
-        return umm, ocp.load(folder / "params", sharding.place(stored_shapes(folder, umm), mesh or sharding.make_mesh()))
+        return umm, stored_shapes(folder, umm)
     except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
+
+
+def load_model(folder, mesh=None, override=()):
+    """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh.
+
+    A model too large for one device is never whole in one place. mesh: None takes all devices. override and errors as
+    in `describe_model`.
+    """
+    umm, found = describe_model(folder, override)
+    found = sharding.place(found, mesh or sharding.make_mesh())
+    try:
+        return umm, ocp.load(Path(folder).absolute() / "params", found)
+    except ValueError as error:
+        raise ValueError(f"cannot read the params in {folder}: {error}") from error
 
 
 def shapes(umm):

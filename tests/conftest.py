@@ -9,6 +9,7 @@ from pathlib import Path
 # Programs of tests run for milliseconds, so they had better be compiled fast than well.
 ALONE = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")          # the TPU compiler is installed, but there is no TPU
 
 import jax
 import numpy as np

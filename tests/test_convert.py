@@ -1,4 +1,5 @@
 """Conversion of published checkpoints: what comes out, what comes back, and what is refused."""
+import dataclasses
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from safetensors.numpy import load_file
 from gvu_jax import checkpoint, convert, lora, tensor_files
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
+from gvu_jax.models.published import PUBLISHED
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile
 
 torch = pytest.importorskip("torch")
@@ -334,18 +336,9 @@ def test_the_full_size_checkpoint_has_a_place_for_every_key():
     from diffusers import AutoencoderKL, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, T5EncoderModel
     from transformers import T5Config as TheirT5Config
-    ar = xomni.Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=36, num_attention_heads=28, num_key_value_heads=4,
-        vocab_size=152064, mm_vocab_size=16448, image_vocab_size=16384, num_mm_adap_layers=4, num_mm_head_layers=4)
-    vision = siglip_vq.Config(width=1536, layers=40, heads=16, mlp_hidden=6144, patch_size=16, pos_table_side=24,
-                              codebook_size=16384, codebook_dim=2048, z_channels=1536)
-    head = dict(in_channels=64, num_layers=19, num_single_layers=38, attention_head_dim=128, num_attention_heads=24,
-                joint_attention_dim=4096, pooled_projection_dim=768, guidance_embeds=True, axes_dims_rope=(16, 56, 56))
-    auto = dict(latent_channels=16, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32,
-                scaling_factor=0.3611, shift_factor=0.1159)
-    t5 = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
-              feed_forward_proj="gated-gelu")
-    clip = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    head, auto, t5, clip = (dataclasses.asdict(PUBLISHED[part]) for part in ("flux", "vae", "t5", "clip"))
+    for ours in ("siglip_channels", "remat"):
+        head.pop(ours)
     with torch.device("meta"):
         theirs = {"flux": FluxTransformer2DModel(**head), "t5": T5EncoderModel(TheirT5Config(**t5)),
                   "clip": CLIPTextModel(CLIPTextConfig(**clip)),
@@ -355,7 +348,7 @@ def test_the_full_size_checkpoint_has_a_place_for_every_key():
     found = {part: {k: tuple(v.shape) for k, v in module.state_dict().items()} for part, module in theirs.items()}
     found["t5"].pop("encoder.embed_tokens.weight", None)                  # tied, so files have one of the two
     found["flux"]["siglip_embed.weight"] = (3072, 1536)
-    found["ar"] = backbone_shapes(ar)
+    found["ar"] = backbone_shapes(PUBLISHED["ar"])
     block = {"norm1.weight": (1536,), "norm1.bias": (1536,), "attn.qkv.weight": (4608, 1536), "attn.qkv.bias": (4608,),
              "attn.proj.weight": (1536, 1536), "attn.proj.bias": (1536,), "norm2.weight": (1536,),
              "norm2.bias": (1536,), "mlp.fc1.weight": (6144, 1536), "mlp.fc1.bias": (6144,),
@@ -371,9 +364,7 @@ def test_the_full_size_checkpoint_has_a_place_for_every_key():
             found["vision"] |= {f"post_conv.{i}.{name}": shape for name, shape in (
                 (f"conv{j}.weight", (1536, 1536, 3, 3)), (f"conv{j}.bias", (1536,)), (f"norm{j}.weight", (1536,)),
                 (f"norm{j}.bias", (1536,)))}
-    umm = convert.XOmni(ar=ar, vision=vision, flux=flux.Config(**head, siglip_channels=1536), vae=vae.Config(**auto),
-                        tokenizer=None, grid=(36, 36), diffusion_steps=28, t5=text_encoders.T5Config(**t5),
-                        clip=text_encoders.ClipConfig(**clip))
+    umm = convert.XOmni(**PUBLISHED, tokenizer=None, grid=(36, 36))
     planned = convert.plan(umm, found)
     assert all(set(found[part]) - set(places) <= {"norm.weight", "norm.bias"} for part, places in planned.items())
     assert len(planned["ar"]) == 36 * 12 + 6 and len(planned["flux"]) == len(found["flux"])

@@ -60,17 +60,22 @@ def ensure_base(config):
     return folder
 
 
-def build(config):
-    """The untrained model of a config: (umm, params)."""
+def model(config):
+    """The model of a config, whose parameters are yet to be made."""
     tokenizer = build_tokenizer(config.model.vision.codebook_size)
     text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
                       image_vocab_size=config.model.vision.codebook_size, **config.model.ar)
     tuples = lambda settings: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
-    umm = XOmni(ar=ar, vision=siglip_vq.Config(**config.model.vision), flux=flux.Config(**tuples(config.model.flux)),
-                vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
-                grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
-                instruction=config.model.instruction)
+    return XOmni(ar=ar, vision=siglip_vq.Config(**config.model.vision), flux=flux.Config(**tuples(config.model.flux)),
+                 vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
+                 grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
+                 instruction=config.model.instruction)
+
+
+def build(config):
+    """The untrained model of a config: (umm, params)."""
+    umm = model(config)
     checkpoint.shapes(umm)
     return umm, jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(config.pretrain.seed))
 

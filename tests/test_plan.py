@@ -1,0 +1,95 @@
+"""Plans of small slices by the real TPU compiler, of the full-size model by its shapes, and what is refused."""
+import importlib.util
+import json
+
+import jax
+import pytest
+
+from conftest import load_config, tiny_config
+from gvu_jax import plan, sharding
+
+
+@pytest.fixture(scope="module")
+def small():
+    """(config, umm, params) of a tiny model that compiles in seconds and whose backbone two chips can share."""
+    config = tiny_config()
+    config.model.ar.num_key_value_heads = 2
+    config.gvu.update(prompts=4, group=4, anchor=0.0, micro_batches=2)
+    config.lora.rank = 2
+    return (config, *plan.model_of(config))
+
+
+@pytest.fixture(scope="module")
+def planned(small):
+    mesh = sharding.make_mesh("fsdp:2,tensor:2", plan.chips_of("v5e:2x2"))
+    return plan.make_plan(*small, mesh, plan.CHIPS["v5e"])
+
+
+def test_decoding_moves_activations_and_no_weights(planned):
+    moved = planned["programs"]["sample"]["collectives"]
+    assert {c["moves"] for c in moved if c["where"] == "decode loop"} == {"data"}
+    assert any(c["moves"] == "weights" and c["where"] == "once" for c in moved)             # before the first token
+
+
+def test_a_plan_adds_up(small, planned):
+    config, umm, params = small
+    assert list(planned["programs"]) == ["sample", "render", "see", "read", "update"] and planned["fits"]
+    parts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
+    assert {name: part["parameters"] for name, part in planned["parts"].items() if name != "trained"} == parts
+    for program in planned["programs"].values():
+        assert program["needs"] >= planned["resident"] + program["temporaries"]
+        assert program["seconds"] == max(program["seconds_of"].values()) > 0
+        assert program["flops"] > 0 and program["collectives"]
+    assert planned["seconds"] == pytest.approx(sum(program["seconds"] for program in planned["programs"].values()))
+    assert planned["images_per_second"] == pytest.approx(16 / planned["seconds"])
+    assert planned["chip_hours"] == pytest.approx(config.steps * planned["seconds"] * 4 / 3600)
+
+
+def test_a_plan_as_text_and_as_json(planned):
+    text = plan.describe(planned)
+    assert max(map(len, text.splitlines())) <= 120
+    for word in ("from the compiler", "estimated", "decode loop", "chip-hours", "It fits"):
+        assert word in text
+    assert json.loads(json.dumps(planned)) == planned
+
+
+def test_what_the_compiler_finds_too_large(small):
+    """A batch of pictures that no v5e holds: the plan says so, and still counts."""
+    config, umm, params = small
+    config = config.copy_and_resolve_references()
+    config.gvu.update(prompts=2 ** 16, group=64)
+    mesh = sharding.make_mesh("fsdp:4", plan.chips_of("v5e:2x2"))
+    step, _, _ = plan.step_of(config, umm, params, mesh)
+    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
+    assert not see["fits"] and "HBM" in see["error"] and see["seconds"] > 0
+
+
+def test_parameters_per_chip_fall_with_fsdp_and_tensor():
+    """The published model at full size: 27.7 billion parameters in bfloat16, by their shapes."""
+    _, params = plan.model_of(load_config("xomni"))
+    whole = 2 * sum(x.size for x in jax.tree.leaves(params))
+    assert 55e9 < whole < 56e9
+    for sizes, shares in (("fsdp:8", 8), ("fsdp:2,tensor:4", 8), ("data:2,fsdp:2,tensor:2", 4)):
+        share = whole / shares
+        assert share <= plan.held(sharding.place(params, sharding.make_mesh(sizes))) <= 1.05 * share
+
+
+def test_a_mesh_that_cannot_work_is_refused_with_the_reason(small):
+    config, umm, params = small
+    config = config.copy_and_resolve_references()
+    config.gvu.micro_batches = 4
+    for sizes, reason in (("tensor:4", "heads"), ("fsdp:8", "micro-batches"), ("fsdp:16", "16 devices")):
+        with pytest.raises(ValueError, match=reason):
+            plan.step_of(config, umm, params, sharding.make_mesh(sizes))
+
+
+@pytest.mark.parametrize("topology, word", [("v9:2x2", "v5e, v5p, v6e"), ("v5e:3x5", "no slice v5e:3x5")])
+def test_slices_that_do_not_exist(topology, word):
+    with pytest.raises(ValueError, match=word):
+        plan.chips_of(topology)
+
+
+def test_without_the_compiler_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install \"gvu_jax\[tpu\]\""):
+        plan.chips_of("v5e:2x2")
