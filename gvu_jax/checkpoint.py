@@ -263,8 +263,8 @@ class Checkpoints:
         """
         found = self._checkpointer.latest and sharding.first_says(self._find_whole() if jax.process_index() == 0 else 0)
         if found == -1:
-            raise ValueError(f"no state in {self._folder} is whole: give another --workdir, or remove this one to start "
-                             f"over")
+            raise ValueError(f"no state in {self._folder} is whole: give another --workdir, or remove this one to "
+                             f"start over")
         if self._writing:
             self._checkpointer.reload()                       # some may have been moved
         return found
@@ -278,7 +278,8 @@ class Checkpoints:
                     print(f"warning: the state of step {step} in {self._folder} is broken ({what}); going on from step "
                           f"{state.step}, the newest whole one", file=sys.stderr)
                     if self._writing:
-                        (self._folder / str(step)).rename(self._folder.with_name(f"broken_state_{step}_{time.time_ns()}"))
+                        aside = f"broken_state_{step}_{time.time_ns()}"
+                        (self._folder / str(step)).rename(self._folder.with_name(aside))
                 return state.step
             broken.append((state.step, wrong))
         return -1

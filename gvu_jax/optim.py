@@ -1,4 +1,4 @@
-"""The optimizer: clip by global norm, then AdamW under a schedule with warm-up; steps that are not finite are skipped."""
+"""The optimizer: clip by global norm, then AdamW under a schedule with warm-up; what is not finite is skipped."""
 import jax
 import numpy as np
 import optax
@@ -8,9 +8,9 @@ def build(config, steps):
     """config: lr, warmup (steps), schedule ("constant" | "cosine"), b2, weight_decay, clip_norm. steps: updates in all.
 
     Returns an optax.GradientTransformation. A gradient that is not finite changes nothing and is counted in the state
-    (`notfinite_count` in a row, `total_notfinite`), however often it comes: the loop decides when to give up. Weight decay leaves vectors (norm scales, biases) alone; parameters are
-    stacked over layers, so a vector of one layer has two dimensions here and is told by its name. Raises ValueError for
-    an unknown schedule and for a b2 of 1 or more, with which the mean square of the gradients would never be one.
+    (`notfinite_count` in a row, `total_notfinite`), however often it comes: the loop decides when to give up. Weight
+    decay leaves vectors (norm scales, biases) alone; parameters are stacked over layers, so a vector of one layer has two
+    dimensions here and is told by its name. Raises ValueError for an unknown schedule.
     """
     if config.b2 >= 1:
         raise ValueError(f"optim.b2 is {config.b2}; it must be below 1")

@@ -2,9 +2,9 @@
 
 Nothing that is finished may be lost, and nothing may outlast the grace period of a preempted machine:
 
-    while nothing is unsaved     the process ends at once, even in the middle of a compilation, pretraining or evaluation
-    while a step is in flight    the loop drops it, saves the state before it and ends
-    at the second signal         the process ends at once
+    nothing is unsaved     the process ends at once, even in the middle of a compilation, pretraining or evaluation
+    a step is in flight    the loop drops it, saves the state before it and ends
+    the second signal      the process ends at once
 
 The exit status is always STOPPED: the same command goes on from there. On several hosts the loop's processes decide
 together, before each step and each update, so that all of them save the same step.

@@ -179,8 +179,8 @@ def train(config, workdir, stop=Stop()):
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
 
-    A longer run may continue a shorter one, and another mesh may do so: `steps` and `mesh` may differ. Raises ValueError
-    naming the other settings that do.
+    A longer run may continue a shorter one, and another mesh may do so: `steps` and `mesh` may differ. Raises
+    ValueError naming the other settings that do.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
@@ -210,8 +210,8 @@ def prepare_base(config, workdir):
 
 
 def load_base(config, workdir, mesh):
-    """(umm, params) of the model that training starts from: the run's own copy of a tiny base, or a converted checkpoint,
-    which stays where config.model.checkpoint says."""
+    """(umm, params) of the model that training starts from: the run's own copy of a tiny base, or a converted
+    checkpoint, which stays where config.model.checkpoint says."""
     if not (folder := gvu_jax.base_of_run(workdir, config)).exists():
         raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
                                 f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
@@ -258,8 +258,9 @@ def alarm(config, step, metrics):
     pictures drawn twice: a policy that has collapsed onto what pleases its teacher.
     """
     if metrics["skipped_in_a_row"] >= config.skipped:
-        raise FloatingPointError(f"step {step}: {int(metrics['skipped_in_a_row'])} steps in a row had rewards, losses or "
-                                 f"gradients that are not finite and were skipped; lower optim.lr, or raise alarm.skipped")
+        raise FloatingPointError(f"step {step}: {int(metrics['skipped_in_a_row'])} steps in a row had rewards, losses "
+                                 f"or gradients that are not finite and were skipped: lower optim.lr, or raise "
+                                 f"alarm.skipped")
     signs = [f"kl {metrics['kl']:.3g} is above {config.kl}"] * bool(metrics["kl"] > config.kl)
     signs += [f"entropy {metrics['entropy']:.3g} is below {config.entropy}"] * bool(metrics["entropy"] < config.entropy)
     signs += [f"{metrics['duplicates']:.0%} of the pictures repeat another of their group"] * bool(

@@ -206,8 +206,8 @@ class XOmni:
     def render(self, params, image_tokens, prompts, key, index=None):
         """Image tokens [B*G, N] of B prompts -> pixels [B*G, H, W, 3] float32 in [0, 1], on the grid of 8 bits.
 
-        index as in `sample_image`. A prompt is encoded once for its G pictures. A head without text encoders does not read it at all: nothing can
-        reach the pixels then except through the tokens.
+        index as in `sample_image`. A prompt is encoded once for its G pictures. A head without text encoders does not
+        read it at all: nothing can reach the pixels then except through the tokens.
         """
         S = image_tokens.shape[0]
         siglip = siglip_vq.SiglipVQ(self.vision).apply(

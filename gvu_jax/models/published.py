@@ -1,7 +1,7 @@
 """The published X-Omni in numbers, for planning and for tests at full size where its weights are not.
 
-The backbone is Qwen2.5-7B with four layers before and four after its 28; the pictures' side is a giant SigLIP with 16384
-codes and FLUX.1-dev: transformer, autoencoder, T5-XXL and CLIP-L. A converted checkpoint says all this itself.
+The backbone is Qwen2.5-7B with four layers before and four after its 28; the pictures' side is a giant SigLIP with
+16384 codes and FLUX.1-dev: transformer, autoencoder, T5-XXL and CLIP-L. A converted checkpoint says all this itself.
 """
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 
