@@ -155,7 +155,8 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
         state = after
 
 
-@pytest.mark.parametrize("sign, word", [({"kl": 9.0}, "kl 9"), ({"entropy": 1e-4}, "entropy"), ({"duplicates": 1.0}, "100%")])
+@pytest.mark.parametrize("sign, word", [
+    ({"kl": 9.0}, "kl 9"), ({"entropy": 1e-4}, "entropy"), ({"duplicates": 1.0}, "100%")])
 def test_signs_of_collapse_warn_and_can_end_a_run(sign, word, capsys):
     config = tiny_config().alarm
     healthy = {"kl": 0.1, "entropy": 2.0, "duplicates": 0.0, "skipped_in_a_row": 0}

@@ -93,7 +93,8 @@ def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, chan
 
 
 @pytest.mark.parametrize("sizes, shape", [
-    ({"data": -1}, (8, 1, 1)), ("fsdp:-1", (1, 8, 1)), ("data:2, tensor:2", (2, 1, 2)), ("fsdp:-1,tensor:4", (1, 2, 4))])
+    ({"data": -1}, (8, 1, 1)), ("fsdp:-1", (1, 8, 1)), ("data:2, tensor:2", (2, 1, 2)),
+    ("fsdp:-1,tensor:4", (1, 2, 4))])
 def test_meshes(sizes, shape):
     assert sharding.make_mesh(sizes).devices.shape == shape
 

@@ -168,7 +168,8 @@ def test_an_update_makes_better_pictures_likelier(tiny, key):
     after, _, (tokens, logps, reward) = one_step(method, base, gvu.init_state(
         base, method.config, method.optimizer, jax.random.key(1)), prompts, key)
     from gvu_jax.objectives import group_advantages
-    new = jax.jit(method.umm.image_logps)(method.policy(base, after.trainable), prompts.repeat(method.config.gvu.group), tokens)
+    new = jax.jit(method.umm.image_logps)(
+        method.policy(base, after.trainable), prompts.repeat(method.config.gvu.group), tokens)
     gain = (new - logps).sum(axis=1)
     assert jnp.sum(gain * group_advantages(reward, method.config.gvu.group, 1e-4)) > 0
 
