@@ -44,7 +44,7 @@ def pytest_unconfigure(config):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", type=int, default=2, help="how often tests/test_faults.py disturbs a run")
+    parser.addoption("--faults", type=int, default=1, help="how often tests/test_faults.py disturbs a run")
 
 
 @pytest.fixture(scope="session")

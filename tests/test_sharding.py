@@ -1,7 +1,6 @@
 """Meshes, partition tables, and the one promise: what several devices compute together is what one computes alone."""
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -229,24 +228,20 @@ def test_two_processes_write_the_metrics_of_one(two):
     assert (two[1] / "two/report.html").exists() and json.loads((two[1] / "two/summary.json").read_text())["after"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_signal_to_one_process_ends_both_and_both_go_on(two, number):
-    """Killed: the other one ends with a message. Told to stop: both save the same step."""
-    config, work = two[0].copy_and_resolve_references(), two[1] / number.name
-    shutil.copytree(two[1] / "two", work)
-    config.steps = 1000
-    processes = start_two(work, config)
-    while len(read_metrics(work / "metrics.jsonl")) < 6:
-        assert all(process.poll() is None for process in processes), [ended(p)[2][-2000:] for p in processes]
-        time.sleep(0.1)
-    processes[1].send_signal(number)
-    statuses, _, errors = zip(*map(ended, processes))
-    if number == signal.SIGKILL:
-        assert statuses == (1, -signal.SIGKILL) and "start all of them again" in errors[0], errors[0][-2000:]
-    else:
-        assert statuses == (STOPPED, STOPPED), errors[0][-2000:] + errors[1][-2000:]
-    config.steps = done = checkpoint.Checkpoints(work, one_device()).newest_whole()
-    config.steps += 1
+def test_a_signal_to_one_process_ends_both_and_both_go_on(two):
+    """Told to stop: both save the same step. Killed: the other one ends with a message. No step is lost or doubled."""
+    config, work = two[0].copy_and_resolve_references(), two[1] / "two"
+    for number, statuses in ((signal.SIGTERM, [STOPPED, STOPPED]), (signal.SIGKILL, [1, -signal.SIGKILL])):
+        config.steps, before = 1000, len(read_metrics(work / "metrics.jsonl"))
+        processes = start_two(work, config)
+        while len(read_metrics(work / "metrics.jsonl")) < before + 2:
+            assert all(process.poll() is None for process in processes), [ended(p)[2][-2000:] for p in processes]
+            time.sleep(0.1)
+        processes[1].send_signal(number)
+        found, _, errors = zip(*map(ended, processes))
+        assert list(found) == statuses, errors[0][-2000:] + errors[1][-2000:]
+        assert "start all of them again" in errors[0] or number == signal.SIGTERM
+    config.steps = checkpoint.Checkpoints(work, one_device()).newest_whole() + 1
     assert [ended(process)[0] for process in start_two(work, config)] == [0, 0]
     steps = [line["step"] for line in read_metrics(work / "metrics.jsonl") if "loss" in line]
-    assert steps == list(range(1, done + 2))
+    assert steps == list(range(1, config.steps + 1))
