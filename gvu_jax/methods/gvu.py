@@ -194,7 +194,7 @@ def check(config):
     if gvu.anchor and config.reward.teacher != "base":
         raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
     try:
-        re.compile(config.lora.targets if config.lora.rank else "")
+        re.compile(config.lora.get("targets", ""))
     except re.error as error:
         raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
     if config.reward.view not in ("pixels", "tokens"):
