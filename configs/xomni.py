@@ -26,7 +26,8 @@ def get_config():
     config.model = ConfigDict()
     config.model.checkpoint = "checkpoints/xomni"                        # a folder that gvu_jax.convert has written
     # Over what the checkpoint says: 36 x 36 tokens of 16 px; fewer diffusion steps than for final pictures would do.
-    config.model.override = dict(grid=(36, 36), instruction="Describe the image in detail.")
+    config.model.override = dict(grid=(36, 36), diffusion_steps=28,
+                                 instruction="Describe the image in detail.")
     config.model.remat = "all"                                           # recompute layers in the backward pass
 
     config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl")

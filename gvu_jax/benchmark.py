@@ -31,7 +31,7 @@ from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from gvu_jax import benchmark_peers as peers
-from gvu_jax import checkpoint, cli, lora, objectives, optim, sampling
+from gvu_jax import checkpoint, cli, lora, objectives, optim, sampling, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, siglip_vq, vae, xomni
 from gvu_jax.shapes.tokenizer import build_tokenizer
@@ -92,12 +92,13 @@ class Bench:
         self.params["ar"]["mm_norm"] = self.params["ar"]["lm_norm"]                                 # Qwen2 has one
         self.config = ConfigDict(dict(
             gvu=dict(prompts=prompts, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4, inner_steps=1,
-                     micro_batches=1),
+                     micro_batches=1, waves=1),
             reward=dict(teacher="base", view="pixels"), lora=dict(rank=8, alpha=32, targets="_proj"),
             optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
         self.optimizer = optim.build(self.config.optim, steps=1)
         self.how = sampling.How(images_per_prompt=group)
-        self.method = gvu.GvU(self.umm, self.config, self.how, self.optimizer)
+        self.mesh = sharding.make_mesh({}, jax.devices()[:1])
+        self.method = gvu.GvU(self.umm, self.config, self.how, self.optimizer, self.mesh)
         self.key = jax.random.key(seed + 1)
         shapes = jax.eval_shape(lambda: gvu.init_trainable(self.params, self.config, self.key)["adapter"])
         self.adapter = jax.tree.map(lambda x: 0.1 * x, random_like(shapes, rng))    # small, but b is not 0
@@ -130,7 +131,7 @@ class Bench:
     def sample(self):
         """Image tokens of all prompts at temperature 1, by the frozen base."""
         umm, N, group, peer = self.umm, self.umm.image_tokens, self.how.images_per_prompt, self.backbone
-        ours = functools.partial(self.method.sample, self.params, self.prompts, self.key)
+        ours = functools.partial(self.method.programs.sample.jitted, self.params, self.prompts, self.key)
         prompts = peer.ids(self.prompts.tokens)
 
         def check():                                                          # each side scores what the other drew
@@ -173,7 +174,7 @@ class Bench:
 
     def render(self):
         """Image tokens to pixels: the tokenizer's latents, every denoising step, the autoencoder."""
-        ours = functools.partial(self.method.render, self.params, self.codes, self.prompts, self.key)
+        ours = functools.partial(self.method.programs.render.jitted, self.params, self.codes, self.prompts, self.key)
         theirs = functools.partial(self.pictures.render, peers.tensor(self.codes), self.noise())
 
         def check():                                               # a byte may round either way, and no more than that
@@ -188,7 +189,7 @@ class Bench:
         """Pixels to the tokens that the understanding branch reads."""
         side = (self.umm.grid[0] * self.umm.vision.patch_size, self.umm.grid[1] * self.umm.vision.patch_size)
         pixels = jax.random.uniform(self.key, (self.samples, *side, 3))
-        ours = functools.partial(self.method.programs.see, self.params, pixels)
+        ours = functools.partial(self.method.programs.see.jitted, self.params, pixels)
         theirs = functools.partial(self.pictures.see, channels_first(pixels))
 
         def check():                                               # a code whose rival is as near may fall either way
@@ -201,7 +202,7 @@ class Bench:
     def reward(self):
         """The probability of every word of the prompt given the picture."""
         seen = self.codes.reshape(-1, *self.umm.grid)
-        ours = functools.partial(self.method.programs.read, self.params, seen, self.grouped)
+        ours = functools.partial(self.method.programs.read.jitted, self.params, seen, self.grouped)
         asked, words = self.asked(self.codes), peers.tensor(self.grouped.words)
         theirs = {"one uncached forward per word": functools.partial(self.backbone.read_in_loop, asked, words),
                   "one torch forward": functools.partial(self.backbone.read, asked, words)}
@@ -237,7 +238,7 @@ class Bench:
             for name, moment in lora.to_peft(moments, self.names).items():
                 assert_equal(f"gradient of {name}", moment, told[name])
 
-        count = flops(functools.partial(self.method.update, self.state(), self.params, *inputs))
+        count = flops(functools.partial(self.method.update.jitted, self.state(), self.params, *inputs))
         return Phase(ready(ours), {"torch and peft": theirs}, check, count, 3 * nbytes(self.params["ar"]["layers"]))
 
     def step(self):
@@ -278,7 +279,7 @@ class Bench:
 
     def noise(self):
         draw = jax.vmap(lambda key: jax.random.normal(key, (self.umm.image_tokens, self.umm.flux.in_channels)))
-        return peers.tensor(draw(sampling.sample_keys(self.key, 0, self.samples)))
+        return peers.tensor(draw(sampling.sample_keys(self.key, jnp.arange(self.samples))))
 
     def asked(self, codes):
         """The chat before the answer, in the peer's ids [S, C]."""

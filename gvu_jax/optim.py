@@ -9,8 +9,8 @@ def build(config, steps):
 
     Returns an optax.GradientTransformation. A gradient that is not finite changes nothing and is counted in the state
     (`notfinite_count` in a row, `total_notfinite`), however often it comes: the loop decides when to give up. Weight
-    decay leaves vectors (norm scales, biases) alone; parameters are stacked over layers, so a vector of one layer has two
-    dimensions here and is told by its name. Raises ValueError for an unknown schedule.
+    decay leaves vectors (norm scales, biases) alone; parameters are stacked over layers, so a vector of one layer has
+    two dimensions here and is told by its name. Raises ValueError for an unknown schedule.
     """
     if config.b2 >= 1:
         raise ValueError(f"optim.b2 is {config.b2}; it must be below 1")

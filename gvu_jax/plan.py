@@ -26,7 +26,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from ml_collections import config_flags
 
 from gvu_jax import checkpoint, cli, costs, optim, sharding
 from gvu_jax.methods import gvu
@@ -34,11 +33,6 @@ from gvu_jax.models.layers import AXES
 from gvu_jax.models.published import PUBLISHED
 from gvu_jax.sampling import How
 from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/xomni.py.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:8x8, v5p:2x2x2, v6e:4x4.")
-_MESH = flags.DEFINE_string("mesh", None, "Sizes of the mesh, e.g. data:2,fsdp:8,tensor:4; default: the config's.")
-_JSON = flags.DEFINE_string("json", None, "A file for all figures.")
 
 GIB = 2 ** 30
 FITS = 0.9                       # of a chip's memory; the runtime and what evaluation holds beside a step need the rest
@@ -300,4 +294,9 @@ def describe(plan):
 
 
 if __name__ == "__main__":
+    from ml_collections import config_flags
+    _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/xomni.py.")
+    _TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:8x8, v5p:2x2x2, v6e:4x4.")
+    _MESH = flags.DEFINE_string("mesh", None, "Sizes of the mesh, e.g. data:2,fsdp:8,tensor:4; default: the config's.")
+    _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
     cli.run(main)
