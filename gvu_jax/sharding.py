@@ -64,7 +64,8 @@ def make_mesh(sizes="fsdp:-1", devices=None):
     if -1 in shape:
         known = -math.prod(shape)
         if len(devices) % known:
-            raise ValueError(f"{len(devices)} devices cannot be divided by the mesh's other axes: {named(shape)}")
+            raise ValueError(f"{len(devices)} devices cannot be divided by the mesh's other axes, {named(shape)}: set "
+                             f"--config.mesh.tensor and its like")
         shape[shape.index(-1)] = len(devices) // known
     if math.prod(shape) > len(devices):
         raise ValueError(f"the mesh {named(shape)} needs {math.prod(shape)} devices, but there are {len(devices)}")

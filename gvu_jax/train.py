@@ -55,6 +55,7 @@ def train(config, workdir, stop=Stop()):
     """
     cli.check_numbers(config)
     gvu.check(config)
+    check_checkpoint(config)
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     how = How(images_per_prompt=config.gvu.group, **config.sampling)
     optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
@@ -197,6 +198,14 @@ def claim(workdir, config):
     replace_file(path, json.dumps(ours, indent=1))
 
 
+def check_checkpoint(config):
+    """Raises FileNotFoundError where the converted model that the config starts from is not there."""
+    folder = Path(config.model.get("checkpoint") or ".").expanduser()
+    if not folder.exists():
+        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
+                                f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
+
+
 def prepare_base(config, workdir):
     """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else."""
     folder = workdir / "base"
@@ -212,9 +221,7 @@ def prepare_base(config, workdir):
 def load_base(config, workdir, mesh):
     """(umm, params) of the model that training starts from: the run's own copy of a tiny base, or a converted
     checkpoint, which stays where config.model.checkpoint says."""
-    if not (folder := gvu_jax.base_of_run(workdir, config)).exists():
-        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
+    folder = gvu_jax.base_of_run(workdir, config)
     umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}))
     remat = config.model.get("remat", "nothing")
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params

@@ -277,7 +277,8 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
     ("shapes", "sampling.top_p=2", "top_p 2.0"),
     ("shapes", "model.vision.heads=3", "no model has these sizes"),
     ("shapes", "model.flux.siglip_channels=16", "channels of image tokenizer and decoder differ: 32 and 16"),
-    ("xomni", "model.checkpoint=", "no prompt file prompts/train.jsonl")])
+    ("xomni", "steps=1", "python -m gvu_jax.convert"),
+    ("xomni", "model.checkpoint=..", "no prompt file prompts/train.jsonl")])
 def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting, message):
     line = command("train", f"--config={ROOT}/configs/{preset}.py", f"--workdir={tmp_path}/w", f"--config.{setting}",
                    f"--config.cache={tmp_path}/cache")
