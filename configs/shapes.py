@@ -15,6 +15,7 @@ def get_config(preset="normal"):
     if preset not in ("normal", "weak", "smoke"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
+    config.method = "gvu"
     config.seed = 0
     config.steps = 180
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept

@@ -17,6 +17,7 @@ EPOCHS = 4
 
 def get_config():
     config = ConfigDict()
+    config.method = "gvu"
     config.seed = 0
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")       # compiled programs
 

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from gvu_jax import checkpoint, rewards, sharding
-from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_json
 from gvu_jax.models import siglip_vq
+from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.sampling import How
 
 
@@ -53,11 +53,11 @@ def load(path, mesh=None):
         step = checkpoints.newest_whole()
         if step is None:
             raise FileNotFoundError(f"{path} has no checkpoint yet: the run ended before its first one")
-        like = jax.eval_shape(lambda: gvu.init_trainable(base, config, jax.random.key(0)))
+        like = jax.eval_shape(lambda: init_trainable(base, config, jax.random.key(0)))
         trainable = checkpoints.load(step, trainable=like)["trainable"]
     finally:
         checkpoints.close()
-    return Model(umm, gvu.policy_params(base, trainable, config.lora), mesh)
+    return Model(umm, policy_params(base, trainable, config.lora), mesh)
 
 
 def read_run_config(workdir):

@@ -34,6 +34,7 @@ from gvu_jax import benchmark_peers as peers
 from gvu_jax import checkpoint, cli, lora, objectives, optim, sampling, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.shapes.world import vocabulary
 from gvu_jax.umm import XOmni
@@ -100,7 +101,7 @@ class Bench:
         self.mesh = sharding.make_mesh({}, jax.devices()[:1])
         self.method = gvu.GvU(self.umm, self.config, self.how, self.optimizer, self.mesh)
         self.key = jax.random.key(seed + 1)
-        shapes = jax.eval_shape(lambda: gvu.init_trainable(self.params, self.config, self.key)["adapter"])
+        shapes = jax.eval_shape(lambda: init_trainable(self.params, self.config, self.key)["adapter"])
         self.adapter = jax.tree.map(lambda x: 0.1 * x, random_like(shapes, rng))    # small, but b is not 0
         self.names = xomni.rules(self.umm.ar)
         words = vocabulary()
@@ -124,7 +125,7 @@ class Bench:
 
     def state(self):
         adapter = jax.tree.map(jnp.copy, self.adapter)                        # an update takes its state with it
-        return gvu.State(jnp.zeros((), jnp.int32), {"adapter": adapter}, self.optimizer.init({"adapter": adapter}))
+        return State(jnp.zeros((), jnp.int32), {"adapter": adapter}, self.optimizer.init({"adapter": adapter}))
 
     # ---- phases ----
 

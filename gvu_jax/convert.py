@@ -33,9 +33,9 @@ from absl import flags
 from transformers import AutoTokenizer
 
 from gvu_jax import base_of_run, checkpoint, cli, lora, read_run_config
-from gvu_jax.methods import gvu
 from gvu_jax.metrics import Progress, read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
+from gvu_jax.policy import init_trainable
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile, read_header, safetensors_header, write_file
 from gvu_jax.umm import XOmni
 
@@ -530,7 +530,7 @@ def export_peft(run, dst):
         if (step := states.newest_whole()) is None:
             raise FileNotFoundError(f"{run} has no checkpoint yet: the run ended before its first one")
         base = checkpoint.shapes(umm)
-        like = jax.eval_shape(lambda base: gvu.init_trainable(base, config, jax.random.key(0)), base)
+        like = jax.eval_shape(lambda base: init_trainable(base, config, jax.random.key(0)), base)
         adapter = states.load(step, trainable=like)["trainable"]["adapter"]
     finally:
         states.close()

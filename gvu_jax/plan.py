@@ -31,6 +31,7 @@ from gvu_jax import checkpoint, cli, costs, optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models.layers import AXES
 from gvu_jax.models.published import PUBLISHED
+from gvu_jax.policy import State, init_state
 from gvu_jax.sampling import How
 from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
 
@@ -122,7 +123,7 @@ def step_of(config, umm, params, mesh):
     method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group, **config.sampling), optimizer, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     base = sharding.place(params, mesh)
-    begin = functools.partial(gvu.init_state, config=config, optimizer=optimizer)
+    begin = functools.partial(init_state, config=config, optimizer=optimizer)
     state = sharding.place(jax.eval_shape(begin, base, key=key), mesh)
     policy = sharding.place(jax.eval_shape(method.policy, base, state.trainable), mesh)
 
@@ -199,7 +200,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
     else:
         memory = compiled.memory_analysis()
         moved = costs.collectives(compiled.as_text(), WEIGHTS)
-        batch = held([arg for arg in args if not isinstance(arg, (dict, gvu.State))])
+        batch = held([arg for arg in args if not isinstance(arg, (dict, State))])
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         needs = resident + batch + memory.temp_size_in_bytes + results
         figures |= {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
@@ -234,7 +235,7 @@ def fractions(args, mesh):
 
     found = []
     for arg in args:
-        if isinstance(arg, (dict, gvu.State)):
+        if isinstance(arg, (dict, State)):
             where = sharding.shardings(arg, mesh, "rollout")
             found += jax.tree.leaves(jax.tree_util.tree_map_with_path(fraction, arg, where))
         else:

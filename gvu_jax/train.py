@@ -26,8 +26,9 @@ from ml_collections import config_flags
 
 import gvu_jax
 from gvu_jax import checkpoint, cli, data, optim, sharding
-from gvu_jax.methods import gvu
+from gvu_jax.methods.gvu import GvU
 from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
+from gvu_jax.policy import State
 from gvu_jax.report import image_grid, write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
@@ -54,11 +55,12 @@ def train(config, workdir, stop=Stop()):
     Returns the run's summary (dict), or None where `stop` ended it before its time.
     """
     cli.check_numbers(config)
-    gvu.check(config)
+    method_of(config).check(config)
     check_checkpoint(config)
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
-    how = How(images_per_prompt=config.gvu.group, **config.sampling)
-    optimizer = optim.build(config.optim, config.steps * config.gvu.inner_steps)
+    settings = config[config.method]
+    how = How(images_per_prompt=settings.group, **config.sampling)
+    optimizer = optim.build(config.optim, config.steps * settings.inner_steps)
     train_metas, held_out = prompts_of(config)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
@@ -82,14 +84,14 @@ def train(config, workdir, stop=Stop()):
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
-    method = gvu.GvU(umm, config, how, optimizer, mesh)
+    method = method_of(config)(umm, config, how, optimizer, mesh, lengths)
     root = jax.random.key(config.seed)
     state = method.init(base, sharding.put(jax.random.fold_in(root, 0), mesh))
     checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
     resumed = checkpoints.newest_whole()
     if resumed is not None:
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
-        state = gvu.State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
+        state = State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
     suite = build_suite(config, umm, method.programs, held_out, lengths)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
@@ -135,24 +137,17 @@ def train(config, workdir, stop=Stop()):
             if stop.requested():
                 break
             clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == 0 else None)
-            texts = [meta["prompt"] for meta in data.batch(stream, step, config.gvu.prompts)]
-            prompts, grouped = (sharding.place_prompts(umm, texts, lengths, mesh, times)
-                                for times in (1, config.gvu.group))
-            key_sample, key_render = sharding.put(tuple(jax.random.split(jax.random.fold_in(root, step + 1))), mesh)
-            policy = method.policy(base, state.trainable)
-
-            image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
-            pixels = clock.lap("render", method.render(base, image_tokens, prompts, key_render))
-            reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
+            keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(root, step + 1))), mesh)
+            batch = method.rollout(state, base, step, stream, keys, clock)
             if stop.requested():
                 break
             stop.unsaved = True
-            state, metrics = clock.lap("update", method.update(state, base, grouped, image_tokens, logps, reward, read))
+            state, metrics = clock.lap("update", method.update(state, base, *batch))
 
             shown = {}
             if clock.on:
                 metrics = jax.device_get(metrics)
-                writer.write(step + 1, metrics | clock.seconds(len(reward)))
+                writer.write(step + 1, metrics | clock.seconds(settings.prompts * settings.group))
                 shown = {"reward": metrics["reward/mean"], "kl": metrics["kl"]}
                 alarm(config.alarm, step + 1, metrics)
             progress.update(1, **shown)
@@ -176,6 +171,16 @@ def train(config, workdir, stop=Stop()):
 
 
 # ---- the parts named above ---------------------------------------------------------------------------------------
+
+METHODS = {"gvu": GvU}
+
+
+def method_of(config):
+    """The class that config.method names; its settings stand in the config under the same name."""
+    if config.method not in METHODS:
+        raise ValueError(f"config.method is {config.method!r}; it must be one of {', '.join(METHODS)}")
+    return METHODS[config.method]
+
 
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
@@ -238,13 +243,14 @@ def prompts_of(config):
 
 
 def build_suite(config, umm, programs, held_out, lengths):
-    count, batch = config.eval.batches * config.gvu.prompts, config.gvu.prompts
+    settings = config[config.method]
+    count, batch, group = config.eval.batches * settings.prompts, settings.prompts, settings.group
     if not config.get("world"):
         metas = [held_out[i % len(held_out)] for i in range(count)]
-        return Suite(umm, programs, metas, batch, config.gvu.group, lengths, config.seed)
+        return Suite(umm, programs, metas, batch, group, lengths, config.seed)
     from gvu_jax.shapes import suite, world
     metas = suite.choose_prompts(held_out, count, np.random.default_rng(config.seed))
-    return suite.build(umm, programs, metas, batch, config.gvu.group, config.eval.choices, lengths,
+    return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed)
 
 

@@ -24,8 +24,9 @@ from PIL import Image
 import gvu_jax
 from conftest import ROOT, load_config, one_device, tiny_config
 from gvu_jax import checkpoint, cli, convert, data, optim, tensor_files
-from gvu_jax.methods import gvu
+from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
+from gvu_jax.policy import init_state
 from gvu_jax.report import image_grid, word_heatmap
 from gvu_jax.sampling import How
 from gvu_jax.shapes import pretrain
@@ -236,7 +237,7 @@ def test_any_override_is_taken_or_refused(chosen):
         return                                                          # cli.run makes a line of each of these
     try:
         cli.check_numbers(config)
-        gvu.check(config)
+        GvU.check(config)
         How(images_per_prompt=config.gvu.group, **config.sampling)
         optim.build(config.optim, config.steps)
         jax.random.key(config.seed)
@@ -295,7 +296,7 @@ def test_a_backbone_in_bfloat16_is_not_trained_itself(tiny):
     config, _, base = tiny
     base = {**base, "ar": jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["ar"])}
     optimizer = optim.build(config.optim, 10)
-    start = lambda config: jax.eval_shape(lambda: gvu.init_state(base, config, optimizer, jax.random.key(0)))
+    start = lambda config: jax.eval_shape(lambda: init_state(base, config, optimizer, jax.random.key(0)))
     with pytest.raises(ValueError, match="is in bfloat16: too coarse.*lora.rank=8"):
         start(config)
     config = config.copy_and_resolve_references()

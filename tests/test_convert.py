@@ -20,9 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from gvu_jax import checkpoint, convert, lora, tensor_files
-from gvu_jax.methods import gvu
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.models.published import PUBLISHED
+from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile
 
 torch = pytest.importorskip("torch")
@@ -580,13 +580,13 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     (run / "base").symlink_to(converted)
     (run / "config.json").write_text(config.to_json())
     umm, params = checkpoint.load_model(converted, one_device())
-    trainable = gvu.init_trainable(params, config, jax.random.key(1))
+    trainable = init_trainable(params, config, jax.random.key(1))
     trainable = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), trainable)
     states = checkpoint.Checkpoints(run)
     states.save(1, trainable, {"count": jnp.zeros(())})
     states.close()
     convert.export_peft(run, tmp_path / "adapter")
-    policy = gvu.policy_params(params, trainable, config.lora)
+    policy = policy_params(params, trainable, config.lora)
     ours_and_peft_agree(tmp_path / "adapter", params["ar"], policy["adapter"], umm.ar)
     again, scale = convert.read_peft(tmp_path / "adapter", umm.ar)
     assert scale == 2

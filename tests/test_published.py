@@ -19,6 +19,7 @@ from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards, shard
 from gvu_jax.methods import gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
+from gvu_jax.policy import policy_params
 from gvu_jax.sampling import How
 from gvu_jax.train import train
 
@@ -131,7 +132,7 @@ def test_rewards_of_the_decoded_pictures(fixtures, model, case):
     umm, base = model
     golden, config = grpo(fixtures, case)
     trainable, lora_config = trainable_of(fixtures, case, umm)
-    policy = gvu.policy_params(base, trainable, lora_config)
+    policy = policy_params(base, trainable, lora_config)
     prompts = umm.encode_prompts([p for p in config["prompts"] for _ in range(config["num_generations"])])
     seen = jax.jit(umm.see)(base, jnp.asarray(golden["decoded_images"], jnp.float32) / 255)
     np.testing.assert_array_equal(seen.reshape(len(seen), -1), golden["reencoded_image_tokens"])

@@ -14,6 +14,7 @@ from conftest import ROOT, one_device, tiny_config
 from gvu_jax import optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
+from gvu_jax.policy import init_state, init_trainable
 from gvu_jax.sampling import How
 from gvu_jax.train import train
 
@@ -153,7 +154,7 @@ def test_micro_batches_accumulate_to_the_whole_gradient(tiny, key):
     for slices in (1, 4):
         method, base, _, prompts = method_of(tiny, **{"gvu.micro_batches": slices})
         method.optimizer = optax.sgd(1.0)                           # moves by the gradient itself: Adam hides its scale
-        state = gvu.init_state(base, method.config, method.optimizer, key)
+        state = init_state(base, method.config, method.optimizer, key)
         after, metrics, _ = one_step(method, base, state, prompts, key)
         moves.append(jax.tree.map(lambda new, old: new - old, after.trainable["ar"], base["ar"]))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(moves[0]))
@@ -165,7 +166,7 @@ def test_micro_batches_accumulate_to_the_whole_gradient(tiny, key):
 def test_an_update_makes_better_pictures_likelier(tiny, key):
     """Along a small step, log-probabilities rise with the advantage."""
     method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-3, "optim.warmup": 0})
-    after, _, (tokens, logps, reward) = one_step(method, base, gvu.init_state(
+    after, _, (tokens, logps, reward) = one_step(method, base, init_state(
         base, method.config, method.optimizer, jax.random.key(1)), prompts, key)
     from gvu_jax.objectives import group_advantages
     new = jax.jit(method.umm.image_logps)(
@@ -183,7 +184,7 @@ def test_only_the_trainable_part_exists_in_the_state(tiny, key, rank, changed):
     assert float(metrics["grad_norm"]) > 0 and int(state.step) == 1
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(base["ar"])):
         np.testing.assert_array_equal(a, b)                                         # the reference has not moved
-    fresh = gvu.init_trainable(base, method.config, jax.random.key(1))
+    fresh = init_trainable(base, method.config, jax.random.key(1))
     assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (fresh, state.trainable))))
 
 
@@ -205,7 +206,7 @@ def test_teacher_and_view_are_what_the_config_says(tiny, key):
 def test_the_anchor_holds_reading_in_place(tiny, key):
     """Zero where the policy is the base; with it, a policy that has moved away is drawn back."""
     method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-4, "optim.warmup": 0, "gvu.anchor": 1000.0})
-    _, metrics, _ = one_step(method, base, gvu.init_state(base, method.config, method.optimizer, key), prompts, key)
+    _, metrics, _ = one_step(method, base, init_state(base, method.config, method.optimizer, key), prompts, key)
     assert abs(float(metrics["read_kl"])) < 1e-6
     moved = jax.tree.map(lambda x: x * 1.05, state.trainable)
     state, distances = state.replace(trainable=moved), []

@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from gvu_jax import lora, rewards
-from gvu_jax.methods import gvu
+from gvu_jax.policy import policy_params
 from gvu_jax.sampling import How
 
 def jitted(call):
@@ -113,10 +113,10 @@ def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(tiny, key):
     logps = jax.jit(umm.image_logps)
     prompts = umm.encode_prompts(TEXTS)
     reference = logps(base, prompts, tokens)
-    fresh = gvu.policy_params(base, {"adapter": adapter}, config.lora)
+    fresh = policy_params(base, {"adapter": adapter}, config.lora)
     np.testing.assert_array_equal(logps(fresh, prompts, tokens), reference)            # b is zero: nothing changed yet
     trained = jax.tree.map(lambda x: x + 0.1, adapter)
-    policy = gvu.policy_params(base, {"adapter": trained}, config.lora)
+    policy = policy_params(base, {"adapter": trained}, config.lora)
     assert not np.allclose(logps(policy, prompts, tokens), reference)
     off = {name: part for name, part in policy.items() if name != "adapter"}
     np.testing.assert_array_equal(logps(off, prompts, tokens), reference)

@@ -11,9 +11,6 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
 
 The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
 policy reads in its own pictures to what the frozen base read there: the same estimator, on the prompt's words.
-
-What is trained is a subtree of the parameters: {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning. The
-policy is the base with that subtree laid over it; the reference is the base itself.
 """
 import functools
 import re
@@ -23,46 +20,11 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from gvu_jax import lora, objectives, rewards, sharding
+from gvu_jax import data, objectives, rewards, sharding
+from gvu_jax.policy import State, init_state, policy_params
 from gvu_jax.umm import compile_programs
 
 ANCHORED = 2         # every second picture holds reading in place, at half the cost
-
-
-@struct.dataclass
-class State:
-    """All that training changes. Everything else of a step follows from the config, the seed and `step`."""
-    step: jax.Array          # int32
-    trainable: dict
-    opt_state: optax.OptState
-
-
-def init_trainable(base, config, key):
-    """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0."""
-    if config.lora.rank == 0:
-        return {"ar": jax.tree.map(jnp.copy, base["ar"])}
-    return {"adapter": lora.init(key, base["ar"], config.lora.rank, config.lora.targets)}
-
-
-def policy_params(base, trainable, lora_config):
-    """Base parameters with the trained subtree laid over them; what every `umm` call of the policy takes."""
-    if "adapter" in trainable:
-        return {**base, "adapter": lora.scaled(trainable["adapter"], lora_config.alpha / lora_config.rank)}
-    return {**base, **trainable}
-
-
-def init_state(base, config, optimizer, key):
-    """The state before the first step. Pure: under jax.eval_shape, its shapes.
-
-    Raises ValueError for full fine-tuning of a backbone in less than float32, which would round most updates away: one
-    of 1e-6 on a weight of 1 needs 20 bits, bfloat16 has 8.
-    """
-    narrow = {leaf.dtype.name for leaf in jax.tree.leaves(base["ar"])} - {"float32"}
-    if config.lora.rank == 0 and narrow:
-        raise ValueError(f"lora.rank = 0 trains the backbone itself, which is in {', '.join(sorted(narrow))}: too "
-                         f"coarse for its updates. Train an adapter instead, e.g. --config.lora.rank=8")
-    trainable = init_trainable(base, config, key)
-    return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))
 
 
 class GvU:
@@ -70,23 +32,65 @@ class GvU:
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
     and `waves` under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how:
-    how the policy samples, with images_per_prompt = group. mesh: see sharding.py.
+    how the policy samples, with images_per_prompt = group. mesh: see sharding.py. lengths: umm.Lengths that hold every
+    prompt of the run; only `rollout` needs them.
     """
 
-    def __init__(self, umm, config, how, optimizer, mesh):
-        check(config)
+    def __init__(self, umm, config, how, optimizer, mesh, lengths=None):
+        self.check(config)
         sharding.check(umm, mesh, config.gvu)
-        self.umm, self.config, self.optimizer, self.mesh = umm, config, optimizer, mesh
+        self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.mean = sharding.Program(rewards.geometric_mean, mesh)
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
+
+    @staticmethod
+    def check(config):
+        """Raises ValueError, in one line, for settings that cannot train."""
+        gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
+        if gvu.group < 2:
+            raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
+        if gvu.waves < 1 or gvu.prompts % gvu.waves:
+            raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
+        if gvu.micro_batches < 1 or samples % gvu.micro_batches:
+            raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
+        if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:
+            raise ValueError(f"with gvu.anchor, the {samples // gvu.micro_batches} samples of a micro-batch must be a "
+                             f"multiple of {ANCHORED}")
+        if gvu.inner_steps < 1:
+            raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
+        if config.reward.teacher not in ("base", "policy"):
+            raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
+        if gvu.anchor and config.reward.teacher != "base":
+            raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
+        try:
+            re.compile(config.lora.get("targets", ""))
+        except re.error as error:
+            raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
+        if config.reward.view not in ("pixels", "tokens"):
+            raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
         begin = functools.partial(init_state, config=self.config, optimizer=self.optimizer)
         where = sharding.shardings(jax.eval_shape(begin, base, key=key), self.mesh)
         return sharding.Program(begin, self.mesh, out_shardings=where)(base, key=key)
+
+    def rollout(self, state, base, step, stream, keys, clock):
+        """Programs 1 to 3 for the prompts of `step`: what `update` takes after (state, base).
+
+        stream: the training prompts (see data.py). keys: two, for sampling and for rendering. clock.lap(phase, result)
+        is told of each phase and returns its result.
+        """
+        texts = [meta["prompt"] for meta in data.batch(stream, step, self.config.gvu.prompts)]
+        prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
+                            for times in (1, self.config.gvu.group))
+        policy = self.policy(base, state.trainable)
+        image_tokens, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
+        pixels = clock.lap("render", self.render(base, image_tokens, prompts, keys[1]))
+        reward, read = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped))
+        return grouped, image_tokens, logps, reward, read
 
     def sample(self, policy, prompts, key):
         """-> image_tokens [S, N], logps [S, N] of the sampler."""
@@ -173,29 +177,3 @@ class Batch:
     advantages: jax.Array
     seen: jax.Array
     word_logps: jax.Array
-
-
-def check(config):
-    """Raises ValueError, in one line, for settings that cannot train."""
-    gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
-    if gvu.group < 2:
-        raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
-    if gvu.waves < 1 or gvu.prompts % gvu.waves:
-        raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
-    if gvu.micro_batches < 1 or samples % gvu.micro_batches:
-        raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
-    if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:
-        raise ValueError(f"with gvu.anchor, the {samples // gvu.micro_batches} samples of a micro-batch must be a "
-                         f"multiple of {ANCHORED}")
-    if gvu.inner_steps < 1:
-        raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
-    if config.reward.teacher not in ("base", "policy"):
-        raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
-    if gvu.anchor and config.reward.teacher != "base":
-        raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
-    try:
-        re.compile(config.lora.get("targets", ""))
-    except re.error as error:
-        raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
-    if config.reward.view not in ("pixels", "tokens"):
-        raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
