@@ -34,6 +34,7 @@ def get_config(preset="normal"):
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
     config.model.vae = dict(latent_channels=4, patch_size=16)
     config.model.diffusion_steps = 2
+    config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
     config.model.instruction = "Describe the image."
 
     # ---- pretraining of the base ----

@@ -36,6 +36,7 @@ STAGES = 1         # to be raised when a stage changes what comes out: no older 
 def base_folder(config):
     """Where the base of this config is cached: <config.cache>/base-<hash of what shapes it>."""
     shaping = {name: config[name].to_dict() for name in ("model", "world", "pretrain")}
+    shaping["model"].pop("remat", None)                                      # changes what it takes, not what comes out
     shaping["version"] = (checkpoint.FORMAT, STAGES)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"base-{digest}"
@@ -65,7 +66,8 @@ def model(config):
     tokenizer = build_tokenizer(config.model.vision.codebook_size)
     text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
-                      image_vocab_size=config.model.vision.codebook_size, **config.model.ar)
+                      image_vocab_size=config.model.vision.codebook_size,
+                      remat=config.model.get("remat", "nothing"), **config.model.ar)
     tuples = lambda settings: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
     return XOmni(ar=ar, vision=siglip_vq.Config(**config.model.vision), flux=flux.Config(**tuples(config.model.flux)),
                  vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
