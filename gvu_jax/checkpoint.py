@@ -6,6 +6,7 @@ A model folder holds everything that loading needs, and nothing that must be exe
     tokenizer/        tokenizer.json and the chat template; t5_tokenizer/ and clip_tokenizer/ where the head reads text
     params/           the parameters, Orbax
     source/           where the model was converted: what the way back needs (see convert.py)
+    sha256.json       DIGEST, where the model was pretrained here
 
 A run's folder (`--workdir`) holds `base/`, a model folder or a link in config.json to one, and `checkpoints/STEP/`,
 each with the trained subtree ("trainable") and the optimizer's state ("opt_state") as separate items, and DIGEST, the
@@ -46,6 +47,7 @@ def save_model(folder, umm, params):
     partial.mkdir(parents=True)
     write_metadata(partial, umm)
     ocp.save(partial / "params", jax.device_put(params))      # numpy leaves would be stored differently
+    write_digests(partial)
     if folder.exists():                     # another process was faster; its model is as good as this one
         shutil.rmtree(partial)
     else:
@@ -174,6 +176,8 @@ def describe_model(folder, override=()):
         umm = typed(XOmni, {field.name: getattr(umm, field.name) for field in dataclasses.fields(umm)} | dict(override))
         check_tokenizer(umm.tokenizer, umm.ar)
         _try_template(umm)
+        if wrong := differing(folder):
+            raise ValueError(f"{wrong}. Remove the folder to have it made again (or its {DIGEST}, if the change is yours)")
         return umm, stored_shapes(folder, umm)
     except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
@@ -293,8 +297,7 @@ class Checkpoints:
             raise OSError(f"the state of step {step} could not be saved in {self._folder}: "
                           f"{_first_line(error)}") from error
         if jax.process_index() == 0:
-            folder = self._folder / str(step)
-            replace_file(folder / DIGEST, json.dumps(digests(folder)))
+            write_digests(self._folder / str(step))
 
     def load(self, step, **like):
         """The items named in `like` (trainable=..., opt_state=...: arrays or shapes), each in the given structure."""
@@ -311,10 +314,15 @@ def digests(folder):
     return {str(path.relative_to(folder)): hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
 
 
-def differing(folder):
-    """What is wrong with the files of a state, in a few words; "" where they are as they were written.
+def write_digests(folder):
+    replace_file(folder / DIGEST, json.dumps(digests(folder)))
 
-    A state without DIGEST was whole for Orbax when the process ended, and is taken as it is.
+
+def differing(folder):
+    """What is wrong with the files of a folder, in a few words; "" where they are as they were written.
+
+    One without DIGEST is taken as it is: a state that was whole for Orbax when the process ended, a converted model,
+    whose tens of gigabytes are not read twice at every start.
     """
     if not (folder / DIGEST).exists():
         return ""

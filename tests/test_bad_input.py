@@ -14,6 +14,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from absl import flags
 from hypothesis import HealthCheck, given, settings
@@ -545,6 +546,29 @@ def test_evaluate_on_a_disk_that_refuses(command, quick, disk, monkeypatch, caps
     line = command("evaluate", "--checkpoint=x", "--suite=shapes", f"--out={disk.path}")
     assert FULL in line and "results.json" in line and "0.750" in capsys.readouterr().out
     assert (disk.path / "results.json").read_text() == "old" and not list(disk.path.glob("*.tmp"))
+
+
+def test_a_state_that_finds_no_room_leaves_those_before_it(disk):
+    """And when there is room again, the next sitting saves the same step."""
+    noise = np.random.default_rng(0).normal(size=40000).astype(np.float32)                  # 160 kB, and no zip helps
+    trainable = {"ar": {"lm_norm": {"scale": noise}}}
+    like = dict(trainable=trainable, opt_state=optax.adam(1e-3).init(trainable))
+    states = checkpoint.Checkpoints(disk.path, one_device(), writing=True)
+    with pytest.raises(OSError, match="step .* could not be saved"):
+        for step in range(1, 20):
+            states.save(step, **like)
+    assert 1 < step < 19
+    disk.remount("ro")
+    again = checkpoint.Checkpoints(disk.path, one_device())
+    assert again.newest_whole() == step - 1
+    with pytest.raises(OSError, match="could not be saved"):
+        again.save(step, **like)
+    disk.remount("rw,size=64m")
+    again = checkpoint.Checkpoints(disk.path, one_device(), writing=True)
+    again.save(step, **like)
+    assert again.newest_whole() == step
+    np.testing.assert_array_equal(again.load(step, trainable=trainable)["trainable"]["ar"]["lm_norm"]["scale"], noise)
+    again.close()
 
 
 def test_pretraining_does_not_begin_where_it_cannot_end(tiny, disk, monkeypatch):

@@ -119,6 +119,21 @@ def test_every_damage_to_every_file_of_a_state_is_noticed(states, tmp_path):
     print(f"{len(table)} damages: {sum(map(bool, table.values()))} noticed, the rest harmless")
 
 
+def test_every_damage_to_every_file_of_a_base_is_refused(tiny, tmp_path):
+    checkpoint.save_model(tmp_path / "base", *tiny[1:])
+    files = [path for path in (tmp_path / "base").rglob("*") if path.is_file() and path.name != checkpoint.DIGEST]
+    assert len(files) > 10
+    for file in files:
+        for damage in DAMAGE.values():
+            whole = file.read_bytes()
+            damage(file)
+            with pytest.raises((ValueError, OSError)) as refusal:
+                checkpoint.describe_model(tmp_path / "base")
+            assert str(tmp_path / "base") in str(refusal.value)
+            file.write_bytes(whole)
+    checkpoint.describe_model(tmp_path / "base")
+
+
 def test_the_state_before_a_broken_one_is_used_and_the_run_goes_on(states, capsys):
     work, trainable, opt_state = states
     DAMAGE["flipped"](next(path for path in (work / "checkpoints/2").rglob("d/*") if path.is_file()))
