@@ -9,40 +9,88 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def read_prompts(path):
-    """A .txt file (one prompt a line) or .jsonl (objects with a "prompt" key, GenEval's metadata) -> list of dicts.
+def read_prompts(source):
+    """Prompts from where they stand -> list of dicts with the key "prompt", in a fixed order.
 
-    UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts twice.
-    Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
+    FILE.txt                               one prompt a line
+    FILE.jsonl                             objects with a "prompt" (GenEval's metadata; its "tag" names the category)
+    FOLDER                                 each ID.txt in it holds one prompt (DPG-Bench): {"id": ID, "prompt": ..}
+    tfds:NAME/SPLIT:FEATURE                a text feature of a dataset of TensorFlow Datasets, e.g.
+                                           tfds:coco_captions/val[:100]:caption; a/b is feature b in feature a
+
+    Files are UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts
+    twice. Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = Path(source)
+    if str(source).startswith("tfds:"):
+        metas = [(f"{source}, record {i}", {"prompt": text}) for i, text in enumerate(read_tfds(str(source)))]
+    elif path.is_dir():
+        texts = {file: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
+        metas = [(file, {"id": file.stem, "prompt": " ".join(text.split("\n"))}) for file, text in texts.items()]
+    elif not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    if path.suffix not in (".txt", ".jsonl"):
+    elif path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl (objects with a \"prompt\" key)")
+    else:
+        lines = enumerate(read_text(path).split("\n"), 1)        # splitlines() would also cut JSON at a raw U+2028
+        lines = [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+        metas = [(place, {"prompt": line} if path.suffix == ".txt" else parse(place, line)) for place, line in lines]
+    for place, meta in metas:
+        check_prompt(place, meta)
+    if not metas:
+        raise ValueError(f"{source} holds no prompts")
+    return [meta for _, meta in metas]
+
+
+def read_text(path):
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    metas = []
-    for number, line in enumerate(text.split("\n"), 1):           # splitlines() would also cut JSON at a raw U+2028
-        if not line.strip():
-            continue
-        try:
-            meta = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{path}, line {number} has no \"prompt\", which is a text of at least one word")
-        if not isinstance(tag, str):
-            raise ValueError(f"{path}, line {number} has the \"tag\" {tag!r}, which is no text")
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
-            raise ValueError(f"{path}, line {number} holds NUL or half a character (is the file UTF-16?)")
-        metas.append(meta)
-    if not metas:
-        raise ValueError(f"{path} holds no prompts")
-    return metas
+
+
+def parse(place, line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+
+
+def check_prompt(place, meta):
+    """Raises ValueError, naming the place, for what is no dict with a "prompt" (and a "tag", where there is one)."""
+    prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word")
+    if not isinstance(tag, str):
+        raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
+        raise ValueError(f"{place} holds NUL or half a character (is the file UTF-16?)")
+
+
+def read_tfds(source):
+    """The texts of tfds:NAME/SPLIT:FEATURE, read record by record without TensorFlow; downloaded where needed."""
+    address, _, feature = source.removeprefix("tfds:").rpartition(":")
+    name, _, split = address.rpartition("/")
+    if not (name and split and feature):
+        raise ValueError(f"{source} is not of the form tfds:NAME/SPLIT:FEATURE, e.g. tfds:coco_captions/val:caption")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(f"{source} needs TensorFlow Datasets ({error}): pip install 'gvu_jax[tfds]'") from error
+    try:
+        records = tfds.data_source(name, split=split)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    texts = []
+    for record in records:
+        for key in feature.split("/"):
+            if not isinstance(record, dict) or key not in record:
+                raise ValueError(f"{source}: a record has no feature {key!r}")
+            record = record[key]
+        if not isinstance(record, (bytes, str)):
+            raise ValueError(f"{source}: the feature is no text but a {type(record).__name__}")
+        texts.append(record.decode() if isinstance(record, bytes) else record)
+    return texts
 
 
 def overlap(training, held_out):
