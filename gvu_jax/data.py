@@ -1,6 +1,12 @@
-"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures: read."""
+"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures and
+multiple-choice questions about them: read."""
+import base64
+import binascii
+import csv
+import io
 import json
 import math
+import string
 import warnings
 from pathlib import Path
 
@@ -128,11 +134,15 @@ def read_picture(path):
     Takes the first frame of an animation and the upper 8 bits of 16-bit grey. Raises FileNotFoundError where there is
     no such file, ValueError where it is no picture, a broken one or one of more than MOST_PIXELS; both name it.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no picture file {path}")
+    return decode_picture(path, path)
+
+
+def decode_picture(source, name):
+    """As `read_picture`, of a path or an open file; errors call it `name`."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as file:
             if math.prod(file.size) > MOST_PIXELS:
                 raise ValueError(f"it has {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
             picture = ImageOps.exif_transpose(file)
@@ -145,4 +155,54 @@ def read_picture(path):
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
     except Exception as error:                          # PIL's readers let every kind of exception out of a broken file
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def read_choices(path):
+    """Multiple-choice questions about pictures, in the TSV format of VLMEvalKit (MMT-Bench, MMBench, SEED-Bench ..).
+
+    Columns: index; image, the base64 of a picture file, or the index of the row whose picture it is; question; hint
+    (optional); options A, B, C .. of which a row may leave some empty; answer, one of these letters; category
+    (optional). Returns a list of dicts: "name" (what to call it in errors), "image" (base64), "question", "options"
+    (2 texts or more), "answer" (an index into them), "category". `decode_choice` makes the picture of one.
+
+    Raises FileNotFoundError, or ValueError naming the file and the row that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no TSV file {path}")
+    limit = csv.field_size_limit(2 ** 31 - 1)                                        # a picture is one field
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no TSV file: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    missing = {"index", "image", "question", "A", "B", "answer"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} has no rows, or no column {', '.join(sorted(missing))}: it should be a TSV file of "
+                         f"VLMEvalKit with multiple-choice questions")
+    images, choices = {row["index"]: row["image"] or "" for row in rows}, []
+    for row in rows:
+        name = f"{path}, index {row['index']}"
+        image = images.get(row["image"], row["image"])                               # another row's, or its own
+        letters = [letter for letter in string.ascii_uppercase if (row.get(letter) or "").strip()]
+        answer = (row["answer"] or "").strip()
+        if not (row["question"] or "").strip() or len(letters) < 2 or answer not in letters or not image:
+            raise ValueError(f"{name} needs a question, a picture, two options or more, and one of their letters as "
+                             f"the answer, which is {answer!r}")
+        question = "\n".join(text.strip() for text in (row.get("hint"), row["question"]) if (text or "").strip())
+        choices.append({"name": name, "image": image, "question": question, "answer": letters.index(answer),
+                        "options": [row[letter].strip() for letter in letters],
+                        "category": (row.get("category") or "").strip() or "all"})
+    return choices
+
+
+def decode_choice(choice):
+    """The picture of one of `read_choices`, as `read_picture` returns it. Raises ValueError where it is none."""
+    try:
+        file = io.BytesIO(base64.b64decode(choice["image"], validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"{choice['name']}: the image is not one base64 text ({error}); rows of several pictures are "
+                         f"not supported") from error
+    return decode_picture(file, choice["name"])

@@ -34,13 +34,15 @@ from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.")
 _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: this is process INDEX of COUNT.")
 
 
 def main(_):
     if _CONFIG.value is None:
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing: where should the run write?")
     if _HOSTS.value:
         sharding.join_hosts(_HOSTS.value)
     with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
@@ -82,7 +84,7 @@ def train(config, workdir, stop=Stop()):
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
-    method = gvu.GvU(umm, config, how, optimizer, mesh)
+    method = gvu.GvU(umm, config, how, optimizer, mesh, lengths)
     root = jax.random.key(config.seed)
     state = method.init(base, sharding.put(jax.random.fold_in(root, 0), mesh))
     checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
@@ -91,6 +93,7 @@ def train(config, workdir, stop=Stop()):
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
         state = gvu.State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
     suite = build_suite(config, umm, method.programs, held_out, lengths)
+    method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first = int(state.step)
@@ -135,7 +138,8 @@ def train(config, workdir, stop=Stop()):
             if stop.requested():
                 break
             clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == 0 else None)
-            texts = [meta["prompt"] for meta in data.batch(stream, step, config.gvu.prompts)]
+            metas = data.batch(stream, step, config.gvu.prompts)
+            texts = [meta["prompt"] for meta in metas]
             prompts, grouped = (sharding.place_prompts(umm, texts, lengths, mesh, times)
                                 for times in (1, config.gvu.group))
             key_sample, key_render = sharding.put(tuple(jax.random.split(jax.random.fold_in(root, step + 1))), mesh)
@@ -143,7 +147,7 @@ def train(config, workdir, stop=Stop()):
 
             image_tokens, logps = clock.lap("sample", method.sample(policy, prompts, key_sample))
             pixels = clock.lap("render", method.render(base, image_tokens, prompts, key_render))
-            reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped))
+            reward, read = clock.lap("reward", method.reward(base, policy, image_tokens, pixels, grouped, metas))
             if stop.requested():
                 break
             stop.unsaved = True

@@ -20,6 +20,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -69,17 +70,20 @@ class GvU:
     """The four programs of a step, each compiled once.
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
-    and `waves` under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how:
-    how the policy samples, with images_per_prompt = group. mesh: see sharding.py.
+    and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens") and `reward.mean`
+    (rewards.MEANS, or "oracle"); `lora`. how: how the policy samples, with images_per_prompt = group. mesh: see
+    sharding.py. lengths: umm.Lengths that hold every prompt of the run, which reward.mean = "yes" needs. The attribute
+    `judge`, (pixels [S, H, W, 3], S metas) -> bool [S] on the host, is the oracle.
     """
 
-    def __init__(self, umm, config, how, optimizer, mesh):
+    def __init__(self, umm, config, how, optimizer, mesh, lengths=None):
         check(config)
         sharding.check(umm, mesh, config.gvu)
         self.umm, self.config, self.optimizer, self.mesh = umm, config, optimizer, mesh
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
-        self.mean = sharding.Program(rewards.geometric_mean, mesh)
+        self.mean = sharding.Program(rewards.MEANS.get(config.reward.mean, rewards.geometric_mean), mesh)
+        self.lengths, self.judge = lengths, None
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
 
     def init(self, base, key):
@@ -96,11 +100,21 @@ class GvU:
         """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens. prompts: one row per prompt."""
         return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
 
-    def reward(self, base, policy, image_tokens, pixels, prompts):
-        """-> reward [S] in (0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample."""
+    def reward(self, base, policy, image_tokens, pixels, prompts, metas=()):
+        """-> reward [S] in [0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample.
+        metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words."""
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
         logps, mask = self.programs.read(teacher, seen, prompts)
+        each = [meta for meta in metas for _ in range(self.config.gvu.group)]
+        if self.config.reward.mean == "yes":
+            asked = [rewards.question(meta["prompt"]) for meta in each for _ in rewards.ANSWERS]
+            asked = sharding.place_prompts(self.umm, rewards.ANSWERS * len(each),
+                                           rewards.question_lengths(self.umm, self.lengths), self.mesh, questions=asked)
+            return self.mean(*self.programs.read(teacher, seen, asked)), (seen, logps)
+        if self.config.reward.mean == "oracle":
+            right = self.judge(sharding.fetch(pixels), each)
+            return sharding.put(right.astype(np.float32), self.mesh), (seen, logps)
         return self.mean(logps, mask), (seen, logps)
 
     def loss(self, trainable, base, batch, old_logps, first):
@@ -199,3 +213,8 @@ def check(config):
         raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
     if config.reward.view not in ("pixels", "tokens"):
         raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
+    if config.reward.mean not in (*rewards.MEANS, "oracle"):
+        raise ValueError(f"reward.mean is {config.reward.mean!r}; it must be one of {', '.join(rewards.MEANS)}, oracle")
+    if config.reward.mean == "oracle" and not (config.get("world") and config.reward.view == "pixels"):
+        raise ValueError("reward.mean = 'oracle' is the checker of the shapes world, which reads pixels: it needs "
+                         "configs/shapes.py and reward.view = 'pixels'")
