@@ -98,14 +98,13 @@ def test_bad_pictures_are_refused_with_the_place(image, words):
 
 def test_the_most_probable_option_is_chosen(tsv, model):
     """Whatever the number of options: as the mean log-probabilities of one option at a time would have it."""
-    choices = data.read_choices(tsv[0])
-    best = []
+    choices, best = data.read_choices(tsv[0]), []
+    umm, see, read = model.umm, jax.jit(model.umm.see), jax.jit(model.umm.text_logps)
+    lengths = umm.lengths(["bottom right"], questions=[choices[1]["question"]])
     for choice in choices:
-        scores = []
+        seen, scores = see(model.params, data.decode_choice(choice)[None].astype(np.float32) / 255), []
         for option in choice["options"]:
-            asked = model.umm.encode_prompts([option], questions=[choice["question"]])
-            seen = jax.jit(model.umm.see)(model.params, data.decode_choice(choice)[None].astype(np.float32) / 255)
-            logps, mask = jax.jit(model.umm.text_logps)(model.params, seen, asked)
+            logps, mask = read(model.params, seen, umm.encode_prompts([option], lengths, [choice["question"]]))
             scores.append(float(logps[mask].mean()))
         best.append(int(np.argmax(scores)))
     right = suite.choose(model, choices)
