@@ -127,18 +127,18 @@ class Model:
             pictures = np.asarray(jnp.round(pixels * 255), np.uint8)
             yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(places) - start]
 
-    def read(self, images, texts, questions=None):
+    def read(self, images, texts, questions=None, lengths=None):
         """How probable each token of K texts a picture is: log p(token | picture, question, the tokens before).
 
-        texts: those of a picture side by side; questions: one a picture, None is the umm's instruction. Returns logps
-        [B * K, L] float32 and mask [B * K, L] bool, which is True at the texts' tokens; see rewards.py for what to make
-        of them.
+        texts: those of a picture side by side; questions: one a picture, None is the umm's instruction; lengths:
+        umm.Lengths that hold them all, None: the smallest. Returns logps [B * K, L] float32 and mask [B * K, L] bool,
+        which is True at the texts' tokens; see rewards.py for what to make of them.
         """
         K, left = divmod(len(texts), len(images))
         if left or not K:
             raise ValueError(f"{len(images)} pictures cannot be read with {len(texts)} texts")
         questions = [question for question in questions or [self.umm.instruction] * len(images) for _ in range(K)]
-        lengths = self.umm.lengths(texts, questions)
+        lengths = lengths or self.umm.lengths(texts, questions)
         logps, mask = np.zeros((len(texts), lengths.words), np.float32), np.zeros((len(texts), lengths.words), bool)
         for rows, seen in self._look(images):
             rows = (np.array(rows)[:, None] * K + np.arange(K)).ravel()

@@ -119,7 +119,7 @@ def own_pictures(model, metas):
     if judged:
         each = [meta for meta in metas for _ in range(_IMAGES.value)]
         right = checker.judge(pictures.reshape(-1, *pictures.shape[2:]) / np.float32(255), each).reshape(believed.shape)
-        results["rejected_by_checker"] = {
+        results["rejected_of"] = {
             name: {"pictures": int(rows.sum()), "share": float((believed[rows] < 0.5).mean()) if rows.any() else None}
             for name, rows in {"wrong": ~right, "right": right}.items()}
         results["auc"] = {"overall": suite.auc(believed, right)}
@@ -154,8 +154,9 @@ def table(results, heading=""):
         lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{area}")
     if "understanding" in results:
         lines += ["", table(results["understanding"], "understanding")]
-    for name, found in results.get("rejected_by_checker", {}).items():
-        lines.append(f"of {found['pictures']} {name} pictures" + " " * 8 + f"{found['share'] or 0:8.3f} are rejected")
+    for name, found in results.get("rejected_of", {}).items():
+        if found["pictures"]:
+            lines.append(f"of {found['pictures']} {name} ones".ljust(28) + f"{found['share']:8.3f}")
     return "\n".join(lines)
 
 

@@ -103,13 +103,14 @@ def choose(model, choices):
 
     The options are compared over picture and question, without a list of them in between.
     """
-    most = max(len(choice["options"]) for choice in choices)
-    right = []
+    most, right = max(len(choice["options"]) for choice in choices), []
+    pairs = [(option, choice["question"]) for choice in choices for option in choice["options"]]
+    lengths = model.umm.lengths(*map(list, zip(*pairs)))                            # one compilation for all chunks
     for start in range(0, len(choices), CHUNK):
         chunk = choices[start:start + CHUNK]
         texts = [(choice["options"] * most)[:most] for choice in chunk]             # filled up with options again
         logps, mask = model.read([data.decode_choice(choice) for choice in chunk], sum(texts, []),
-                                 [choice["question"] for choice in chunk])
+                                 [choice["question"] for choice in chunk], lengths)
         best = np.asarray(rewards.geometric_mean(logps, mask)).reshape(-1, most).argmax(axis=1)   # the first of equals
         right += [found == choice["answer"] for found, choice in zip(best, chunk)]
     return np.array(right)

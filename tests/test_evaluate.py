@@ -139,7 +139,7 @@ def evaluate(model, command, monkeypatch, tmp_path, capsys):
 
 def test_does_the_model_believe_its_own_pictures(evaluate, model, tmp_path):
     results, printed = evaluate("nonunification", "--prompts=6", "--images_per_prompt=2")
-    counts = [found["pictures"] for found in results["rejected_by_checker"].values()]
+    counts = [found["pictures"] for found in results["rejected_of"].values()]
     assert sum(counts) == 12 and set(results["scores"]) == set(results["intervals"]) and "overall" in results["scores"]
     assert f"{results['scores']['overall']:.3f}" in printed and (tmp_path / "out/samples.png").exists()
     (tmp_path / "p.txt").write_text("a photo of a red circle\na photo of two crosses\n")
