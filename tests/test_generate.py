@@ -16,29 +16,34 @@ PROMPTS = ["a photo of a red circle", "a photo of two crosses", "a photo of a re
 METAS = [{"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": prompt} for prompt in PROMPTS]
 
 
-@pytest.fixture(scope="module")
-def model(tiny):
-    return gvu_jax.Model(*tiny[1:], one_device())
+class Noise:
+    """A model that draws at once, and whose pictures depend on what those of a Model depend on."""
+    step = None
+
+    def draw(self, prompts, seed, images_per_prompt, how, places=None):
+        self.drawn = list(range(len(prompts)) if places is None else places)
+        for i in self.drawn:
+            yield np.stack([[np.random.default_rng([seed, i, j]).integers(0, 256, (48, 48, 3), np.uint8)
+                             for j in range(images_per_prompt)]])
 
 
 @pytest.fixture
-def generate(model, command, monkeypatch, tmp_path):
+def generate(command, monkeypatch, tmp_path):
     """Runs the command in tmp_path, whose p.jsonl, p.txt and dpg/ hold PROMPTS: (its end, the files, places drawn)."""
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(meta) + "\n" for meta in METAS))
     (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
     (tmp_path / "dpg").mkdir()
     for name, prompt in zip(("COCOval2014000000000241", "midjourney32", "partiprompts7"), PROMPTS):
         (tmp_path / f"dpg/{name}.txt").write_text(prompt + "\n")
+    model = Noise()
     monkeypatch.setattr(gvu_jax, "load", lambda path: model)
     monkeypatch.chdir(tmp_path)
-    drawn, draw = [], model.draw
-    monkeypatch.setattr(model, "draw", lambda *args, places: drawn.extend(places) or draw(*args, places=places))
 
     def run(prompts, *arguments):
-        drawn.clear()
+        model.drawn = []
         end = command("generate", "--checkpoint=x", f"--prompts={prompts}", "--out=out", *arguments)
         files = {str(path.relative_to("out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
-        return end, {name: path.read_bytes() for name, path in sorted(files.items())}, list(drawn)
+        return end, {name: path.read_bytes() for name, path in sorted(files.items())}, model.drawn
     return run
 
 
@@ -74,18 +79,19 @@ def test_what_is_there_whole_is_not_drawn_again(generate):
     assert generate("p.txt", "--seed=1")[2] == [1]
 
 
-def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(model, tiny):
+def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(tiny):
+    model, everywhere = (gvu_jax.Model(*tiny[1:], mesh) for mesh in (one_device(), sharding.make_mesh()))
     alone = model.generate(PROMPTS, seed=5, images_per_prompt=2)
-    np.testing.assert_array_equal(alone, model.generate(PROMPTS, seed=5, images_per_prompt=4)[:, :2])
-    everywhere = gvu_jax.Model(*tiny[1:], sharding.make_mesh())
-    np.testing.assert_array_equal(alone, everywhere.generate(PROMPTS, seed=5, images_per_prompt=2))
+    assert not np.array_equal(alone[0], alone[2]), "the same prompt at another place"
+    third, = model.draw(PROMPTS, 5, 2, places=[2])
+    np.testing.assert_array_equal(third[0], alone[2])
+    np.testing.assert_array_equal(alone[:, :1], everywhere.generate(PROMPTS, seed=5))
 
 
-def test_dpg_cuts_four_pictures_out_of_one(generate, model):
+def test_dpg_cuts_four_pictures_out_of_one(generate):
     _, files, _ = generate("dpg", "--layout=dpg", "--seed=5")
     assert list(files) == ["COCOval2014000000000241.png", "midjourney32.png", "partiprompts7.png"]
-    expected = model.generate(PROMPTS, seed=5, images_per_prompt=4)
-    for content, four in zip(files.values(), expected):
+    for content, [four] in zip(files.values(), Noise().draw(PROMPTS, 5, 4, None)):
         corners = [(0, 0), (48, 0), (0, 48), (48, 48)]                     # left, top, as its evaluator crops them
         crops = [Image.open(io.BytesIO(content)).crop((x, y, x + 48, y + 48)) for x, y in corners]
         np.testing.assert_array_equal([np.asarray(crop) for crop in crops], four)
