@@ -42,7 +42,7 @@ def generate(command, monkeypatch, tmp_path):
     def run(prompts, *arguments):
         model.drawn = []
         end = command("generate", "--checkpoint=x", f"--prompts={prompts}", "--out=out", *arguments)
-        files = {str(path.relative_to("out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        files = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
         return end, {name: path.read_bytes() for name, path in sorted(files.items())}, model.drawn
     return run
 
