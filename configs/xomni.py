@@ -36,7 +36,7 @@ def get_config():
     # The published sampler adds top-k 50 unseen (a default of its library) and trains on unfiltered log-probabilities.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.03, guidance=1.0)
     # The published code means the frozen base to be the teacher but leaves the adapter on ("policy").
-    config.reward = dict(teacher="base", view="pixels")
+    config.reward = dict(teacher="base", view="pixels", mean="geometric")           # or product, minimum, yes
     config.gvu = dict(prompts=16, group=8, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
                       inner_steps=1, micro_batches=8, waves=1)
     config.lora = dict(rank=8, alpha=32, targets=r"_proj")               # the published list adapts every matrix

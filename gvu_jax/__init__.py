@@ -5,6 +5,7 @@
     model.score(pictures, ["a photo of a red circle"])[0].reward
     model.describe(pictures)
     model.answer(pictures, "Does this image describe a photo of a red circle?")
+    model.believes(pictures, ["a photo of a red circle"])[0]                  # the probability of yes against no
 """
 import dataclasses
 import os
@@ -57,7 +58,7 @@ def load(path, mesh=None):
         trainable = checkpoints.load(step, trainable=like)["trainable"]
     finally:
         checkpoints.close()
-    return Model(umm, policy_params(base, trainable, config.lora), mesh)
+    return Model(umm, policy_params(base, trainable, config.lora), mesh, step)
 
 
 def read_run_config(workdir):
@@ -76,21 +77,27 @@ def base_of_run(workdir, config):
     return base if base.exists() else Path(config.model.get("checkpoint", base)).expanduser()
 
 
+BATCH = 16              # prompts drawn, or pictures read, at a time
+MOST_IMAGES = 1024      # of one prompt: each has a random key of its own
+
+
 class Model:
     """A unified model and its parameters. Texts are lists; pictures are uint8 [B, H, W, 3] or float in [0, 1], or a
-    list of them, of several sizes where the model fits pictures to itself."""
+    list of them, of several sizes where the model fits pictures to itself. Whatever their number, each program compiles
+    once (what reads, once for each size of picture): the last batch is filled up."""
 
-    def __init__(self, umm, params, mesh):
-        self.umm, self.params, self.mesh = umm, params, mesh
+    def __init__(self, umm, params, mesh, step=None):
+        self.umm, self.params, self.mesh, self.step = umm, params, mesh, step       # step: of a run's checkpoint
         self._sample = sharding.Program(umm.sample_image, mesh, static_argnames="how")
         self._render, self._see, self._read = (
             sharding.Program(call, mesh) for call in (umm.render, umm.see, umm.text_logps))
 
-    def generate(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=16, progress=None):
+    def generate(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=BATCH, progress=None):
         """Draws pictures: uint8 [prompts, images_per_prompt, H, W, 3].
 
-        A picture depends on the seed and on its place in the list, not on `batch`, the prompts drawn at a time.
-        progress: called with the number of finished prompts after each batch.
+        A picture depends on the seed, its prompt, the prompt's place in the list and its own place among the prompt's
+        pictures: not on their number, nor on `batch`, the prompts drawn at a time. progress: called with the number of
+        finished prompts after each batch.
         """
         batches = []
         for pictures in self.draw(prompts, seed, images_per_prompt, how, batch):
@@ -99,62 +106,98 @@ class Model:
                 progress(len(pictures))
         return np.concatenate(batches)
 
-    def draw(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=16):
-        """As `generate`, but yields the pictures of `batch` prompts at a time, as soon as they are drawn."""
+    def draw(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=BATCH, places=None):
+        """As `generate`, but yields the pictures of `batch` prompts at a time, as soon as they are drawn.
+
+        places: which of the prompts to draw, their places in the list; None: all of them.
+        """
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError("prompts is a list of at least one text")
+        if images_per_prompt > MOST_IMAGES:
+            raise ValueError(f"images_per_prompt is {images_per_prompt}; it must be at most {MOST_IMAGES}")
         how = dataclasses.replace(how, images_per_prompt=images_per_prompt)
-        keys = jax.random.split(jax.random.key(seed))
+        keys, places = jax.random.split(jax.random.key(seed)), range(len(prompts)) if places is None else places
         lengths, batch = self.umm.lengths(prompts), min(batch, len(prompts))
-        for start in range(0, len(prompts), batch):
-            rows = [prompts[i % len(prompts)] for i in range(start, start + batch)]     # the last batch is filled up
-            encoded = self.umm.encode_prompts(rows, lengths)
-            index = start * images_per_prompt + np.arange(batch * images_per_prompt)
+        for start in range(0, len(places), batch):
+            rows = [places[i % len(places)] for i in range(start, start + batch)]       # the last batch is filled up
+            encoded = self.umm.encode_prompts([prompts[i] for i in rows], lengths)
+            index = (np.array(rows)[:, None] * MOST_IMAGES + np.arange(images_per_prompt)).ravel()
             tokens, _ = self._sample(self.params, encoded, keys[0], how=how, index=index)
             pixels = self._render(self.params, tokens, encoded, keys[1], index=index)
             pictures = np.asarray(jnp.round(pixels * 255), np.uint8)
-            yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(prompts) - start]
+            yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(places) - start]
+
+    def read(self, images, texts, questions=None, lengths=None):
+        """How probable each token of K texts a picture is: log p(token | picture, question, the tokens before).
+
+        texts: those of a picture side by side; questions: one a picture, None is the umm's instruction; lengths:
+        umm.Lengths that hold them all, None: the smallest. Returns logps [B * K, L] float32 and mask [B * K, L] bool,
+        which is True at the texts' tokens; see rewards.py for what to make of them.
+        """
+        K, left = divmod(len(texts), len(images))
+        if left or not K:
+            raise ValueError(f"{len(images)} pictures cannot be read with {len(texts)} texts")
+        questions = [question for question in questions or [self.umm.instruction] * len(images) for _ in range(K)]
+        lengths = lengths or self.umm.lengths(texts, questions)
+        logps, mask = np.zeros((len(texts), lengths.words), np.float32), np.zeros((len(texts), lengths.words), bool)
+        for rows, seen in self._look(images):
+            rows = (np.array(rows)[:, None] * K + np.arange(K)).ravel()
+            encoded = self.umm.encode_prompts([texts[i] for i in rows], lengths, [questions[i] for i in rows])
+            logps[rows], mask[rows] = jax.device_get(self._read(self.params, seen, encoded))
+        return logps, mask
 
     def score(self, images, prompts):
         """The intrinsic reward of each picture for its prompt, token by token and word by word: a list of `Score`."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} pictures cannot be scored for {len(prompts)} prompts")
-        tokenizer, lengths, scores = self.umm.tokenizer, self.umm.lengths(prompts), [None] * len(prompts)
-        for rows, seen in self._look(images):
-            encoded = self.umm.encode_prompts([prompts[i] for i in rows], lengths)
-            logps, mask = self._read(self.params, seen, encoded)
-            reward, logps = np.asarray(rewards.geometric_mean(logps, mask)), np.asarray(logps)
-            for j, i in enumerate(rows):
-                ids, real = encoded.words[j], encoded.words_mask[j]
-                probabilities = np.exp(logps[j][real])
-                spans = tokenizer(prompts[i], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-                words, products = rewards.join_tokens(prompts[i], spans, probabilities)
-                scores[i] = Score(float(reward[j]), [tokenizer.decode([t]) for t in ids[real]], probabilities, words,
-                                  np.array(products, np.float32))
+        logps, mask = self.read(images, prompts)
+        tokenizer, scores = self.umm.tokenizer, []
+        for prompt, reward, row, real in zip(prompts, rewards.geometric_mean(logps, mask), logps, mask):
+            probabilities = np.exp(row[real])
+            encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+            words, products = rewards.join_tokens(prompt, encoded["offset_mapping"], probabilities)
+            scores.append(Score(float(reward), [tokenizer.decode([t]) for t in encoded["input_ids"]], probabilities,
+                                words, np.array(products, np.float32)))
         return scores
+
+    def believes(self, images, prompts):
+        """The model's probability of yes, against no, when asked of each picture "Does this image describe ..?" with
+        its prompt: [B] float32."""
+        asked = [rewards.question(prompt) for prompt in prompts]
+        return np.asarray(rewards.yes(*self.read(images, rewards.ANSWERS * len(asked), asked)))
 
     def describe(self, images):
         """What the model says to each picture when given its instruction: a list of strings."""
         return self.answer(images, self.umm.instruction)
 
-    def answer(self, images, question):
-        """The model's most probable answer to one question about each picture: a list of strings."""
+    def answer(self, images, question, max_words=32):
+        """The model's most probable answer to one question about each picture, of `max_words` tokens at most: a list of
+        strings."""
         answers = [None] * len(images)
         for rows, seen in self._look(images):
             with jax.set_mesh(self.mesh):
-                texts = self.umm.answer(self.params, seen, question, jax.random.key(0))
+                texts = self.umm.answer(self.params, seen, question, jax.random.key(0), max_words)
             for i, text in zip(rows, texts):
                 answers[i] = text
         return answers
 
     def _look(self, images):
-        """Pictures as the understanding branch sees them, those of one size together: pairs of their places in the
-        list and seen [B, r, c]. Where the model has a transform, it fits pictures of any size first."""
-        fitted, sizes = [self._fit(image) for image in images], {}
-        for i, pixels in enumerate(fitted):
-            sizes.setdefault(pixels.shape, []).append(i)
+        """Pictures as the understanding branch sees them, those of one size together, BATCH at a time: pairs of their
+        places in the list and seen [b, r, c]. Where the model has a transform, it fits pictures of any size first.
+
+        The last batch of a size is filled up from its beginning: what is read twice is the same twice.
+        """
+        batch, sizes = min(BATCH, len(images)), {}
+        for i, image in enumerate(images):
+            sizes.setdefault(self._fitted_size(np.shape(image)[:2]), []).append(i)
         for rows in sizes.values():
-            yield rows, self._see(self.params, jnp.asarray(np.stack([fitted[i] for i in rows])))
+            for start in range(0, len(rows), batch):
+                chunk = [rows[i % len(rows)] for i in range(start, start + batch)]
+                yield chunk, self._see(self.params, jnp.asarray(np.stack([self._fit(images[i]) for i in chunk])))
+
+    def _fitted_size(self, size):
+        """(height, width) to which a picture of this (height, width) is fitted."""
+        return size if self.umm.transform is None else siglip_vq.fitted_size(*size[::-1], self.umm.transform)
 
     def _fit(self, image):
         image = np.asarray(image)

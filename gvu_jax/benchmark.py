@@ -94,7 +94,7 @@ class Bench:
         self.config = ConfigDict(dict(
             gvu=dict(prompts=prompts, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4, inner_steps=1,
                      micro_batches=1, waves=1),
-            reward=dict(teacher="base", view="pixels"), lora=dict(rank=8, alpha=32, targets="_proj"),
+            reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),
             optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
         self.optimizer = optim.build(self.config.optim, steps=1)
         self.how = sampling.How(images_per_prompt=group)

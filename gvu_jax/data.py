@@ -1,6 +1,12 @@
-"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures: read."""
+"""Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures and
+multiple-choice questions about them: read."""
+import base64
+import binascii
+import csv
+import io
 import json
 import math
+import string
 import warnings
 from pathlib import Path
 
@@ -9,40 +15,88 @@ import numpy as np
 from PIL import Image, ImageOps
 
 
-def read_prompts(path):
-    """A .txt file (one prompt a line) or .jsonl (objects with a "prompt" key, GenEval's metadata) -> list of dicts.
+def read_prompts(source):
+    """Prompts from where they stand -> list of dicts with the key "prompt", in a fixed order.
 
-    UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts twice.
-    Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
+    FILE.txt                               one prompt a line
+    FILE.jsonl                             objects with a "prompt" (GenEval's metadata; its "tag" names the category)
+    FOLDER                                 each ID.txt in it holds one prompt (DPG-Bench): {"id": ID, "prompt": ..}
+    tfds:NAME/SPLIT:FEATURE                a text feature of a dataset of TensorFlow Datasets, e.g.
+                                           tfds:coco_captions/val[:100]:caption; a/b is feature b in feature a
+
+    Files are UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts
+    twice. Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = Path(source)
+    if str(source).startswith("tfds:"):
+        metas = [(f"{source}, record {i}", {"prompt": text}) for i, text in enumerate(read_tfds(str(source)))]
+    elif path.is_dir():
+        texts = {file: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
+        metas = [(file, {"id": file.stem, "prompt": " ".join(text.split("\n"))}) for file, text in texts.items()]
+    elif not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    if path.suffix not in (".txt", ".jsonl"):
+    elif path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl (objects with a \"prompt\" key)")
+    else:
+        lines = enumerate(read_text(path).split("\n"), 1)        # splitlines() would also cut JSON at a raw U+2028
+        lines = [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
+        metas = [(place, {"prompt": line} if path.suffix == ".txt" else parse(place, line)) for place, line in lines]
+    for place, meta in metas:
+        check_prompt(place, meta)
+    if not metas:
+        raise ValueError(f"{source} holds no prompts")
+    return [meta for _, meta in metas]
+
+
+def read_text(path):
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    metas = []
-    for number, line in enumerate(text.split("\n"), 1):           # splitlines() would also cut JSON at a raw U+2028
-        if not line.strip():
-            continue
-        try:
-            meta = {"prompt": line.strip()} if path.suffix == ".txt" else json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"{path}, line {number} has no \"prompt\", which is a text of at least one word")
-        if not isinstance(tag, str):
-            raise ValueError(f"{path}, line {number} has the \"tag\" {tag!r}, which is no text")
-        if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
-            raise ValueError(f"{path}, line {number} holds NUL or half a character (is the file UTF-16?)")
-        metas.append(meta)
-    if not metas:
-        raise ValueError(f"{path} holds no prompts")
-    return metas
+
+
+def parse(place, line):
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+
+
+def check_prompt(place, meta):
+    """Raises ValueError, naming the place, for what is no dict with a "prompt" (and a "tag", where there is one)."""
+    prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word")
+    if not isinstance(tag, str):
+        raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
+    if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
+        raise ValueError(f"{place} holds NUL or half a character (is the file UTF-16?)")
+
+
+def read_tfds(source):
+    """The texts of tfds:NAME/SPLIT:FEATURE, read record by record without TensorFlow; downloaded where needed."""
+    address, _, feature = source.removeprefix("tfds:").rpartition(":")
+    name, _, split = address.rpartition("/")
+    if not (name and split and feature):
+        raise ValueError(f"{source} is not of the form tfds:NAME/SPLIT:FEATURE, e.g. tfds:coco_captions/val:caption")
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(f"{source} needs TensorFlow Datasets ({error}): pip install 'gvu_jax[tfds]'") from error
+    try:
+        records = tfds.data_source(name, split=split)
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+    texts = []
+    for record in records:
+        for key in feature.split("/"):
+            if not isinstance(record, dict) or key not in record:
+                raise ValueError(f"{source}: a record has no feature {key!r}")
+            record = record[key]
+        if not isinstance(record, (bytes, str)):
+            raise ValueError(f"{source}: the feature is no text but a {type(record).__name__}")
+        texts.append(record.decode() if isinstance(record, bytes) else record)
+    return texts
 
 
 def overlap(training, held_out):
@@ -80,11 +134,15 @@ def read_picture(path):
     Takes the first frame of an animation and the upper 8 bits of 16-bit grey. Raises FileNotFoundError where there is
     no such file, ValueError where it is no picture, a broken one or one of more than MOST_PIXELS; both name it.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"no picture file {path}")
+    return decode_picture(path, path)
+
+
+def decode_picture(source, name):
+    """As `read_picture`, of a path or an open file; errors call it `name`."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as file:
             if math.prod(file.size) > MOST_PIXELS:
                 raise ValueError(f"it has {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
             picture = ImageOps.exif_transpose(file)
@@ -97,4 +155,54 @@ def read_picture(path):
             picture = Image.alpha_composite(white, picture.convert("RGBA"))
         return np.asarray(picture.convert("RGB"))
     except Exception as error:                          # PIL's readers let every kind of exception out of a broken file
-        raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
+
+
+def read_choices(path):
+    """Multiple-choice questions about pictures, in the TSV format of VLMEvalKit (MMT-Bench, MMBench, SEED-Bench ..).
+
+    Columns: index; image, the base64 of a picture file, or the index of the row whose picture it is; question; hint
+    (optional); options A, B, C .. of which a row may leave some empty; answer, one of these letters; category
+    (optional). Returns a list of dicts: "name" (what to call it in errors), "image" (base64), "question", "options"
+    (2 texts or more), "answer" (an index into them), "category". `decode_choice` makes the picture of one.
+
+    Raises FileNotFoundError, or ValueError naming the file and the row that is wrong.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no TSV file {path}")
+    limit = csv.field_size_limit(2 ** 31 - 1)                                        # a picture is one field
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no TSV file: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+    missing = {"index", "image", "question", "A", "B", "answer"} - set(rows[0] if rows else ())
+    if missing:
+        raise ValueError(f"{path} has no rows, or no column {', '.join(sorted(missing))}: it should be a TSV file of "
+                         f"VLMEvalKit with multiple-choice questions")
+    images, choices = {row["index"]: row["image"] or "" for row in rows}, []
+    for row in rows:
+        name = f"{path}, index {row['index']}"
+        image = images.get(row["image"], row["image"])                               # another row's, or its own
+        letters = [letter for letter in string.ascii_uppercase if (row.get(letter) or "").strip()]
+        answer = (row["answer"] or "").strip()
+        if not (row["question"] or "").strip() or len(letters) < 2 or answer not in letters or not image:
+            raise ValueError(f"{name} needs a question, a picture, two options or more, and one of their letters as "
+                             f"the answer, which is {answer!r}")
+        question = "\n".join(text.strip() for text in (row.get("hint"), row["question"]) if (text or "").strip())
+        choices.append({"name": name, "image": image, "question": question, "answer": letters.index(answer),
+                        "options": [row[letter].strip() for letter in letters],
+                        "category": (row.get("category") or "").strip() or "all"})
+    return choices
+
+
+def decode_choice(choice):
+    """The picture of one of `read_choices`, as `read_picture` returns it. Raises ValueError where it is none."""
+    try:
+        file = io.BytesIO(base64.b64decode(choice["image"], validate=True))
+    except binascii.Error as error:
+        raise ValueError(f"{choice['name']}: the image is not one base64 text ({error}); rows of several pictures are "
+                         f"not supported") from error
+    return decode_picture(file, choice["name"])

@@ -2,8 +2,16 @@
 
     python -m gvu_jax.evaluate --checkpoint=DIR --suite=shapes --out=DIR [--prompts=192] [--images_per_prompt=4]
 
-Suites: shapes (held-out prompts of the shapes world judged by its exact checker, understanding by likelihood, and the
-AUC of the intrinsic reward). Prints a table, writes OUT/results.json and OUT/samples.png.
+    shapes           held-out prompts of the shapes world judged by its exact checker; AUC and calibration of the
+                     intrinsic reward; understanding by likelihood
+    understanding    multiple choice by likelihood: the tests of the shapes world, or those of a TSV file of VLMEvalKit
+                     (--tsv=MMT-Bench_VAL.tsv)
+    nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"
+    cycle            prompt -> picture -> caption: the share of the prompt's words that the caption says again
+
+The last two draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, a folder, tfds:..).
+Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %: a
+bootstrap over prompts, or over questions.
 """
 import json
 from pathlib import Path
@@ -12,47 +20,144 @@ import numpy as np
 from absl import flags
 
 import gvu_jax
-from gvu_jax import cli
+from gvu_jax import cli, data, suite
 from gvu_jax.metrics import replace_file
 from gvu_jax.report import image_grid, write_picture
 from gvu_jax.sampling import How
-from gvu_jax.shapes import suite, world
+from gvu_jax.shapes import checker, world
+from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_SUITE = flags.DEFINE_string("suite", None, "shapes", required=True)
+_SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle"], "What to measure.",
+                           required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
+_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunification and cycle, instead of the world's.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
+_TSV = flags.DEFINE_string("tsv", None, "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
+_QUESTION = flags.DEFINE_string("question", "Describe the image in detail.", "What cycle asks about each picture.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and of the pictures.", 0, 2**31 - 1)
 
-BATCH = 24           # prompts drawn at a time
+BATCH = 24           # prompts of a call of the shapes suite
 
 
 def main(_):
-    if _SUITE.value != "shapes":
-        raise ValueError(f"no suite {_SUITE.value!r}; there is: shapes")
+    if _TSV.value and _SUITE.value != "understanding":
+        raise ValueError("--tsv goes with --suite=understanding")
+    if _PROMPT_FILE.value and _SUITE.value not in ("nonunification", "cycle"):
+        raise ValueError("--prompt_file goes with --suite=nonunification and --suite=cycle")
+    choices = data.read_choices(_TSV.value) if _TSV.value else None
+    metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
     model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
+    if _SUITE.value == "shapes":
+        results, picture = shapes(model)
+    elif _SUITE.value == "understanding":
+        results, picture = understanding(model, choices), None
+    else:
+        results, picture = own_pictures(model, metas)
+    print(table(results))
+    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value} | results
+    replace_file(out / "results.json", json.dumps(results, indent=1))
+    if picture:
+        write_picture(out / "samples.png", picture)
+
+
+def shapes(model):
+    """The results of the shapes world, and a grid of pictures."""
+    metas, batched = build_shapes(model)
+    pictures, rewards, right = batched.sample(model.params, model.params)
+    (_, areas), tested = batched.grade(rewards, right), batched.choices(model.params)
+    calibration = {"overall": suite.reliability(rewards, right)} | {
+        tag: suite.reliability(rewards[rows], right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
+    results = {"pictures": int(right.size), **with_intervals(suite.by_category(right, metas)),
+               "reward": float(rewards.mean()), "auc": areas, "calibration": calibration,
+               "understanding": with_intervals({name: share(chosen) for name, chosen in tested.items()})}
+    return results, grid(pictures, metas, right)
+
+
+def build_shapes(model):
+    """The prompts and the Suite (see shapes/suite.py)."""
     train, held_out = world.split_prompts()
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
-    metas = suite.choose_prompts(held_out, -(-_PROMPTS.value // BATCH) * BATCH, np.random.default_rng(_SEED.value))
-    shapes = suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH, _IMAGES.value,
-                         _CHOICES.value, model.umm.lengths([meta["prompt"] for meta in train + held_out]),
-                         world.compositions(held_out), _SEED.value)
-    scores, areas, pictures, right = shapes.draw(model.params, model.params)
-    understanding = shapes.understand(model.params)
-    results = {"suite": "shapes", "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value,
-               "pictures": int(right.size), "scores": scores, "auc": areas, "understanding": understanding}
-    print(f"{'':<16}{'score':>8}{'AUC':>8}")
-    for name in ("overall", *world.TAGS):
-        print(f"{name:<16}{scores[name]:8.3f}{areas.get(name, float('nan')):8.3f}")
-    print("\n".join(f"understanding {name:<12}{value:8.3f}" for name, value in understanding.items()))
-    replace_file(out / "results.json", json.dumps(results, indent=1))
-    write_picture(out / "samples.png", image_grid(
-        pictures[:12, :6], [meta["prompt"] for meta in metas[:12]], 2, right[:12, :6]))
+    metas = shapes_suite.choose_prompts(held_out, -(-_PROMPTS.value // BATCH) * BATCH,
+                                        np.random.default_rng(_SEED.value))
+    lengths = model.umm.lengths([meta["prompt"] for meta in train + held_out])
+    return metas, shapes_suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH,
+                                     _IMAGES.value, _CHOICES.value, lengths, world.compositions(held_out), _SEED.value)
+
+
+def understanding(model, choices):
+    """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world."""
+    if choices is None:
+        tested = build_shapes(model)[1].choices(model.params)
+        return with_intervals({name: share(chosen) for name, chosen in tested.items()})
+    right = suite.choose(model, choices)
+    metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in choices]
+    found = {"overall": share(right)} | {tag: share(right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
+    return {"questions": len(choices), **with_intervals(found)}
+
+
+def own_pictures(model, metas):
+    """Nonunification and cycle: how the model reads what it draws for `metas`, or, where these are None, for held-out
+    prompts of the shapes world, whose checker then says which pictures it should have rejected."""
+    judged = metas is None
+    if judged:
+        metas = shapes_suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value,
+                                            np.random.default_rng(_SEED.value))
+    prompts, how = [meta["prompt"] for meta in metas], How(temperature=_TEMPERATURE.value)
+    pictures = model.generate(prompts, _SEED.value, _IMAGES.value, how)
+    if _SUITE.value == "cycle":
+        captions, found = suite.cycle(model, pictures, prompts, _QUESTION.value)
+        examples = dict(zip(prompts, captions[::_IMAGES.value]))
+        return {**with_intervals(suite.by_category(found, metas)), "captions": examples}, grid(pictures, metas)
+    believed = suite.unify(model, pictures, prompts)
+    results = {"yes": float(believed.mean()), **with_intervals(suite.by_category(believed < 0.5, metas))}
+    if judged:
+        each = [meta for meta in metas for _ in range(_IMAGES.value)]
+        right = checker.judge(pictures.reshape(-1, *pictures.shape[2:]) / np.float32(255), each).reshape(believed.shape)
+        results["rejected_of"] = {
+            name: {"pictures": int(rows.sum()), "share": float((believed[rows] < 0.5).mean()) if rows.any() else None}
+            for name, rows in {"wrong": ~right, "right": right}.items()}
+        results["auc"] = {"overall": suite.auc(believed, right)}
+    return results, grid(pictures, metas, believed >= 0.5)
+
+
+def share(right):
+    """[mean, low, high] of independent answers, bool [M]."""
+    return suite.by_category(right[:, None], [{"prompt": str(i)} for i in range(len(right))])["overall"]
+
+
+def with_intervals(found):
+    """{name: [mean, low, high]} -> the parts of results.json."""
+    return {"scores": {name: mean for name, (mean, *_) in found.items()},
+            "intervals": {name: interval for name, (_, *interval) in found.items()}}
+
+
+def grid(pictures, metas, marks=None):
+    """Two prompts of each category with up to six pictures, framed where something judged them."""
+    chosen = [i for rows in suite.rows_by_tag(metas).values() for i in np.flatnonzero(rows)[:2]][:12]
+    return image_grid(pictures[chosen][:, :6], [metas[i]["prompt"] for i in chosen], max(1, 96 // pictures.shape[2]),
+                      None if marks is None else marks[chosen][:, :6])
+
+
+def table(results, heading=""):
+    """The results as text: a line for each score, with its interval and, where there is one, its AUC."""
+    areas = results.get("auc", {})
+    lines = [f"{heading:<28}{'score':>8}{'95 %':>17}{'AUC':>8}"[:None if areas else -8]]
+    for name, score in results["scores"].items():
+        low, high = results["intervals"][name]
+        area = f"{areas[name]:8.3f}" if areas.get(name) is not None else ""
+        lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{area}")
+    if "understanding" in results:
+        lines += ["", table(results["understanding"], "understanding")]
+    for name, found in results.get("rejected_of", {}).items():
+        if found["pictures"]:
+            lines.append(f"of {found['pictures']} {name} ones".ljust(28) + f"{found['share']:8.3f}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

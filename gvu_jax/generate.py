@@ -1,31 +1,45 @@
-"""Draws pictures for a file of prompts.
+"""Draws pictures for prompts, in the folders that public evaluators read.
 
-    python -m gvu_jax.generate --checkpoint=DIR --prompts=FILE --out=DIR [--images_per_prompt=4] [--seed=0]
+    python -m gvu_jax.generate --checkpoint=DIR --prompts=FILE --out=DIR [--layout=flat] [--images_per_prompt=4]
 
---layout=flat writes OUT/00000_0.png, ...; --layout=geneval writes OUT/00000/metadata.jsonl and
-OUT/00000/samples/00000.png, the folders that GenEval's evaluation reads. Both write OUT/grid.png. A number is the
-prompt's place in the file, so that a prompt that stands there twice is drawn twice, and differently.
+    --layout       --prompts                      writes
+    flat           any                            OUT/00000_0.png .., OUT/grid.png
+    geneval        evaluation_metadata.jsonl      OUT/00000/metadata.jsonl, samples/0000.png .., grid.png
+    genevalpp      Geneval++.jsonl or .txt        OUT/1.jpg .., one picture a prompt, by its line in the file
+    dpg            the folder of ID.txt           OUT/ID.png, four pictures in one: side by side, two above two
+    t2icompbench   color_val.txt ..               OUT/samples/PROMPT_000000.png .., numbered through all prompts
+
+as in the repositories djghosh13/geneval, yejy53/Echo-4o, TencentQQGYLab/ELLA and Karine-Huang/T2I-CompBench. --prompts
+also takes tfds:NAME/SPLIT:FEATURE. A number is the prompt's place in the file, so that a prompt that stands there twice
+is drawn twice, and differently. Given again, the command goes on where it stopped: each picture carries how it was
+drawn, and what is there whole and was drawn so is not drawn again.
 """
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 from absl import flags
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 import gvu_jax
 from gvu_jax import cli
-from gvu_jax.data import read_prompts
-from gvu_jax.metrics import Progress, replace_file
+from gvu_jax.data import read_picture, read_prompts
+from gvu_jax.metrics import Progress, replace_file, replacing
 from gvu_jax.report import image_grid, write_picture
 from gvu_jax.sampling import How
 
+LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10}     # pictures a prompt, as published
+FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
+
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line) or .jsonl (with a prompt key).", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl (with a prompt key), a folder of .txt "
+                               "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
-_IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
+_IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
+                               lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same pictures.", 0, 2**31 - 1)
-_LAYOUT = flags.DEFINE_enum("layout", "flat", ["flat", "geneval"], "How the files are named.")
+_LAYOUT = flags.DEFINE_enum("layout", "flat", list(LAYOUTS), "How the files are named.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens less probable than this share of the likeliest one's.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k most probable tokens; 0 keeps all.")
@@ -33,31 +47,77 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance scale;
 
 
 def main(_):
-    metas = read_prompts(_PROMPTS.value)
+    metas, layout, count = read_prompts(_PROMPTS.value), _LAYOUT.value, _IMAGES.value or LAYOUTS[_LAYOUT.value]
+    if layout in FIXED and count != LAYOUTS[layout]:
+        raise ValueError(f"--layout={layout} has {LAYOUTS[layout]} pictures a prompt, not {count}")
     how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)
-    model, out, prompts = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value), [meta["prompt"] for meta in metas]
-    out.mkdir(parents=True, exist_ok=True)
-    done, shown = 0, []
-    with Progress(len(metas), "prompt", "drawing") as progress:
-        for batch in model.draw(prompts, _SEED.value, _IMAGES.value, how):      # each is on disk before the next begins
-            for i, row in enumerate(batch, done):
-                write(out, i, metas[i], row)
-            shown += list(batch[:12 - len(shown)])
-            done += len(batch)
+    out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
+    files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
+    model = gvu_jax.load(_CHECKPOINT.value)
+    origin = {"model": Path(_CHECKPOINT.value).resolve().name, "step": model.step, "seed": _SEED.value,
+              **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
+    records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
+    places = [i for i in range(len(metas)) if not all(is_drawn(file, records[i]) for file in files[i])]
+    with Progress(len(metas), "prompt", "drawing", done=len(metas) - len(places)) as progress:
+        for batch in model.draw(prompts, _SEED.value, count, how, places=places):
+            for i, pictures in zip(places, batch):                      # each is on disk before the next batch begins
+                write(files[i], pictures, records[i], layout, metas[i])
+            places = places[len(batch):]
             progress.update(len(batch))
-    write_picture(out / "grid.png", image_grid(np.stack(shown), prompts[:12], max(1, 96 // shown[0].shape[1])))
-    print(f"{done * _IMAGES.value} pictures of {done} prompts in {out}")
+    if layout == "flat":
+        shown = np.stack([[read_picture(file) for file in row] for row in files[:12]])
+        write_picture(out / "grid.png", image_grid(shown, prompts[:12], max(1, 96 // shown.shape[2])))
+    print(f"{len(metas) * count} pictures of {len(metas)} prompts in {out}")
 
 
-def write(out, i, meta, row):
-    """The pictures uint8 [G, H, W, 3] of prompt i, and in GenEval's layout what it asks for."""
-    geneval = _LAYOUT.value == "geneval"
-    folder = out / f"{i:05d}" / "samples" if geneval else out
-    folder.mkdir(parents=True, exist_ok=True)
-    for j, picture in enumerate(row):
-        write_picture(folder / (f"{j:05d}.png" if geneval else f"{i:05d}_{j}.png"), Image.fromarray(picture))
-    if geneval:
-        replace_file(folder.parent / "metadata.jsonl", json.dumps(meta) + "\n")
+def name_files(layout, out, i, meta, count):
+    """The picture files of prompt number i. ValueError where the prompt cannot be named as the layout wants it."""
+    if layout == "flat":
+        return [out / f"{i:05d}_{j}.png" for j in range(count)]
+    if layout == "geneval":
+        return [out / f"{i:05d}" / "samples" / f"{j:04d}.png" for j in range(count)]
+    if layout == "genevalpp":
+        return [out / f"{i + 1}.jpg"]
+    if layout == "dpg":
+        if not isinstance(meta.get("id"), str) or Path(meta["id"]).name != meta["id"]:
+            raise ValueError("--layout=dpg names pictures after prompts: give DPG-Bench's folder of ID.txt as "
+                             "--prompts, or a .jsonl with an \"id\"")
+        return [out / f"{meta['id']}.png"]
+    names = [f"{meta['prompt']}_{i * count + j:06d}.png" for j in range(count)]
+    if "_" in meta["prompt"] or "/" in meta["prompt"] or len(names[-1].encode()) > 251:             # .tmp while written
+        raise ValueError(f"--layout=t2icompbench names pictures after prompts, which {meta['prompt'][:40]!r} does not "
+                         f"allow: it is too long, or holds _ or /")
+    return [out / "samples" / name for name in names]
+
+
+def is_drawn(file, record):
+    """Whether the file is a whole picture that carries this record."""
+    try:
+        read_picture(file)                                              # decodes all of it
+    except (FileNotFoundError, ValueError):
+        return False
+    with Image.open(file) as picture:
+        said = picture.info.get("gvu_jax") or picture.info.get("comment")
+    return said in (record, record.encode())
+
+
+def write(files, pictures, record, layout, meta):
+    """Pictures uint8 [G, H, W, 3] of one prompt into its files, and before them what its layout wants beside them."""
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    if layout == "geneval":
+        folder = files[0].parent.parent
+        replace_file(folder / "metadata.jsonl", json.dumps(meta) + "\n")
+        write_picture(folder / "grid.png", image_grid(pictures[None]))
+    if layout == "dpg":
+        pictures = np.concatenate(np.concatenate(pictures.reshape(2, 2, *pictures.shape[1:]), axis=1), axis=1)[None]
+    for file, picture in zip(files, pictures):
+        with replacing(file) as temporary:
+            if file.suffix == ".jpg":
+                Image.fromarray(picture).save(temporary, "JPEG", quality=95, comment=record)
+            else:
+                carried = PngImagePlugin.PngInfo()
+                carried.add_text("gvu_jax", record)
+                Image.fromarray(picture).save(temporary, "PNG", pnginfo=carried)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
-"""From the probabilities of the prompt's tokens to one reward a picture, and to one probability a word."""
+"""From the probabilities of the prompt's tokens to one reward a picture, and to one probability a word.
+
+MEANS are the rewards that reward.mean names: GvU's geometric mean, two other ways to make one number of many, and what
+the model answers when asked about the whole sentence. "oracle" is no reading at all but a verdict from outside on the
+pixels, for those worlds that have one: no method, but the ceiling of all.
+"""
 import unicodedata
 
+import jax
 import jax.numpy as jnp
 
 
@@ -11,6 +17,39 @@ def geometric_mean(logps, mask):
     The product itself would underflow: 0.01^170 is 0 in float32, while the mean of logarithms is -4.6.
     """
     return jnp.exp(jnp.sum(jnp.where(mask, logps, 0.0), axis=1) / jnp.sum(mask, axis=1))
+
+
+def product(logps, mask):
+    """prod_j p(T_j | ..): [B], arguments as above. Long prompts underflow to 0, and then nothing is learned of them."""
+    return jnp.exp(jnp.sum(jnp.where(mask, logps, 0.0), axis=1))
+
+
+def minimum(logps, mask):
+    """min_j p(T_j | ..), the least probable token: [B], arguments as above."""
+    return jnp.exp(jnp.min(jnp.where(mask, logps, 0.0), axis=1))
+
+
+ANSWERS = ("Yes", "No")
+
+
+def question(prompt):
+    """What `yes` asks about a whole prompt."""
+    return f"Does this image describe {prompt.strip().rstrip('.')}?"
+
+
+def question_lengths(umm, lengths):
+    """umm.Lengths that hold the question about any prompt that `lengths` hold, and its answers."""
+    asked = umm.lengths(ANSWERS, [question("a")] * len(ANSWERS))
+    return asked._replace(question=asked.question + lengths.words + 4)     # 4: words may be cut otherwise in a sentence
+
+
+def yes(logps, mask):
+    """p(yes) / (p(yes) + p(no)) of B questions, each with its ANSWERS side by side: logps, mask [2 B, L] -> [B]."""
+    answers = jnp.sum(jnp.where(mask, logps, 0.0), axis=1).reshape(-1, len(ANSWERS))
+    return jax.nn.softmax(answers)[:, 0]
+
+
+MEANS = {"geometric": geometric_mean, "product": product, "minimum": minimum, "yes": yes}
 
 
 def join_tokens(text, spans, probabilities):

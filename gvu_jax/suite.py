@@ -4,11 +4,17 @@
                  score by category, and the AUC of the intrinsic reward (does it rank right pictures above wrong ones?).
                  Without a judge the score is the intrinsic reward itself.
     understand   pictures with several captions each: how often does the model find the true one most probable?
+
+Then what needs no world and only a `gvu_jax.Model`: `choose` (multiple choice by likelihood), `unify` (does the model
+believe its own pictures?) and `cycle` (are a prompt's words found again in the caption of its picture?). And what is
+made of many yes and no: `by_category` (means with intervals), `auc`, `reliability`.
 """
+import re
+
 import jax
 import numpy as np
 
-from gvu_jax import rewards, sharding
+from gvu_jax import data, rewards, sharding
 
 
 class Suite:
@@ -32,6 +38,21 @@ class Suite:
     def draw(self, policy, teacher):
         """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
         [prompts, G, H, W, 3], right bool [prompts, G] or None). policy draws, teacher scores; both are params."""
+        pictures, scores, right = self.sample(policy, teacher)
+        return *self.grade(scores, right), pictures, right
+
+    def grade(self, scores, right):
+        """The first two of `draw`, from the rewards [prompts, G] and right bool [prompts, G] or None."""
+        by_tag = rows_by_tag(self.metas)
+        drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
+        drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
+        if right is None:
+            return drawn, {}
+        areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
+        return drawn, {tag: area for tag, area in areas.items() if area is not None}
+
+    def sample(self, policy, teacher):
+        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and right bool [prompts, G] or None."""
         pictures, right, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
@@ -47,19 +68,14 @@ class Suite:
                 right.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
             pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
-        pictures, scores = np.concatenate(pictures), in_groups(scores)
-        right = in_groups(right) if self.judge else None
-        tags = np.array([meta.get("tag", "prompts") for meta in self.metas])
-        by_tag = {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
-        drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
-        drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
-        if right is None:
-            return drawn, {}, pictures, None
-        areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
-        return drawn, {tag: area for tag, area in areas.items() if area is not None}, pictures, right
+        return np.concatenate(pictures), in_groups(scores), in_groups(right) if self.judge else None
 
     def understand(self, params):
         """{test: share of its choices where the true caption has the highest mean log-probability}."""
+        return {name: float(right.mean()) for name, right in self.choices(params).items()}
+
+    def choices(self, params):
+        """{test: whether the true caption was chosen, bool [M]}."""
         return {name: self._choose(params, *test) for name, test in self.tests.items()}
 
     def _choose(self, params, pictures, captions):
@@ -74,7 +90,95 @@ class Suite:
             seen = self.programs.see(params, sharding.put(pictures[index[rows]], self.mesh))
             scores.append(sharding.fetch(self.mean(*self.programs.read(params, seen, prompts))))
         scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
-        return float((scores.argmax(axis=1) == 0).mean())
+        return scores.argmax(axis=1) == 0
+
+
+# ---- suites of any model -------------------------------------------------------------------------------------------
+
+CHUNK = 256          # questions whose pictures are in memory at a time
+
+
+def choose(model, choices):
+    """For each of data.read_choices: whether the right option has the highest mean log-probability, bool [M].
+
+    The options are compared over picture and question, without a list of them in between.
+    """
+    most, right = max(len(choice["options"]) for choice in choices), []
+    pairs = [(option, choice["question"]) for choice in choices for option in choice["options"]]
+    lengths = model.umm.lengths(*map(list, zip(*pairs)))                            # one compilation for all chunks
+    for start in range(0, len(choices), CHUNK):
+        chunk = choices[start:start + CHUNK]
+        texts = [(choice["options"] * most)[:most] for choice in chunk]             # filled up with options again
+        logps, mask = model.read([data.decode_choice(choice) for choice in chunk], sum(texts, []),
+                                 [choice["question"] for choice in chunk], lengths)
+        best = np.asarray(rewards.geometric_mean(logps, mask)).reshape(-1, most).argmax(axis=1)   # the first of equals
+        right += [found == choice["answer"] for found, choice in zip(best, chunk)]
+    return np.array(right)
+
+
+def unify(model, pictures, prompts):
+    """P(yes) [prompts, G] that the model gives to "Does this image describe ..?" of pictures [prompts, G, H, W, 3]."""
+    asked = [prompt for prompt in prompts for _ in range(pictures.shape[1])]
+    return model.believes(pictures.reshape(-1, *pictures.shape[2:]), asked).reshape(pictures.shape[:2])
+
+
+STOP_WORDS = set("a an the of and in on with is are there photo picture image".split())
+
+
+def content(text):
+    """The words of a text that say what it shows: lower case, in the singular, as a set."""
+    words = (re.sub("(?<=s)es$|(?<!s)s$", "", word) for word in re.findall(r"\w+", text.lower()))
+    return set(words) - STOP_WORDS
+
+
+def cycle(model, pictures, prompts, question):
+    """Captions of pictures [prompts, G, ..], what the model answers to `question`, and the share of their prompt's
+    words in them: (list of prompts x G texts, float [prompts, G])."""
+    captions = model.answer(pictures.reshape(-1, *pictures.shape[2:]), question, max_words=64)
+    asked = [content(prompt) for prompt in prompts for _ in range(pictures.shape[1])]
+    found = [len(words & content(caption)) / max(len(words), 1) for words, caption in zip(asked, captions)]
+    return captions, np.array(found).reshape(pictures.shape[:2])
+
+
+# ---- many yes and no -----------------------------------------------------------------------------------------------
+
+def rows_by_tag(metas):
+    """{category: which of the metas are of it, bool [prompts]}; those without a "tag" are one category."""
+    tags = np.array([meta.get("tag", "prompts") for meta in metas])
+    return {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
+
+
+def by_category(values, metas, draws=2000):
+    """{"overall" | category: [mean, low, high]} of values [prompts, G]; overall is the mean over categories.
+
+    low and high bound the 95 % of a bootstrap over prompts: means of as many prompts drawn with replacement. Pictures
+    of one prompt resemble each other, so a prompt goes with all of them, and with its repetitions. Where all values are
+    equal the interval is a point, as always with the bootstrap.
+    """
+    rng, found = np.random.default_rng(0), {}
+    prompts, values = np.array([meta["prompt"] for meta in metas]), np.asarray(values, float)
+    for tag, rows in rows_by_tag(metas).items():
+        _, which = np.unique(prompts[rows], return_inverse=True)
+        sums, counts = np.bincount(which, values[rows].mean(axis=1)), np.bincount(which)
+        drawn = rng.integers(len(sums), size=(draws, len(sums)))
+        found[tag] = values[rows].mean(), sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    means, drawn = zip(*found.values())
+    found = {"overall": (np.mean(means), np.mean(drawn, axis=0)), **found}
+    return {tag: [float(mean), *np.percentile(draws, [2.5, 97.5]).tolist()] for tag, (mean, draws) in found.items()}
+
+
+def reliability(scores, right, bins=10):
+    """How far a score can be taken for the probability of being right: {"error", "bins"}.
+
+    scores in [0, 1] and right bool, same shape. bins: as many scores in each, from the lowest to the highest; of each
+    its mean score, its share of right ones and its size. error: the expected calibration error, the mean distance of
+    the two (Naeini et al. 2015, here with bins of equal size).
+    """
+    order = np.argsort(np.ravel(scores), kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    found = [{"score": float(np.ravel(scores)[part].mean()), "right": float(np.ravel(right)[part].mean()),
+              "count": len(part)} for part in parts]
+    return {"error": sum(abs(b["score"] - b["right"]) * b["count"] for b in found) / len(order), "bins": found}
 
 
 def auc(scores, right):

@@ -35,13 +35,15 @@ from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.", required=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.")
 _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: this is process INDEX of COUNT.")
 
 
 def main(_):
     if _CONFIG.value is None:
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
+    if _WORKDIR.value is None:
+        raise ValueError("--workdir is missing: where should the run write?")
     if _HOSTS.value:
         sharding.join_hosts(_HOSTS.value)
     with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
@@ -93,6 +95,7 @@ def train(config, workdir, stop=Stop()):
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
         state = State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
     suite = build_suite(config, umm, method.programs, held_out, lengths)
+    method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first = int(state.step)

@@ -1,7 +1,6 @@
 """Whatever a user or a stranger's file brings ends in one clear line: settings, full disks, folders that mean harm, and
 bytes that nobody chose (hypothesis: the same few inputs each time; GVU_EXAMPLES=5000 makes it as many new ones)."""
 import contextlib
-import importlib
 import io
 import json
 import os
@@ -57,23 +56,6 @@ def model(tiny, folder):
     """A model and its folder."""
     checkpoint.save_model(folder / "model", *tiny[1:])
     return tiny[1], folder / "model"
-
-
-@pytest.fixture
-def command(monkeypatch):
-    """Runs a command line of the package in this process: (exit status or the line it ends with)."""
-    def run(tool, *arguments):
-        ours = [name for name in flags.FLAGS if name.startswith("config.")
-                or flags.FLAGS.find_module_defining_flag(name).startswith("gvu_jax")]
-        for name in ours:                                               # each command defines its own
-            delattr(flags.FLAGS, name)
-        sys.modules.pop(f"gvu_jax.{tool}", None)
-        monkeypatch.setattr(sys, "argv", [tool, *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.run(importlib.import_module(f"gvu_jax.{tool}").main)
-        assert "\n" not in str(ended.value.code)
-        return ended.value.code
-    return run
 
 
 # ------------------------------------------------------------------ bytes that nobody chose
@@ -492,11 +474,12 @@ def quick(tiny, monkeypatch):
     """Commands load a model that answers at once: what the disk does is not its affair."""
     class Quick:
         umm, params = tiny[1:]
-        mesh = one_device()
+        mesh, step = one_device(), None
 
-        def draw(self, prompts, *_):
-            for start in range(0, len(prompts), 4):                         # noise: 5 kB a picture
-                yield np.random.default_rng(start).integers(0, 256, (4, 1, 40, 40, 3), np.uint8)
+        def draw(self, prompts, *_, places):
+            for start in range(0, len(places), 4):                          # noise: 5 kB a picture
+                yield np.stack([np.random.default_rng(i).integers(0, 256, (1, 40, 40, 3), np.uint8)
+                                for i in places[start:start + 4]])
 
         def score(self, pictures, prompts):
             return [gvu_jax.Score(0.5, prompts, np.ones(1), prompts, np.full(1, 0.5))]
@@ -537,9 +520,10 @@ def test_score_on_a_disk_that_refuses(command, quick, disk, tmp_path, capsys):
 def test_evaluate_on_a_disk_that_refuses(command, quick, disk, monkeypatch, capsys):
     """The table is on the screen all the same, and the results of before are not lost."""
     class Suite:
-        draw = lambda self, *_: ({"overall": 0.25} | dict.fromkeys(gvu_jax.shapes.world.TAGS, 0.25), {},
-                                 np.zeros((12, 1, 8, 8, 3), np.uint8), np.zeros((12, 1), bool))
-        understand = lambda self, *_: {"long name": 0.75} | {f"{i}": 0.5 for i in range(1000)}
+        sample = lambda self, *_: (np.zeros((192, 1, 8, 8, 3), np.uint8), np.zeros((192, 1)), np.zeros((192, 1), bool))
+        grade = lambda self, *_: ({}, {})
+        choices = lambda self, *_: {"long name": np.array([True, True, True, False])} | {
+            f"{i}": np.array([True, False]) for i in range(200)}
     monkeypatch.setattr("gvu_jax.shapes.suite.build", lambda *_: Suite())
     (disk.path / "results.json").write_text("old")
     disk.leave(4)

@@ -1,5 +1,7 @@
 """Prompt files and the stream; picture files."""
 import io
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -25,6 +27,41 @@ def test_both_formats(tmp_path):
     assert data.read_prompts(tmp_path / "p.jsonl") == [{"prompt": "a cat", "tag": "single_object"}]
     with pytest.raises(FileNotFoundError, match="q.txt"):
         data.read_prompts(tmp_path / "q.txt")
+
+
+def test_a_folder_holds_a_prompt_in_each_file(tmp_path):
+    """DPG-Bench's: the file's name is the prompt's id."""
+    (tmp_path / "midjourney32.txt").write_text("A tall house\nby the sea.\n")
+    (tmp_path / "COCOval2014000000000241.txt").write_text("\ufeffA dog")
+    (tmp_path / "notes.md").write_text("no prompt")
+    assert data.read_prompts(tmp_path) == [{"id": "COCOval2014000000000241", "prompt": "A dog"},
+                                           {"id": "midjourney32", "prompt": "A tall house by the sea."}]
+    (tmp_path / "partiprompts7.txt").write_text(" ")
+    with pytest.raises(ValueError, match="partiprompts7.txt has no"):
+        data.read_prompts(tmp_path)
+
+
+def test_prompts_of_tensorflow_datasets(monkeypatch):
+    """The module is a stand-in here: names, splits and records are as tensorflow_datasets 4.9 takes and gives them."""
+    def data_source(name, split):
+        if name != "captions/long:1.0.0":
+            raise ValueError(f"Dataset {name} not found.\nAvailable datasets:\n...")
+        records = [{"text": {"en": b"a cat"}, "id": 1}, {"text": {"en": "a bl\u00e5 dog".encode()}, "id": 2}]
+        return records[:int(split.removeprefix("train[:").removesuffix("]"))]
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(data_source=data_source))
+        assert data.read_prompts("tfds:captions/long:1.0.0/train[:2]:text/en") == [
+            {"prompt": "a cat"}, {"prompt": "a bl\u00e5 dog"}]
+        for source, words in (("tfds:captions/long:1.0.0/train[:1]:id", "no text but a int"),
+                              ("tfds:captions/long:1.0.0/train[:1]:text/de", "no feature 'de'"),
+                              ("tfds:nothing/train[:1]:text", "Dataset nothing not found.$"),
+                              ("tfds:captions/long:1.0.0/train[:0]:id", "holds no prompts"),
+                              ("tfds:x:y", "of the form")):
+            with pytest.raises(ValueError, match=words):
+                data.read_prompts(source)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ValueError, match=r"pip install 'gvu_jax\[tfds\]'"):
+        data.read_prompts("tfds:captions/train:text")
 
 
 def test_the_stream_depends_on_seed_and_step_alone_and_visits_everything():

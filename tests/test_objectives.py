@@ -58,6 +58,15 @@ def test_reward_is_the_geometric_mean_and_does_not_underflow():
     np.testing.assert_allclose(long, 0.01, rtol=1e-4)
 
 
+def test_the_other_rewards():
+    logps = np.log(np.array([[0.5, 0.25, 0.9], [0.1, 0.3, 0.2]], np.float32))
+    mask = np.array([[True, True, False], [True, True, True]])
+    np.testing.assert_allclose(rewards.product(logps, mask), [0.125, 0.006], rtol=1e-5)
+    np.testing.assert_allclose(rewards.minimum(logps, mask), [0.25, 0.1], rtol=1e-5)
+    np.testing.assert_allclose(rewards.yes(logps, mask), [0.125 / 0.131], rtol=1e-5)
+    assert rewards.question("a photo of a cat. ") == "Does this image describe a photo of a cat?"
+
+
 @pytest.mark.parametrize("case", ["full", "lora", "lora_all"])
 def test_against_the_published_trainer(fixtures, case):
     import json

@@ -82,7 +82,7 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     settings = ConfigDict(dict(
         gvu=dict(prompts=len(config["prompts"]), group=group, clip=0.2, beta=config["beta"], anchor=0.0,
                  advantage_eps=config["advantage_eps"], inner_steps=1, micro_batches=1, waves=1),
-        reward=dict(teacher="policy", view="pixels"), lora=dict(rank=0)))
+        reward=dict(teacher="policy", view="pixels", mean="geometric"), lora=dict(rank=0)))
     settings.lora = lora_config or settings.lora
     tokens = jnp.asarray(golden["completion_image_tokens"], jnp.int32)
     ref_logps = jax.jit(umm.image_logps)(base, prompts, tokens)

@@ -110,13 +110,15 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
         *(f"0000{i}_{j}.png" for i in range(2) for j in range(4)), "grid.png"]
     call("generate", f"--checkpoint={work}", f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/geneval",
          "--layout=geneval", "--images_per_prompt=1")
-    assert (tmp_path / "geneval/00001/samples/00000.png").exists()
+    assert (tmp_path / "geneval/00001/samples/0000.png").exists()
     assert json.loads((tmp_path / "geneval/00001/metadata.jsonl").read_text())["prompt"] == "a photo of a cross"
     printed = call("evaluate", f"--checkpoint={work}", "--suite=shapes", f"--out={tmp_path}/eval", "--prompts=24",
                    "--images_per_prompt=1", "--choices=6")
     results = json.loads((tmp_path / "eval/results.json").read_text())
-    assert f"{results['scores']['overall']:.3f}" in printed and set(results["understanding"]) == {
+    assert f"{results['scores']['overall']:.3f}" in printed and set(results["understanding"]["scores"]) == {
         "four_way", "relation", "count", "binding"}
+    assert set(results["scores"]) == set(results["intervals"]) == set(results["calibration"])
+    assert sum(found["count"] for found in results["calibration"]["overall"]["bins"]) == 24
 
 
 @pytest.mark.parametrize("tool, arguments, word", [
@@ -127,7 +129,8 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     ("train", ["--config=configs/shapes.py"], "workdir"),
     ("generate", ["--checkpoint=nowhere", "--prompts=none.txt", "--out=o"], "none.txt"),
     ("evaluate", ["--checkpoint=nowhere", "--suite=shapes", "--out=o"], "nowhere"),
-    ("evaluate", ["--checkpoint=nowhere", "--suite=imagenet", "--out=o"], "imagenet")])
+    ("evaluate", ["--checkpoint=nowhere", "--suite=imagenet", "--out=o"], "imagenet"),
+    ("experiments", ["--name=normal", "--out=o"], "--config")])
 def test_a_mistake_ends_in_one_line(tmp_path, tool, arguments, word):
     arguments = [a.replace("configs/", f"{ROOT}/configs/") for a in arguments]
     done = subprocess.run([sys.executable, "-m", f"gvu_jax.{tool}", *arguments], cwd=tmp_path, capture_output=True,
@@ -216,6 +219,41 @@ def test_the_anchor_holds_reading_in_place(tiny, key):
     assert 1e-4 < distances[-1] < 0.7 * distances[0], distances
     with pytest.raises(ValueError, match="gvu.anchor"):
         method_of(tiny, **{"reward.teacher": "policy"})
+
+
+METAS = [{"prompt": "a photo of a red circle"}, {"prompt": "a photo of two crosses"}]
+
+
+def test_the_sentence_is_asked_about_as_a_whole(tiny, key):
+    """reward.mean=yes: each picture's own question, answered as when it is asked alone."""
+    method, base, state, prompts = method_of(tiny, **{"reward.mean": "yes"})
+    metas, group, umm = METAS * (method.config.gvu.prompts // 2), method.config.gvu.group, method.umm
+    method.lengths = umm.lengths([meta["prompt"] for meta in metas])
+    tokens = jax.random.randint(key, (len(metas) * group, umm.image_tokens), 0, 32)
+    method.config.reward.view = "tokens"
+    reward, _ = method.reward(base, base, tokens, None, prompts.repeat(group), metas)
+    for row, place in ((1, 0), (group, 1)):
+        asked = umm.encode_prompts(["yes", "no"], questions=[f"Does this image describe {metas[place]['prompt']}?"] * 2)
+        seen = np.repeat(tokens[row].reshape(1, *umm.grid), 2, axis=0)
+        (yes, *_), (no, *_) = np.exp(jax.jit(umm.text_logps)(base, seen, asked)[0])
+        np.testing.assert_allclose(reward[row], yes / (yes + no), rtol=1e-4)
+
+
+def test_an_oracle_judges_the_pixels(tiny, key):
+    method, base, state, prompts = method_of(tiny, **{"reward.mean": "oracle"})
+    metas, group = METAS * (method.config.gvu.prompts // 2), method.config.gvu.group
+    right, pixels = np.arange(len(metas) * group) % 3 == 0, np.zeros((len(metas) * group, 48, 48, 3), np.float32)
+
+    def judge(given, asked):
+        assert np.array_equal(given, pixels) and asked == [meta for meta in metas for _ in range(group)]
+        return right
+    method.judge = judge
+    tokens = jnp.zeros((len(right), method.umm.image_tokens), int)
+    reward, _ = method.reward(base, base, tokens, pixels, prompts.repeat(group), metas)
+    assert np.array_equal(reward, right)
+    for wrong in ({"reward.view": "tokens", "reward.mean": "oracle"}, {"reward.mean": "median"}):
+        with pytest.raises(ValueError, match="reward.mean"):
+            method_of(tiny, **wrong)
 
 
 def test_nothing_compiles_after_the_first_step(tiny, key):

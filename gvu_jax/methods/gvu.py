@@ -17,6 +17,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -31,9 +32,10 @@ class GvU:
     """The four programs of a step, each compiled once.
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
-    and `waves` under `gvu`; `reward.teacher` ("base" | "policy") and `reward.view` ("pixels" | "tokens"); `lora`. how:
-    how the policy samples, with images_per_prompt = group. mesh: see sharding.py. lengths: umm.Lengths that hold every
-    prompt of the run; only `rollout` needs them.
+    and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens") and `reward.mean`
+    (rewards.MEANS, or "oracle"); `lora`. how: how the policy samples, with images_per_prompt = group. mesh: see
+    sharding.py. lengths: umm.Lengths that hold every prompt of the run; `rollout` needs them. The attribute `judge`,
+    (pixels [S, H, W, 3], S metas) -> bool [S] on the host, is the oracle.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None):
@@ -42,7 +44,8 @@ class GvU:
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
-        self.mean = sharding.Program(rewards.geometric_mean, mesh)
+        self.mean = sharding.Program(rewards.MEANS.get(config.reward.mean, rewards.geometric_mean), mesh)
+        self.judge = None
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
 
     @staticmethod
@@ -70,6 +73,12 @@ class GvU:
             raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
         if config.reward.view not in ("pixels", "tokens"):
             raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
+        if config.reward.mean not in (*rewards.MEANS, "oracle"):
+            raise ValueError(f"reward.mean is {config.reward.mean!r}; it must be one of {', '.join(rewards.MEANS)}, "
+                             f"oracle")
+        if config.reward.mean == "oracle" and not (config.get("world") and config.reward.view == "pixels"):
+            raise ValueError("reward.mean = 'oracle' is the checker of the shapes world, which reads pixels: it needs "
+                             "configs/shapes.py and reward.view = 'pixels'")
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
@@ -83,13 +92,14 @@ class GvU:
         stream: the training prompts (see data.py). keys: two, for sampling and for rendering. clock.lap(phase, result)
         is told of each phase and returns its result.
         """
-        texts = [meta["prompt"] for meta in data.batch(stream, step, self.config.gvu.prompts)]
+        metas = data.batch(stream, step, self.config.gvu.prompts)
+        texts = [meta["prompt"] for meta in metas]
         prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
                             for times in (1, self.config.gvu.group))
         policy = self.policy(base, state.trainable)
         image_tokens, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
         pixels = clock.lap("render", self.render(base, image_tokens, prompts, keys[1]))
-        reward, read = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped))
+        reward, read = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped, metas))
         return grouped, image_tokens, logps, reward, read
 
     def sample(self, policy, prompts, key):
@@ -100,11 +110,21 @@ class GvU:
         """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens. prompts: one row per prompt."""
         return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
 
-    def reward(self, base, policy, image_tokens, pixels, prompts):
-        """-> reward [S] in (0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample."""
+    def reward(self, base, policy, image_tokens, pixels, prompts, metas=()):
+        """-> reward [S] in [0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample.
+        metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words."""
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
         logps, mask = self.programs.read(teacher, seen, prompts)
+        each = [meta for meta in metas for _ in range(self.config.gvu.group)]
+        if self.config.reward.mean == "yes":
+            asked = [rewards.question(meta["prompt"]) for meta in each for _ in rewards.ANSWERS]
+            asked = sharding.place_prompts(self.umm, rewards.ANSWERS * len(each),
+                                           rewards.question_lengths(self.umm, self.lengths), self.mesh, questions=asked)
+            return self.mean(*self.programs.read(teacher, seen, asked)), (seen, logps)
+        if self.config.reward.mean == "oracle":
+            right = self.judge(sharding.fetch(pixels), each)
+            return sharding.put(right.astype(np.float32), self.mesh), (seen, logps)
         return self.mean(logps, mask), (seen, logps)
 
     def loss(self, trainable, base, batch, old_logps, first):

@@ -4,10 +4,14 @@
     relation      "A left of B" against "A right of B"          count    n against n +- 1
     binding       colors exchanged                              (two-way: 0.5 is chance)
 """
+import re
+
 import numpy as np
 
 from gvu_jax.shapes import checker, world
 from gvu_jax.suite import Suite
+
+WORDS = {"numbers": world.NUMBERS, "colors": world.COLORS, "relations": world.RELATIONS}
 
 
 def choose_prompts(metas, count, rng):
@@ -18,6 +22,12 @@ def choose_prompts(metas, count, rng):
         need = count // len(world.TAGS) + (i < count % len(world.TAGS))
         chosen += [of_tag[j] for k in range(-(-need // len(of_tag))) for j in rng.permutation(len(of_tag))][:need]
     return chosen
+
+
+def remove_words(prompt, kind):
+    """The prompt without its words of one kind of WORDS; a relation leaves "and" behind."""
+    less = re.sub(rf"\b({'|'.join(WORDS[kind])})\b", "and" if kind == "relations" else "", prompt)
+    return " ".join(less.split())
 
 
 def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed):

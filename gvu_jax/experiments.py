@@ -1,0 +1,177 @@
+"""The claims of the GvU paper in the shapes world: each experiment is a list of settings, trained with several seeds.
+
+    python -m gvu_jax.experiments --config=configs/shapes.py --name=reward --out=evidence [--seeds=3]
+
+    normal           GvU on a base that draws about half of its prompts rightly
+    weak             on one that was taught to draw badly
+    understanding    what becomes of its reading, with and without the anchor
+    words            the reward of pictures that are drawn without a prompt's numbers, colors or relations
+    teacher          who judges, the base or the policy, and what it sees, pixels or tokens
+    reward           what one number is made of the probabilities of the words
+    group            pictures of a prompt, at as many pictures a step
+    beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
+    oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
+    all              all of these
+
+Runs lie in OUT/runs and serve every experiment that has their settings; all share the base in config.cache. Given
+again, the command goes on where it stopped, and does not repeat what is finished. Writes OUT/results.json,
+OUT/experiments.json (what was compared) and OUT/report.html, of the experiment named last, and prints its table: means
+over the seeds with 95 % of Student's t.
+"""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from scipy import stats
+
+import gvu_jax
+from gvu_jax import cli, report, rewards, train
+from gvu_jax.metrics import read_json, replace_file
+from gvu_jax.shapes import suite, world
+from gvu_jax.stop import STOPPED, Stop
+
+ALONE = {"reward.teacher": "policy", "gvu.anchor": 0.0}          # the policy judges itself: nothing holds its reading
+ARMS = {                                                         # {} is the config as given
+    "normal": [{}],
+    "weak": [{"pretrain.backbone.mismatched": 0.6, "steps": 300}],                            # the preset of this name
+    "understanding": [{}, {"gvu.anchor": 0.0}],
+    "words": [{}],
+    "teacher": [{}, {"gvu.anchor": 0.0}, ALONE, {"reward.view": "tokens"}],
+    "reward": [{}, *({"reward.mean": mean} for mean in ("product", "minimum", "yes"))],
+    "group": [{"gvu.group": group, "gvu.prompts": 288 // group} for group in (2, 4, 8, 16)],
+    "beta": [{}, *({"gvu.beta": beta} for beta in (0.5, 0.1, 0.004, 0.0)), {"gvu.beta": 0.0} | ALONE],
+    "oracle": [{}, {"reward.mean": "oracle"}],
+}
+ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in ARMS.values() for arm in arms)]
+PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
+
+_NAME = flags.DEFINE_enum("name", None, list(ARMS), "Which experiment.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Folder for runs and results; the same for all experiments.", required=True)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm: config.seed = 0, 1, ..", lower_bound=1)
+
+
+def main(_):
+    if flags.FLAGS.config is None:
+        raise ValueError("--config is missing: give configs/shapes.py, or, for a first impression, "
+                         "configs/shapes.py:smoke")
+    with Stop() as stop:
+        if run(_NAME.value, flags.FLAGS.config, Path(_OUT.value), _SEEDS.value, stop) is None:
+            return STOPPED
+
+
+def run(name, config, out, seeds, stop=Stop()):
+    """Trains what experiment `name` compares, `seeds` runs of each arm, and writes and prints what came out.
+
+    Returns the results (dict), or None where `stop` ended it before its time. ValueError where `out` holds runs with
+    other settings than `config` (ConfigDict) has.
+    """
+    if not config.get("world"):
+        raise ValueError("the experiments need a world with a checker: give --config=configs/shapes.py")
+    arms = []
+    for overrides in ARMS[name]:
+        arm = {"label": label(overrides), "overrides": overrides, "runs": []}
+        for seed in range(seeds):
+            folder = Path("runs") / re.sub(r"[^\w.=]+", "_", arm["label"]) / f"seed{seed}"
+            if not finish(config, overrides | {"seed": seed}, out / folder, stop):
+                return None
+            arm["runs"].append(str(folder))
+        arms.append(arm)
+    replace_file(out / "experiments.json", json.dumps({"name": name, "arms": arms}, indent=1))
+    measured = [measure(arm, [read_json(out / folder / "summary.json") for folder in arm["runs"]]) for arm in arms]
+    results = {"name": name, "seeds": seeds, "arms": measured}
+    if name in ("words", "all"):
+        results["words"] = measure_words([out / folder for folder in arms[0]["runs"]])
+    replace_file(out / "results.json", json.dumps(results, indent=1))
+    print(table(results), f"\n{out}: report in {report.write_comparison(out)}")
+    return results
+
+
+def label(overrides):
+    """What a table calls an arm."""
+    return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "as given"
+
+
+def finish(config, overrides, folder, stop):
+    """Trains a run to its end, unless it is there already. False where `stop` came first."""
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides)
+    summary, settings = folder / "summary.json", folder / "config.json"
+    if summary.exists() and "after" in read_json(summary) and read_json(settings) == json.loads(config.to_json()):
+        return True
+    print(f"{folder}: training", flush=True)
+    return train.train(config, folder, stop) is not None
+
+
+def measure(arm, summaries):
+    """An arm with {"before" | "after" | "change": {measure: [mean, low, high]}} over the summaries of its runs."""
+    found = {}
+    for moment in ("before", "after"):
+        found[moment] = [summary[moment] | {f"understanding {name}": value for name, value in
+                                            summary[f"understanding_{moment}"].items()} for summary in summaries]
+    found["change"] = [{name: after[name] - before[name] for name in after}
+                       for before, after in zip(found["before"], found["after"])]
+    return arm | {moment: {name: interval([values[name] for values in runs]) for name in runs[0]}
+                  for moment, runs in found.items()}
+
+
+def interval(values):
+    """[mean, low, high]: 95 % of Student's t over the seeds; with one seed there is no interval, but two None."""
+    mean, count = float(np.mean(values)), len(values)
+    if count == 1:
+        return [mean, None, None]
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return [mean, mean - half, mean + half]
+
+
+def measure_words(folders):
+    """{kind of words: {"full" | "removed" | "change": [mean, low, high]}} over runs; each keeps what it gave."""
+    runs = []
+    for folder in folders:
+        if not (folder / "words.json").exists():
+            drops = drop_words(gvu_jax.load(folder), gvu_jax.load(folder / "base"))
+            replace_file(folder / "words.json", json.dumps(drops, indent=1))
+        runs.append(read_json(folder / "words.json"))
+    return {kind: {name: interval([run[kind][name] for run in runs]) for name in runs[0][kind]} for kind in runs[0]}
+
+
+def drop_words(policy, teacher):
+    """What numbers, colors and relations are worth: {kind: {"full", "removed", "change": mean reward}}.
+
+    The policy draws held-out prompts as they are, and again without their words of one kind; the teacher (both are
+    gvu_jax.Model) scores all pictures for the full prompts. What a word did for the picture is what its loss costs.
+    """
+    rng, held_out, rows = np.random.default_rng(0), world.split_prompts()[1], []
+    for kind in suite.WORDS:
+        pairs = [(meta["prompt"], suite.remove_words(meta["prompt"], kind)) for meta in held_out]
+        pairs = [(kind, full, less) for full, less in pairs if less != full]
+        rows += [pairs[i] for i in rng.permutation(len(pairs))[:PROMPTS]]
+    kinds, full, less = map(list, zip(*rows))
+    pictures = policy.generate(full + less, images_per_prompt=GROUP)
+    asked = [prompt for prompt in full + full for _ in range(GROUP)]
+    reward = rewards.geometric_mean(*teacher.read(pictures.reshape(-1, *pictures.shape[2:]), asked))
+    reward, kinds, found = np.asarray(reward).reshape(2, len(rows), GROUP).mean(axis=2), np.array(kinds), {}
+    for kind in suite.WORDS:
+        drawn, without = reward[:, kinds == kind].mean(axis=1).tolist()
+        found[kind] = {"full": drawn, "removed": without, "change": without - drawn}
+    return found
+
+
+def table(results):
+    """The results as text: every measure of a single arm, else what was drawn and read overall."""
+    few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else ["overall", "understanding four_way"]
+    head = lambda first, second, *names: f"{first:<44}{second:<24}" + "".join(f"{n:>9}" for n in names) + "   95 %"
+    lines = [head("arm", "measure", "before", "after", "change")]
+    row = lambda first, second, *parts: f"{first:<44}{second:<24}" + "".join(f"{p[0]:9.3f}" for p in parts) + (
+        f"   [{parts[-1][1]:+.3f}, {parts[-1][2]:+.3f}]" if parts[-1][1] is not None else "")
+    lines += [row(arm["label"], name, arm["before"][name], arm["after"][name], arm["change"][name])
+              for arm in results["arms"] for name in few(arm)]
+    if "words" in results:
+        lines += ["", head("reward of pictures drawn", "without", "full", "removed", "change")]
+        lines += [row("", kind, *found.values()) for kind, found in results["words"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,83 @@
+"""Experiments: runs that are shared and not repeated, intervals over seeds, and words that are taken out of prompts."""
+import json
+
+import numpy as np
+import pytest
+
+import gvu_jax
+from conftest import one_device, tiny_config
+from gvu_jax import experiments, report, train
+from gvu_jax.shapes import suite
+
+
+def test_every_arm_can_be_configured():
+    from gvu_jax.methods import gvu
+    for arm in experiments.ARMS["all"]:
+        config = tiny_config()
+        config.update_from_flattened_dict(arm)
+        gvu.check(config)
+    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 18
+
+
+def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
+    config, written = tiny_config(), []
+    config.update(steps=1)
+    config.eval.update(every=1)
+    monkeypatch.setitem(experiments.ARMS, "oracle", [{"reward.mean": "oracle"}])
+    monkeypatch.setattr(report, "write_comparison", lambda folder: written.append(folder) or folder / "report.html",
+                        raising=False)
+    results = experiments.run("oracle", config, tmp_path, 1)
+    told = json.loads((tmp_path / "experiments.json").read_text())
+    assert written == [tmp_path] and told == {"name": "oracle", "arms": [
+        {"label": "reward.mean=oracle", "overrides": {"reward.mean": "oracle"},
+         "runs": ["runs/reward.mean=oracle/seed0"]}]}
+    summary = json.loads((tmp_path / told["arms"][0]["runs"][0] / "summary.json").read_text())
+    assert results["arms"][0]["after"]["overall"] == [summary["after"]["overall"], None, None]
+    assert f"{summary['understanding_after']['four_way']:9.3f}" in capsys.readouterr().out
+
+    monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it was there already"))
+    assert experiments.run("oracle", config, tmp_path, 1) == results
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    config.gvu.beta = 0.5
+    trained = []
+    monkeypatch.setattr(train, "train", lambda config, folder, stop: trained.append(folder))
+    assert experiments.run("oracle", config, tmp_path, 1) is None and len(trained) == 1, "stopped in an unfinished run"
+
+
+def test_intervals_over_seeds():
+    mean, low, high = experiments.interval([0.2, 0.3, 0.4])
+    half = 4.3027 * 0.1 / np.sqrt(3)                                      # t of two degrees of freedom at 0.975
+    np.testing.assert_allclose([mean, high - mean, mean - low], [0.3, half, half], rtol=1e-4)
+    summaries = [{"before": {"overall": 0.5}, "after": {"overall": after}, "understanding_before": {"four_way": 0.9},
+                  "understanding_after": {"four_way": 0.9}} for after in (0.6, 0.8)]
+    arm = experiments.measure({"label": "as given"}, summaries)
+    np.testing.assert_allclose(arm["change"]["overall"], [0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1], rtol=1e-3)
+    assert arm["change"]["understanding four_way"] == [0, 0, 0]
+    assert "[-1.071, +1.471]" in experiments.table({"arms": [arm]})
+
+
+@pytest.mark.parametrize("kind, prompt, less", [
+    ("numbers", "a photo of two red circles", "a photo of red circles"),
+    ("colors", "an image of a red cross above a square", "an image of a cross above a square"),
+    ("relations", "a picture of a cross left of a blue square", "a picture of a cross and a blue square")])
+def test_words_are_taken_out(kind, prompt, less):
+    assert suite.remove_words(prompt, kind) == less
+    assert all(suite.remove_words(less, kind) == less for kind in (kind, "numbers"))
+
+
+def test_what_words_are_worth(tiny, monkeypatch):
+    """All pictures are scored for the full prompts, also those that were drawn without some of their words."""
+    model = gvu_jax.Model(*tiny[1:], one_device())
+    monkeypatch.setattr(experiments, "PROMPTS", 2)
+    asked, read = [], model.read
+
+    def remember(pictures, texts):
+        asked.extend(texts)
+        return read(pictures, texts)
+    monkeypatch.setattr(model, "read", remember)
+    found = experiments.drop_words(model, model)
+    half = len(asked) // 2
+    assert half == 3 * 2 * experiments.GROUP and asked[:half] == asked[half:]
+    assert set(found) == {"numbers", "colors", "relations"}
+    for kind, values in found.items():
+        assert 0 < values["full"] < 1 and values["change"] == values["removed"] - values["full"]

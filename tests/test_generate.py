@@ -1,0 +1,124 @@
+"""What public evaluators read: each layout is walked as its evaluator does, and drawn again where it is broken."""
+import io
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import gvu_jax
+from conftest import one_device
+from gvu_jax import sharding
+
+PROMPTS = ["a photo of a red circle", "a photo of two crosses", "a photo of a red circle"]      # one stands there twice
+METAS = [{"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": prompt} for prompt in PROMPTS]
+
+
+class Noise:
+    """A model that draws at once, and whose pictures depend on what those of a Model depend on."""
+    step = None
+
+    def draw(self, prompts, seed, images_per_prompt, how, places=None):
+        self.drawn = list(range(len(prompts)) if places is None else places)
+        for i in self.drawn:
+            yield np.stack([[np.random.default_rng([seed, i, j]).integers(0, 256, (48, 48, 3), np.uint8)
+                             for j in range(images_per_prompt)]])
+
+
+@pytest.fixture
+def generate(command, monkeypatch, tmp_path):
+    """Runs the command in tmp_path, whose p.jsonl, p.txt and dpg/ hold PROMPTS: (its end, the files, places drawn)."""
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(meta) + "\n" for meta in METAS))
+    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "dpg").mkdir()
+    for name, prompt in zip(("COCOval2014000000000241", "midjourney32", "partiprompts7"), PROMPTS):
+        (tmp_path / f"dpg/{name}.txt").write_text(prompt + "\n")
+    model = Noise()
+    monkeypatch.setattr(gvu_jax, "load", lambda path: model)
+    monkeypatch.chdir(tmp_path)
+
+    def run(prompts, *arguments):
+        model.drawn = []
+        end = command("generate", "--checkpoint=x", f"--prompts={prompts}", "--out=out", *arguments)
+        files = {str(path.relative_to(tmp_path / "out")): path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+        return end, {name: path.read_bytes() for name, path in sorted(files.items())}, model.drawn
+    return run
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def test_geneval_as_its_evaluator_walks_it(generate):
+    end, files, _ = generate("p.jsonl", "--layout=geneval", "--images_per_prompt=2")
+    assert end is None and sorted(os.listdir("out")) == ["00000", "00001", "00002"]
+    for i, folder in enumerate(sorted(os.listdir("out"))):
+        assert folder.isdigit() and json.loads(files[f"{folder}/metadata.jsonl"]) == METAS[i]
+        names = os.listdir(f"out/{folder}/samples")
+        assert sorted(names) == ["0000.png", "0001.png"] and all(re.match(r"\d+\.png", name) for name in names)
+        assert pixels(files[f"{folder}/samples/0000.png"]).shape == (48, 48, 3) and f"{folder}/grid.png" in files
+    assert files["00000/samples/0000.png"] != files["00002/samples/0000.png"], "the same prompt, drawn twice"
+
+
+def test_what_is_there_whole_is_not_drawn_again(generate):
+    _, whole, drawn = generate("p.txt")
+    assert drawn == [0, 1, 2] and len(whole) == 3 * 4 + 1
+    os.remove("out/00000_1.png")
+    with open("out/00002_0.png", "r+b") as file:
+        file.truncate(len(whole["00002_0.png"]) // 2)
+    untouched = os.stat("out/00001_0.png").st_mtime_ns
+    _, again, drawn = generate("p.txt")
+    assert drawn == [0, 2] and again == whole and os.stat("out/00001_0.png").st_mtime_ns == untouched
+    assert generate("p.txt")[2] == []
+    _, other, drawn = generate("p.txt", "--seed=1")
+    assert drawn == [0, 1, 2] and other["00000_0.png"] != whole["00000_0.png"], "other pictures are not taken for these"
+    with open("p.txt", "w") as file:
+        file.write("\n".join([PROMPTS[0], "a photo of two circles", PROMPTS[2]]))
+    assert generate("p.txt", "--seed=1")[2] == [1]
+
+
+def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(tiny):
+    model, everywhere = (gvu_jax.Model(*tiny[1:], mesh) for mesh in (one_device(), sharding.make_mesh()))
+    alone = model.generate(PROMPTS, seed=5, images_per_prompt=2)
+    assert not np.array_equal(alone[0], alone[2]), "the same prompt at another place"
+    third, = model.draw(PROMPTS, 5, 2, places=[2])
+    np.testing.assert_array_equal(third[0], alone[2])
+    np.testing.assert_array_equal(alone[:, :1], everywhere.generate(PROMPTS, seed=5))
+
+
+def test_dpg_cuts_four_pictures_out_of_one(generate):
+    _, files, _ = generate("dpg", "--layout=dpg", "--seed=5")
+    assert list(files) == ["COCOval2014000000000241.png", "midjourney32.png", "partiprompts7.png"]
+    for content, [four] in zip(files.values(), Noise().draw(PROMPTS, 5, 4, None)):
+        corners = [(0, 0), (48, 0), (0, 48), (48, 48)]                     # left, top, as its evaluator crops them
+        crops = [Image.open(io.BytesIO(content)).crop((x, y, x + 48, y + 48)) for x, y in corners]
+        np.testing.assert_array_equal([np.asarray(crop) for crop in crops], four)
+
+
+def test_genevalpp_has_one_jpeg_a_line(generate):
+    _, files, drawn = generate("p.jsonl", "--layout=genevalpp")
+    assert list(files) == ["1.jpg", "2.jpg", "3.jpg"] and drawn == [0, 1, 2]
+    assert all(Image.open(io.BytesIO(content)).format == "JPEG" for content in files.values())
+    assert generate("p.jsonl", "--layout=genevalpp")[1:] == (files, [])
+
+
+def test_t2icompbench_finds_the_prompt_in_the_name(generate):
+    _, files, _ = generate("p.txt", "--layout=t2icompbench", "--images_per_prompt=2")
+    names = sorted(os.listdir("out/samples"), key=lambda name: int(name.split("_")[-1].split(".")[0]))
+    assert len(files) == len(names) == 6
+    assert [name.split("_")[0] for name in names] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [name.split("_")[1] for name in names] == [f"{i:06d}.png" for i in range(6)]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (("p.txt", "--layout=dpg"), "ID.txt"), (("dpg", "--layout=dpg", "--images_per_prompt=2"), "4 pictures"),
+    (("p.txt", "--layout=genevalpp", "--images_per_prompt=4"), "1 pictures"), (("p.txt", "--layout=coco"), "coco"),
+    (("slash.txt", "--layout=t2icompbench"), "holds _ or /"), (("empty",), "no prompts")])
+def test_a_mistake_ends_in_one_line_before_anything_is_drawn(generate, arguments, words):
+    os.mkdir("empty")
+    with open("slash.txt", "w") as file:
+        file.write("a red/blue cross")
+    end, files, drawn = generate(*arguments)
+    assert words in end and not files and not drawn
