@@ -7,7 +7,7 @@ setup(
     description="Teach unified multimodal models to draw what they already understand: GvU on X-Omni, in JAX.",
     license="Apache-2.0",
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
-    package_data={"gvu_jax": ["report.html.j2"]},
+    package_data={"gvu_jax": ["*.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu", "grain",

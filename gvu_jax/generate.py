@@ -17,7 +17,7 @@ import gvu_jax
 from gvu_jax import cli
 from gvu_jax.data import read_prompts
 from gvu_jax.metrics import Progress, replace_file
-from gvu_jax.report import image_grid, write_picture
+from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)

@@ -31,7 +31,8 @@ class Suite:
 
     def draw(self, policy, teacher):
         """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
-        [prompts, G, H, W, 3], right bool [prompts, G] or None). policy draws, teacher scores; both are params."""
+        [prompts, G, H, W, 3], right bool [prompts, G] or None, rewards float32 [prompts, G]). policy draws, teacher
+        scores; both are params."""
         pictures, right, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
@@ -49,14 +50,18 @@ class Suite:
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
         pictures, scores = np.concatenate(pictures), in_groups(scores)
         right = in_groups(right) if self.judge else None
-        tags = np.array([meta.get("tag", "prompts") for meta in self.metas])
-        by_tag = {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
+        by_tag = self.categories()
         drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
         drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
         if right is None:
-            return drawn, {}, pictures, None
+            return drawn, {}, pictures, None, scores
         areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
-        return drawn, {tag: area for tag, area in areas.items() if area is not None}, pictures, right
+        return drawn, {tag: area for tag, area in areas.items() if area is not None}, pictures, right, scores
+
+    def categories(self):
+        """{category: bool [prompts], its own}, in the prompts' order; a prompt without a "tag" is of "prompts"."""
+        tags = np.array([meta.get("tag", "prompts") for meta in self.metas])
+        return {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
 
     def understand(self, params):
         """{test: share of its choices where the true caption has the highest mean log-probability}."""
@@ -66,15 +71,29 @@ class Suite:
         ways = len(captions[0])
         texts = [text for choice in captions for text in choice]
         index = np.repeat(np.arange(len(captions)), ways)
-        scores = []
+        scores = [sharding.fetch(self.mean(*read)) for read in self._read(params, pictures, index, texts)]
+        scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
+        return float((scores.argmax(axis=1) == 0).mean())
+
+    def read_words(self, params, pictures, texts):
+        """What `params` reads of each text in its picture, [M, H, W, 3] in [0, 1]: M dicts of "reward", "words" and
+        their "probabilities"."""
+        reads = [sharding.fetch((self.mean(*read), *read))
+                 for read in self._read(params, pictures, np.arange(len(texts)), texts)]
+        rows = [row for read in reads for row in zip(*read)][:len(texts)]
+        joined = [rewards.join_words(self.umm.tokenizer, text, np.exp(logps[real]))
+                  for text, (_, logps, real) in zip(texts, rows)]
+        return [{"reward": float(reward), "words": words, "probabilities": probabilities}
+                for (reward, _, _), (words, probabilities) in zip(rows, joined)]
+
+    def _read(self, params, pictures, index, texts):
+        """logps and mask [rows, L] of one call after the other; texts[i] is about pictures[index[i]]."""
         for start in range(0, len(texts), self.rows):
             # The last call is filled up by repeating its first rows: one set of shapes, one compilation.
             rows = (start + np.arange(self.rows)) % len(texts)
             prompts = sharding.place_prompts(self.umm, [texts[i] for i in rows], self.lengths, self.mesh)
             seen = self.programs.see(params, sharding.put(pictures[index[rows]], self.mesh))
-            scores.append(sharding.fetch(self.mean(*self.programs.read(params, seen, prompts))))
-        scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
-        return float((scores.argmax(axis=1) == 0).mean())
+            yield self.programs.read(params, seen, prompts)
 
 
 def auc(scores, right):
@@ -89,3 +108,15 @@ def auc(scores, right):
     mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[rank]                    # 1-based, ties share their mean rank
     wins = mean_rank[right].sum() - right.sum() * (right.sum() + 1) / 2
     return float(wins / (right.sum() * (~right).sum()))
+
+
+def reliability(scores, right, bins=10):
+    """How often pictures of about one score are right: [{"reward", "right", "count"}], lowest first.
+
+    scores float in [0, 1], right bool, same shape. [0, 1] is cut into `bins` equal parts; those that no score falls
+    into are left out, the others give their mean score and the share of right pictures.
+    """
+    scores, right = np.ravel(scores), np.ravel(right)
+    part = np.minimum((scores * bins).astype(int), bins - 1)
+    return [{"reward": float(scores[part == k].mean()), "right": float(right[part == k].mean()),
+             "count": int((part == k).sum())} for k in np.unique(part)]

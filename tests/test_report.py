@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from gvu_jax.metrics import MetricsWriter
-from gvu_jax.report import (
-    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap, write_report)
+from gvu_jax.pictures import (
+    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap)
+from gvu_jax.report import write_report
 
 EVIL = "<script>alert('a red circle')</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
