@@ -127,7 +127,8 @@ class Model:
             for j, i in enumerate(rows):
                 ids, real = encoded.words[j], encoded.words_mask[j]
                 probabilities = np.exp(logps[j][real])
-                words, products = rewards.join_words(tokenizer, prompts[i], probabilities)
+                spans = tokenizer(prompts[i], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+                words, products = rewards.join_tokens(prompts[i], spans, probabilities)
                 scores[i] = Score(float(reward[j]), [tokenizer.decode([t]) for t in ids[real]], probabilities, words,
                                   np.array(products, np.float32))
         return scores

@@ -8,7 +8,7 @@ samples/before.json and samples/after.json hold
     pictures      those pictures, PNG in base64, in the same order: how the second evaluation finds those of the first
     prompts       every held-out prompt, the hardest first: [{"prompt", "tag", "score", "reward"}], means over its
                   pictures; score, the share that are right, is null where nothing judges them
-    reliability   how often pictures of about one reward are right: {category: see suite.reliability}
+    reliability   how far the reward says how often pictures are right: {category: see suite.reliability}
 
 and samples/hardest.png shows the hardest prompts of the last evaluation.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 
 from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.pictures import image_grid, write_picture
-from gvu_jax.suite import reliability
+from gvu_jax.suite import reliability, rows_by_tag
 
 MOST = 6           # prompts that are read word by word, or shown as the hardest; pictures of each of these
 
@@ -29,11 +29,10 @@ MOST = 6           # prompts that are read word by word, or shown as the hardest
 def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
     """Writes notes/samples/{moment}.json and hardest.png; moment is "before" or "after".
 
-    policy, base: params, after and before training. drawn: pictures uint8 [prompts, G, H, W, 3], right bool
-    [prompts, G] or None and rewards float32 [prompts, G] of suite.draw. workdir: the run's, which all hosts see and
-    where the second evaluation finds what the first has written; notes: where this process writes.
+    policy, base: params, after and before training. drawn: what suite.sample returns. workdir: the run's, which
+    all hosts see and where the second evaluation finds what the first has written; notes: where this process writes.
     """
-    (pictures, right, rewards), categories = drawn, suite.categories()
+    (pictures, rewards, right), categories = drawn, rows_by_tag(suite.metas)
     tags = {i: tag for tag, rows in categories.items() for i in np.flatnonzero(rows)}
     prompts = [meta["prompt"] for meta in suite.metas]
     groups = [np.flatnonzero(rows) for rows in categories.values()]

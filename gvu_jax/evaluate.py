@@ -42,7 +42,7 @@ def main(_):
     shapes = suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH, _IMAGES.value,
                          _CHOICES.value, model.umm.lengths([meta["prompt"] for meta in train + held_out]),
                          world.compositions(held_out), _SEED.value)
-    scores, areas, pictures, right, _ = shapes.draw(model.params, model.params)
+    scores, areas, pictures, right = shapes.draw(model.params, model.params)
     understanding = shapes.understand(model.params)
     results = {"suite": "shapes", "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value,
                "pictures": int(right.size), "scores": scores, "auc": areas, "understanding": understanding}

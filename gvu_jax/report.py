@@ -53,7 +53,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     )
     areas = _before_and_after({}, "", summary.get("auc_before") or summary.get("auc"), summary.get("auc_after"))
     before, after = (read(f"samples/{moment}.json") or {} for moment in ("before", "after"))
-    bins = [told.get("reliability", {}) for told in (before, after)]
+    trust = [told.get("reliability", {}) for told in (before, after)]
     html = _page("report.html.j2").render(
         name=workdir.resolve().name,
         steps=max(run, default=0),
@@ -64,8 +64,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
         scale=[_css(color) for color in HEATMAP_COLORS],
         hardest=_hardest(before.get("prompts", []), after.get("prompts", [])),
         auc=areas,
-        calibration=_before_and_after({}, "", *(_calibration_errors(told) for told in bins)),
-        reliability=_reliability_curves(*bins),
+        calibration=_before_and_after({}, "", *({name: of["error"] for name, of in told.items()} for told in trust)),
+        reliability=_reliability_curves(*trust),
         learning=_learning_curves(run),
         health=_health_curves(run),
         not_finite=_count_not_finite(metrics),
@@ -383,22 +383,14 @@ def _hardest(before: list[dict], after: list[dict]) -> list[dict]:
     ]
 
 
-def _calibration_errors(reliability: dict[str, list[dict]]) -> dict[str, float]:
-    """{category: mean |reward - share right| over its bins, weighed by their pictures} (Guo et al., 2017)."""
-    return {
-        name: sum(bin["count"] * abs(bin["reward"] - bin["right"]) for bin in bins) / sum(bin["count"] for bin in bins)
-        for name, bins in reliability.items()
-    }
-
-
-def _reliability_curves(before: dict[str, list[dict]], after: dict[str, list[dict]]) -> list[dict]:
+def _reliability_curves(before: dict[str, dict], after: dict[str, dict]) -> list[dict]:
     """The share of right pictures over the reward: all before and after, then by category as of the last evaluation."""
-    points = lambda bins: [[(bin["reward"], bin["right"]) for bin in bins]]
-    both = {"before": before.get("overall", []), "after": after.get("overall", [])}
-    last = {name: bins for name, bins in (after or before).items() if name != "overall"}
+    points = lambda told: [[(bin["score"], bin["right"]) for bin in told["bins"]]]
+    both = {moment: told["overall"] for moment, told in (("before", before), ("after", after)) if told}
+    last = {name: told for name, told in (after or before).items() if name != "overall"}
     note = "share of right pictures over their reward; dashed: the reward is that share"
     charts = [
-        _chart(title, note, {name: points(bins) for name, bins in of.items() if bins}, (0.0, 1.0), width=1.0)
+        _chart(title, note, {name: points(told) for name, told in of.items()}, (0.0, 1.0), width=1.0)
         for title, of in (("Reliability", both), (f"By category, {'after' if after else 'before'}", last))
     ]
     return [chart for chart in charts if chart]

@@ -37,9 +37,3 @@ def join_tokens(text, spans, probabilities):
         reach = max(reach, end)
     words = [" ".join(text[start:end].split()) for start, end in zip(starts, [*starts[1:], len(text)])]
     return words, products
-
-
-def join_words(tokenizer, text, probabilities):
-    """`join_tokens` for a text and the probabilities of the tokens that the tokenizer makes of it."""
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return join_tokens(text, spans, probabilities)

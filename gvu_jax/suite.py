@@ -31,8 +31,22 @@ class Suite:
 
     def draw(self, policy, teacher):
         """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
-        [prompts, G, H, W, 3], right bool [prompts, G] or None, rewards float32 [prompts, G]). policy draws, teacher
-        scores; both are params."""
+        [prompts, G, H, W, 3], right bool [prompts, G] or None). policy draws, teacher scores; both are params."""
+        pictures, scores, right = self.sample(policy, teacher)
+        return *self.grade(scores, right), pictures, right
+
+    def grade(self, scores, right):
+        """The first two of `draw`, from the rewards [prompts, G] and right bool [prompts, G] or None."""
+        by_tag = rows_by_tag(self.metas)
+        drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
+        drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
+        if right is None:
+            return drawn, {}
+        areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
+        return drawn, {tag: area for tag, area in areas.items() if area is not None}
+
+    def sample(self, policy, teacher):
+        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and right bool [prompts, G] or None."""
         pictures, right, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
@@ -48,23 +62,14 @@ class Suite:
                 right.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
             pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
-        pictures, scores = np.concatenate(pictures), in_groups(scores)
-        right = in_groups(right) if self.judge else None
-        by_tag = self.categories()
-        drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
-        drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
-        if right is None:
-            return drawn, {}, pictures, None, scores
-        areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
-        return drawn, {tag: area for tag, area in areas.items() if area is not None}, pictures, right, scores
-
-    def categories(self):
-        """{category: bool [prompts], its own}, in the prompts' order; a prompt without a "tag" is of "prompts"."""
-        tags = np.array([meta.get("tag", "prompts") for meta in self.metas])
-        return {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
+        return np.concatenate(pictures), in_groups(scores), in_groups(right) if self.judge else None
 
     def understand(self, params):
         """{test: share of its choices where the true caption has the highest mean log-probability}."""
+        return {name: float(right.mean()) for name, right in self.choices(params).items()}
+
+    def choices(self, params):
+        """{test: whether the true caption was chosen, bool [M]}."""
         return {name: self._choose(params, *test) for name, test in self.tests.items()}
 
     def _choose(self, params, pictures, captions):
@@ -73,18 +78,19 @@ class Suite:
         index = np.repeat(np.arange(len(captions)), ways)
         scores = [sharding.fetch(self.mean(*read)) for read in self._read(params, pictures, index, texts)]
         scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
-        return float((scores.argmax(axis=1) == 0).mean())
+        return scores.argmax(axis=1) == 0
 
     def read_words(self, params, pictures, texts):
         """What `params` reads of each text in its picture, [M, H, W, 3] in [0, 1]: M dicts of "reward", "words" and
         their "probabilities"."""
         reads = [sharding.fetch((self.mean(*read), *read))
                  for read in self._read(params, pictures, np.arange(len(texts)), texts)]
-        rows = [row for read in reads for row in zip(*read)][:len(texts)]
-        joined = [rewards.join_words(self.umm.tokenizer, text, np.exp(logps[real]))
-                  for text, (_, logps, real) in zip(texts, rows)]
-        return [{"reward": float(reward), "words": words, "probabilities": probabilities}
-                for (reward, _, _), (words, probabilities) in zip(rows, joined)]
+        told = []
+        for text, (reward, logps, mask) in zip(texts, (row for read in reads for row in zip(*read))):
+            spans = self.umm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            words, probabilities = rewards.join_tokens(text, spans, np.exp(logps[mask]))
+            told.append({"reward": float(reward), "words": words, "probabilities": probabilities})
+        return told
 
     def _read(self, params, pictures, index, texts):
         """logps and mask [rows, L] of one call after the other; texts[i] is about pictures[index[i]]."""
@@ -94,6 +100,26 @@ class Suite:
             prompts = sharding.place_prompts(self.umm, [texts[i] for i in rows], self.lengths, self.mesh)
             seen = self.programs.see(params, sharding.put(pictures[index[rows]], self.mesh))
             yield self.programs.read(params, seen, prompts)
+
+
+def rows_by_tag(metas):
+    """{category: which of the metas are of it, bool [prompts]}; those without a "tag" are one category."""
+    tags = np.array([meta.get("tag", "prompts") for meta in metas])
+    return {tag: tags == tag for tag in dict.fromkeys(tags.tolist())}
+
+
+def reliability(scores, right, bins=10):
+    """How far a score can be taken for the probability of being right: {"error", "bins"}.
+
+    scores in [0, 1] and right bool, same shape. bins: as many scores in each, from the lowest to the highest; of each
+    its mean score, its share of right ones and its size. error: the expected calibration error, the mean distance of
+    the two (Naeini et al. 2015, here with bins of equal size).
+    """
+    order = np.argsort(np.ravel(scores), kind="stable")
+    parts = [part for part in np.array_split(order, bins) if len(part)]
+    found = [{"score": float(np.ravel(scores)[part].mean()), "right": float(np.ravel(right)[part].mean()),
+              "count": len(part)} for part in parts]
+    return {"error": sum(abs(b["score"] - b["right"]) * b["count"] for b in found) / len(order), "bins": found}
 
 
 def auc(scores, right):
@@ -108,15 +134,3 @@ def auc(scores, right):
     mean_rank = (np.cumsum(counts) - (counts - 1) / 2)[rank]                    # 1-based, ties share their mean rank
     wins = mean_rank[right].sum() - right.sum() * (right.sum() + 1) / 2
     return float(wins / (right.sum() * (~right).sum()))
-
-
-def reliability(scores, right, bins=10):
-    """How often pictures of about one score are right: [{"reward", "right", "count"}], lowest first.
-
-    scores float in [0, 1], right bool, same shape. [0, 1] is cut into `bins` equal parts; those that no score falls
-    into are left out, the others give their mean score and the share of right pictures.
-    """
-    scores, right = np.ravel(scores), np.ravel(right)
-    part = np.minimum((scores * bins).astype(int), bins - 1)
-    return [{"reward": float(scores[part == k].mean()), "right": float(right[part == k].mean()),
-             "count": int((part == k).sum())} for k in np.unique(part)]

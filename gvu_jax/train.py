@@ -109,7 +109,8 @@ def train(config, workdir, stop=Stop()):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
             began, thorough = time.time(), step in (0, config.steps)
             policy = method.policy(base, state.trainable)
-            scores, areas, pictures, right, rewards = suite.draw(policy, base)
+            pictures, rewards, right = suite.sample(policy, base)
+            scores, areas = suite.grade(rewards, right)
             values = {f"eval/{name}": score for name, score in scores.items()}
             if thorough:
                 moment, understanding = ("before" if step == 0 else "after"), suite.understand(policy)
@@ -118,7 +119,7 @@ def train(config, workdir, stop=Stop()):
                                 f"understanding_{moment}": understanding, f"auc_{moment}": areas})
                 if step == 0:
                     summary["auc"] = areas
-                write_closeup(suite, policy, base, (pictures, right, rewards), moment, workdir, notes)
+                write_closeup(suite, policy, base, (pictures, rewards, right), moment, workdir, notes)
             name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
             picture = sample_grid(suite, pictures, right)
             picture.save(notes / "samples" / f"{name}.png")

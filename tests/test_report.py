@@ -79,8 +79,8 @@ def _full_run(workdir: Path) -> Path:
         (workdir / f"samples/{moment}.json").write_text(json.dumps({
             "readings": [reading | {"drawn": at} for at in drawn], "pictures": [png],
             "prompts": [{"prompt": EVIL, "tag": "counting", "score": reward / 2, "reward": reward}],
-            "reliability": {"overall": [{"reward": 0.25, "right": 0.5, "count": 3}, {"reward": 0.75, "right": 0.75,
-                                                                                    "count": 1}]}}))
+            "reliability": {"overall": {"error": 0.1875, "bins": [
+                {"score": 0.25, "right": 0.5, "count": 3}, {"score": 0.75, "right": 0.75, "count": 1}]}}}))
     areas = {"auc_before": {"counting": 0.8125}, "auc_after": {"counting": 0.75}}
     summary = areas | {"timings": {"training": 4000, "evaluation": 1000}}
     (workdir / "summary.json").write_text(json.dumps(summary))
@@ -102,7 +102,7 @@ def test_full_run(tmp_path):
     assert '"learning_rate": 0.00037' in text
     assert "drawn before read before 0.250 two" in text and "drawn before read before 0.250" in text
     assert "read after 0.500" in text.split("drawn after")[1]
-    assert "overall 0.188 0.188 +0.000" in text, "the calibration error, (3 * 0.25 + 0) / 4"
+    assert "overall 0.188 0.188 +0.000" in text, "the calibration error"
     assert page.tags.count("svg") == 6, "scores, reward, reliability, kl, entropy, grad norm, but no log-prob gap"
     assert page.tags.count("img") == 5
     assert path == tmp_path / "report.html" and not list(tmp_path.glob("*.tmp"))
@@ -142,11 +142,12 @@ def test_every_word_stands_on_the_colour_of_its_probability(tmp_path):
 
 
 def test_reliability_against_counting_by_hand():
-    scores, right = np.array([[0.0, 0.05, 0.32], [0.39, 0.38, 1.0]]), np.array([[0, 1, 1], [1, 0, 1]], bool)
-    told = reliability(scores, right)
-    assert [bin["count"] for bin in told] == [2, 3, 1]
-    np.testing.assert_allclose([bin["reward"] for bin in told], [0.025, 1.09 / 3, 1.0])
-    np.testing.assert_allclose([bin["right"] for bin in told], [0.5, 2 / 3, 1.0])
+    scores, right = np.array([[0.5, 0.1, 0.9], [0.2, 0.6, 0.7]]), np.array([[0, 0, 1], [1, 1, 0]], bool)
+    told = reliability(scores, right, bins=2)                                    # 0.1 0.2 0.5 and 0.6 0.7 0.9
+    assert [bin["count"] for bin in told["bins"]] == [3, 3]
+    np.testing.assert_allclose([bin["score"] for bin in told["bins"]], [0.8 / 3, 2.2 / 3])
+    np.testing.assert_allclose([bin["right"] for bin in told["bins"]], [1 / 3, 2 / 3])
+    np.testing.assert_allclose(told["error"], 0.2 / 3)
 
 
 # ---- several runs side by side ---------------------------------------------------------------------------------------
