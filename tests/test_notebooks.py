@@ -21,7 +21,7 @@ def run(name, parameters, monkeypatch):
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     [cell] = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
     cell.source += "".join(f"\n{variable} = {value!r}" for variable, value in parameters.items())
-    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(ROOT)}}).execute()
     shown = []
     for cell in notebook.cells:
         if cell.cell_type == "code":
