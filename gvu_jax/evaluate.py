@@ -22,7 +22,7 @@ from absl import flags
 import gvu_jax
 from gvu_jax import cli, data, suite
 from gvu_jax.metrics import replace_file
-from gvu_jax.report import image_grid, write_picture
+from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 from gvu_jax.shapes import checker, world
 from gvu_jax.shapes import suite as shapes_suite

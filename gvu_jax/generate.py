@@ -26,7 +26,7 @@ import gvu_jax
 from gvu_jax import cli
 from gvu_jax.data import read_picture, read_prompts
 from gvu_jax.metrics import Progress, replace_file, replacing
-from gvu_jax.report import image_grid, write_picture
+from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 
 LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10}     # pictures a prompt, as published

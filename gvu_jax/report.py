@@ -2,13 +2,14 @@
 
     python -m gvu_jax.report WORKDIR
 
-reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/*.png, summary.json) and writes
-WORKDIR/report.html: one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run
-has not written yet is left out. The trainer calls `write_report` itself, so that the command is only for writing
-the page anew.
+reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/, summary.json) and writes WORKDIR/report.html:
+one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run has not written yet is
+left out. The trainer calls `write_report` itself, so that the command is only for writing the page anew.
+`write_comparison` does the same for several runs side by side, the arms of an experiment.
 
-The file reads in that order: gather the run, work out each section, lay the curves out, paint the pictures, write
-numbers for people. The page itself is the jinja2 template report.html.j2; it escapes every string it is given.
+The file reads in that order: gather the run, work out each section, put arms side by side, take the close-ups apart,
+lay the curves out, write numbers for people. The pages are the jinja2 templates report.html.j2 and comparison.html.j2,
+both made of parts.html.j2; they escape every string they are given.
 """
 
 import argparse
@@ -17,20 +18,21 @@ import json
 import math
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 import jinja2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from scipy.special import stdtrit
 
-from gvu_jax.metrics import METRICS_FILE, read_json, read_metrics, replace_file, replacing
+from gvu_jax.metrics import METRICS_FILE, read_json, read_metrics, replace_file
+from gvu_jax.pictures import HEATMAP_COLORS, probability_color, text_color
 
 PHASES = ("sample", "render", "reward", "update")
 NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts
 MOST_STEP_PICTURES = 6
+MOST_HARDEST = 10
 
-Points = list[tuple[int, float]]  # a curve: (step, value), in the order of steps
+Points = list[tuple[float, float]]  # a curve: (step, value), in the order of steps
 
 
 def write_report(workdir: str | os.PathLike) -> Path:
@@ -50,27 +52,66 @@ def write_report(workdir: str | os.PathLike) -> Path:
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
     )
     areas = _before_and_after({}, "", summary.get("auc_before") or summary.get("auc"), summary.get("auc_after"))
-    page = jinja2.Environment(
-        loader=jinja2.PackageLoader("gvu_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    page.filters.update(number=_number, signed=_signed, direction=_direction, percent=_percent, duration=_duration)
-    html = page.get_template("report.html.j2").render(
+    before, after = (read(f"samples/{moment}.json") or {} for moment in ("before", "after"))
+    trust = [told.get("reliability", {}) for told in (before, after)]
+    html = _page("report.html.j2").render(
         name=workdir.resolve().name,
         steps=max(run, default=0),
         headline=_headline(run, scores),
         scores=[row for row in scores if row["name"] != "reward"],
         understanding=understanding,
+        closeups=_closeups(before, after),
+        scale=[_css(color) for color in HEATMAP_COLORS],
+        hardest=_hardest(before.get("prompts", []), after.get("prompts", [])),
         auc=areas,
+        calibration=_before_and_after({}, "", *({name: of["error"] for name, of in told.items()} for told in trust)),
+        reliability=_reliability_curves(*trust),
         learning=_learning_curves(run),
         health=_health_curves(run),
         not_finite=_count_not_finite(metrics),
         pictures=_pictures(workdir / "samples"),
         cost=_cost(run, summary.get("timings") or {}),
         config=None if config is None else json.dumps(config, indent=2, ensure_ascii=False),
-        frame={"width": CHART_WIDTH, "height": CHART_HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
     )
     replace_file(workdir / "report.html", html)
     return workdir / "report.html"
+
+
+def write_comparison(folder: str | os.PathLike) -> Path:
+    """Writes `folder/report.html`, the arms of an experiment side by side over their seeds, and returns its path.
+
+    folder/experiments.json says {"name": text, "arms": [{"label": text, "overrides": {setting: value}, "runs": [the
+    folder of one run, relative to `folder`, for each seed]}]}. Of each run, summary.json, metrics.jsonl and samples/
+    are read; a run that is not finished only counts as such.
+
+    Raises:
+      FileNotFoundError: there is no experiments.json.
+      ValueError: it, or a file of a run, is not what it should be; the message names the file.
+    """
+    folder, path = Path(folder), Path(folder) / "experiments.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}: it says which runs to compare")
+    told = read_json(path)
+    try:
+        name, arms = told["name"], [_read_arm(folder, **arm) for arm in told["arms"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not of the form of write_comparison in gvu_jax/report.py: {error}") from error
+    html = _page("comparison.html.j2").render(
+        name=name, arms=arms, sections=_compare(arms), charts=_comparison_curves(arms), pictures=_arm_pictures(arms)
+    )
+    replace_file(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def _page(name: str) -> jinja2.Template:
+    """A template of this package, with what all of them use: the filters and the frame of a chart."""
+    pages = jinja2.Environment(
+        loader=jinja2.PackageLoader("gvu_jax", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    pages.filters.update(number=_number, signed=_signed, direction=_direction, percent=_percent, duration=_duration)
+    pages.filters.update(interval=_interval, spaced=lambda name: name.replace("_", " "))
+    pages.globals.update(frame=dict(width=CHART_WIDTH, height=CHART_HEIGHT, left=LEFT, right=RIGHT, bottom=BOTTOM))
+    return pages.get_template(name)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -185,6 +226,7 @@ def _pictures(samples: Path) -> dict:
         "pair": [_embed(path) for path in dict.fromkeys(first + last)],
         "steps": [_embed(steps[i]) for i in shown],
         "all_steps": len(steps),
+        "hardest": [_embed(path) for path in [samples / "hardest.png"] if path.exists()],
     }
 
 
@@ -195,20 +237,180 @@ def _embed(path: Path) -> dict[str, str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------
+# An experiment: several arms, each run with several seeds
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _read_arm(folder: Path, label: str, overrides: dict, runs: list[str]) -> dict:
+    """{label, overrides, all: how many runs; of the finished ones folders, runs {step: {name: value}} and tables}."""
+    summaries = {run: read_json(run / "summary.json") for run in map(folder.joinpath, runs)
+                 if (run / "summary.json").exists()}
+    finished = [run for run, summary in summaries.items() if "after" in summary]
+    merged = [_merge_steps(read_metrics(run / METRICS_FILE)) for run in finished]
+    return {
+        "label": label,
+        "overrides": ", ".join(f"{setting} = {value}" for setting, value in overrides.items()),
+        "all": len(runs),
+        "folders": finished,
+        "runs": merged,
+        "tables": [_tables(steps, summaries[run]) for run, steps in zip(finished, merged)],
+    }
+
+
+def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
+    """{section: rows {name, before, after}} of one run."""
+    scores = _before_and_after(run, "eval/", summary.get("before"), summary.get("after"))
+    understanding = summary.get("understanding_before"), summary.get("understanding_after")
+    return {
+        "Held-out score": [row for row in scores if row["name"] != "reward"],
+        "Understanding": _before_and_after(run, "understanding/", *understanding),
+        "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
+        "Wall time, seconds": [{"name": name, "before": None, "after": seconds} for name, seconds in
+                    summary.get("timings", {}).items()],
+    }
+
+
+def _compare(arms: list[dict]) -> dict[str, list[dict]]:
+    """{section: rows {name, cells: one an arm}}; a cell has the means and intervals of before, after and change."""
+    sections: dict[str, dict[str, list]] = {}
+    for arm in arms:
+        for section, rows in ((section, rows) for tables in arm["tables"] for section, rows in tables.items()):
+            sections.setdefault(section, {}).update(dict.fromkeys(row["name"] for row in rows))
+    return {
+        section: [
+            {"name": name, "cells": [_cell([row for tables in arm["tables"] for row in tables[section]
+                                            if row["name"] == name]) for arm in arms]}
+            for name in names
+        ]
+        for section, names in sections.items()
+        if names
+    }
+
+
+def _cell(rows: list[dict]) -> dict:
+    """What an arm's seeds say of one measure: {before, after, change}, each {mean, half} or None where none has it."""
+    rows = [row | {"change": _change(row)} for row in rows]
+    return {name: mean_interval([row[name] for row in rows if _is_finite(row[name])])
+            for name in ("before", "after", "change")}
+
+
+def mean_interval(values: list[float]) -> dict | None:
+    """{mean, half}: the mean of independent runs, and half the width of its 95 % interval by Student's t.
+
+    half = t(0.975, n - 1) s / sqrt(n) with the sample's standard deviation s; None for one value. None for no value.
+    """
+    if not values:
+        return None
+    n = len(values)
+    half = float(stdtrit(n - 1, 0.975) * np.std(values, ddof=1) / math.sqrt(n)) if n > 1 else None
+    return {"mean": float(np.mean(values)), "half": half}
+
+
+def _comparison_curves(arms: list[dict]) -> list[dict]:
+    """Scores by category, reward, KL and entropy: one thin line a seed, a thick one for the mean of an arm."""
+    categories = dict.fromkeys(name for arm in arms for run in arm["runs"] for name in _categories(run))
+    of = lambda name: {arm["label"]: [_curve(run, name) for run in arm["runs"]] for arm in arms}
+    charts = [
+        _chart("Held-out score", "share of pictures that the checker calls right", of("eval/overall")),
+        _chart("Reward", "training prompts", of("reward/mean")),
+        *(_chart(name.replace("_", " "), "held-out score", of(f"eval/{name}"), (0.0,)) for name in categories
+          if name != "overall"),
+        _chart("KL to the base model", "nats a token", of("kl"), (0.0,)),
+        _chart("Entropy", "nats a token; a fall to zero is collapse", of("entropy")),
+    ]
+    return [chart for chart in charts if chart]
+
+
+def _arm_pictures(arms: list[dict]) -> list[dict]:
+    """The grids of each arm's first run; arms that start from the same base share the one from before training."""
+    embedded = {}  # source -> picture
+    for arm in arms:
+        for picture in _pictures(arm["folders"][0] / "samples")["pair"] if arm["folders"] else []:
+            embedded.setdefault(picture["source"], picture | {"title": f"{arm['label']}: {picture['title'].lower()}"})
+    return list(embedded.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The close-ups that closeup.py writes: words, prompts, reliability
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def _closeups(before: dict, after: dict) -> list[dict]:
+    """One a prompt: the picture drawn before training and the one drawn after it, each with its readings."""
+    readings = before.get("readings", []) + after.get("readings", [])
+    series: dict[tuple, list] = {}  # (drawn, read) -> the prompts' readings, in the prompts' order
+    for reading in readings:
+        series.setdefault((reading["drawn"], reading["read"]), []).append(reading)
+    readers = sorted(series, reverse=True)  # "before" before "after"
+    pngs = {"before": before.get("pictures", []), "after": after.get("pictures", [])}
+    return [
+        {
+            "prompt": first["prompt"],
+            "tag": first["tag"],
+            "pictures": [
+                {
+                    "drawn": drawn,
+                    "source": f"data:image/png;base64,{png[i]}",
+                    "readings": [_reading(series[key][i]) for key in readers if key[0] == drawn],
+                }
+                for drawn, png in pngs.items()
+                if i < len(png)
+            ],
+        }
+        for i, first in enumerate(next(iter(series.values()), []))
+    ]
+
+
+def _reading(reading: dict) -> dict:
+    colors = [probability_color(probability) for probability in reading["probabilities"]]
+    words = zip(reading["words"], reading["probabilities"], colors, strict=True)
+    return reading | {
+        "words": [{"text": w, "probability": p, "color": _css(c), "ink": text_color(c)} for w, p, c in words]
+    }
+
+
+def _css(color: tuple[int, int, int]) -> str:
+    return "rgb({}, {}, {})".format(*color)
+
+
+def _hardest(before: list[dict], after: list[dict]) -> list[dict]:
+    """The hardest prompts of the last evaluation: {prompt, score, reward}, the numbers as {before, after}."""
+    told = [{row["prompt"]: row for row in rows} for rows in (before, after)]
+    pair = lambda prompt, name: dict(zip(("before", "after"), (rows.get(prompt, {}).get(name) for rows in told)))
+    return [
+        {"prompt": row["prompt"], "score": pair(row["prompt"], "score"), "reward": pair(row["prompt"], "reward")}
+        for row in (after or before)[:MOST_HARDEST]
+    ]
+
+
+def _reliability_curves(before: dict[str, dict], after: dict[str, dict]) -> list[dict]:
+    """The share of right pictures over the reward: all before and after, then by category as of the last evaluation."""
+    points = lambda told: [[(bin["score"], bin["right"]) for bin in told["bins"]]]
+    both = {moment: told["overall"] for moment, told in (("before", before), ("after", after)) if told}
+    last = {name: told for name, told in (after or before).items() if name != "overall"}
+    note = "share of right pictures over their reward; dashed: the reward is that share"
+    charts = [
+        _chart(title, note, {name: points(told) for name, told in of.items()}, (0.0, 1.0), width=1.0)
+        for title, of in (("Reliability", both), (f"By category, {'after' if after else 'before'}", last))
+    ]
+    return [chart for chart in charts if chart]
+
+
+# ---------------------------------------------------------------------------------------------------------------
 # Curves: values to coordinates. The template draws them.
 # ---------------------------------------------------------------------------------------------------------------
 
 CHART_WIDTH, CHART_HEIGHT = 560, 250
-LEFT, RIGHT, TOP, BOTTOM = 56, 546, 12, 222  # the frame inside the chart, in SVG units
+LEFT, RIGHT, TOP, BOTTOM = 62, 546, 12, 222  # the frame inside the chart, in SVG units
 MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are smoothed
 
 
 def _learning_curves(run: dict) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
-    by_category = {name: _curve(run, f"eval/{name}") for name in ["overall", *_categories(run)]}
-    reward = {"training prompts": _curve(run, "reward/mean"), "held-out prompts": _curve(run, "eval/reward")}
+    by_category = {name: [_curve(run, f"eval/{name}")] for name in ["overall", *_categories(run)]}
+    reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
     charts = [
-        _chart("Held-out score by category", "share of pictures that the checker calls right", by_category, floor=0.0),
+        _chart("Held-out score by category", "share of pictures that the checker calls right", by_category, (0.0,)),
         _chart("Reward", "geometric mean of p(prompt token | picture)", reward),
     ]
     return [chart for chart in charts if chart]
@@ -217,26 +419,28 @@ def _learning_curves(run: dict) -> list[dict]:
 def _health_curves(run: dict) -> list[dict]:
     """What a researcher watches to see whether the optimisation is sound."""
     charts = [
-        _chart("KL to the base model", "nats a token", {"kl": _curve(run, "kl")}, floor=0.0),
-        _chart("Entropy", "nats a token; a fall to zero is collapse", {"entropy": _curve(run, "entropy")}),
-        _chart("Gradient norm", "before clipping", {"grad norm": _curve(run, "grad_norm")}, floor=0.0),
-        _chart("Log-prob gap", "sampler against trainer, nats a token", {"logp gap": _curve(run, "logp_gap")}),
+        _chart("KL to the base model", "nats a token", {"kl": [_curve(run, "kl")]}, (0.0,)),
+        _chart("Entropy", "nats a token; a fall to zero is collapse", {"entropy": [_curve(run, "entropy")]}),
+        _chart("Gradient norm", "before clipping", {"grad norm": [_curve(run, "grad_norm")]}, (0.0,)),
+        _chart("Log-prob gap", "sampler against trainer, nats a token", {"logp gap": [_curve(run, "logp_gap")]}),
     ]
     return [chart for chart in charts if chart]
 
 
-def _chart(title: str, note: str, curves: dict[str, Points], floor: float | None = None) -> dict | None:
-    """Lays curves {name: [(step, value), ...]} out in one frame; None where no curve has a point.
+def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple = (), width: float = 0) -> dict | None:
+    """Lays curves {name: one [(step, value), ...] for each seed} out in one frame; None where none has a point.
 
-    Steps count from 0; the y axis spans the values, and reaches `floor` where one is given. See the template's
-    `chart` for the keys of the result.
+    Seeds become thin lines, and their mean a thick one. Steps count from 0; the y axis spans the values and reaches
+    those of `reach`. With a `width`, what counts from 0 to it is no step but what the values should be: the chart gets
+    a diagonal. See the template's `chart` for the keys of the result.
     """
-    curves = {name: points for name, points in curves.items() if points}
+    curves = {name: [points for points in seeds if points] for name, seeds in curves.items()}
+    curves = {name: seeds for name, seeds in curves.items() if _mean_curve(seeds)}
     if not curves:
         return None
-    values = [value for points in curves.values() for _, value in points] + ([] if floor is None else [floor])
-    y_ticks = _round_numbers(min(values), max(values))
-    last = max(1, *(points[-1][0] for points in curves.values()))
+    values = [value for seeds in curves.values() for points in seeds for _, value in points]
+    y_ticks = _round_numbers(min(values + [*reach]), max(values + [*reach]))
+    last = width or max(1, *(points[-1][0] for seeds in curves.values() for points in seeds))
 
     def x(step: float) -> float:
         return round(LEFT + (RIGHT - LEFT) * step / last, 1)
@@ -247,25 +451,38 @@ def _chart(title: str, note: str, curves: dict[str, Points], floor: float | None
     def path(points: Points) -> str:
         return " ".join(f"{x(step)},{y(value)}" for step, value in points)
 
+    drawn = []
+    for index, (name, seeds) in enumerate(curves.items()):
+        mean = _mean_curve(seeds)
+        smooth = len(mean) > MOST_DOTS
+        thin = seeds if len(seeds) == 1 else [_smooth(points) if smooth else points for points in seeds]
+        drawn.append({
+            "name": name,
+            "color": "ink" if name == "overall" else f"c{index % 8}",
+            "low": min(value for _, value in mean),
+            "high": max(value for _, value in mean),
+            "last": mean[-1][1],
+            "faint": [path(points) for points in thin] if smooth or len(seeds) > 1 else [],
+            "line": path(_smooth(mean) if smooth else mean),
+            "dots": [] if smooth else [(x(s), y(v), f"{name}, {'reward' if width else 'step'} {s:.4g}: {v:.4g}")
+                                       for s, v in mean],
+        })
     return {
         "title": title,
         "note": note,
-        "y_ticks": [(y(value), f"{value:.4g}") for value in y_ticks],
-        "x_ticks": [(x(step), f"{step:.0f}") for step in _round_numbers(0, last) if step <= last and step % 1 == 0],
-        "curves": [
-            {
-                "name": name,
-                "color": "ink" if name == "overall" else f"c{index % 8}",
-                "low": min(value for _, value in points),
-                "high": max(value for _, value in points),
-                "last": points[-1][1],
-                "faint": path(points) if len(points) > MOST_DOTS else "",
-                "line": path(_smooth(points) if len(points) > MOST_DOTS else points),
-                "dots": [(x(s), y(v), f"{name}, step {s}: {v:.4g}") for s, v in points if len(points) <= MOST_DOTS],
-            }
-            for index, (name, points) in enumerate(curves.items())
-        ],
+        "y_ticks": [(y(value), f"{value:.4g}".replace("e-0", "e-")) for value in y_ticks],
+        "x_ticks": [(x(step), f"{step:g}") for step in _round_numbers(0, last)
+                    if step <= last and (width or step % 1 == 0)],
+        "diagonal": path([(0, 0), (width, width)]) if width else "",
+        "curves": drawn,
     }
+
+
+def _mean_curve(seeds: list[Points]) -> Points:
+    """The mean over seeds, at the steps that all of them have."""
+    values = [dict(points) for points in seeds]
+    shared = [step for step in (values or [{}])[0] if all(step in other for other in values)]
+    return [(step, sum(of[step] for of in values) / len(values)) for step in shared]
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
@@ -286,140 +503,6 @@ def _smooth(points: Points) -> Points:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# Pictures: grids of samples, and one picture beside the probabilities of its prompt's words
-# ---------------------------------------------------------------------------------------------------------------
-
-GAP, BORDER, FONT_SIZE, LINE_HEIGHT = 8, 3, 14, 18  # pixels
-RIGHT_COLOR, WRONG_COLOR = (0, 158, 115), (213, 40, 40)  # a green and a red that the colour-blind can tell apart
-
-
-def image_grid(
-    rows: np.ndarray, captions: list[str] | None = None, scale: int = 1, marks: np.ndarray | None = None
-) -> Image.Image:
-    """Paints R rows of C pictures on white, each row under its caption.
-
-    Args:
-      rows: [R, C, H, W, 3], uint8 or float in [0, 1].
-      captions: R texts, mostly the prompts, or None. A caption longer than two lines is cut short.
-      scale: each picture is enlarged this many times, a pixel becoming a square of pixels.
-      marks: bool [R, C] or None: a thin border round each picture, green where True (the checker says that it shows
-        what the prompt asks for), red where False. The border lies outside the picture and covers none of it.
-    """
-    rows = _to_uint8(np.asarray(rows)).repeat(scale, axis=2).repeat(scale, axis=3)  # [R, C, scale H, scale W, 3]
-    count, columns, height, width = rows.shape[:4]
-    grid_width = GAP + columns * (width + GAP)
-    font = ImageFont.load_default(FONT_SIZE)
-    characters = max(12, int((grid_width - 2 * GAP) // font.getlength("n")))
-    texts = [textwrap.wrap(text, characters, max_lines=2, placeholder=" ...") for text in captions or [""] * count]
-    if len(texts) != count:
-        raise ValueError(f"{count} rows of pictures need as many captions, not {len(texts)}")
-
-    above = [GAP + len(text) * LINE_HEIGHT + (GAP if text else 0) for text in texts]  # pixels, of each row
-    canvas_height = sum(above) + count * height + GAP
-    canvas = Image.new("RGB", (grid_width, canvas_height), "white")
-    pen = ImageDraw.Draw(canvas)
-    top = 0
-    for r, text in enumerate(texts):
-        for i, line in enumerate(text):
-            pen.text((GAP, top + GAP + i * LINE_HEIGHT), line, fill="black", font=font)
-        top += above[r]
-        for c in range(columns):
-            left = GAP + c * (width + GAP)
-            if marks is not None:
-                box = (left - BORDER, top - BORDER, left + width + BORDER - 1, top + height + BORDER - 1)
-                pen.rectangle(box, fill=RIGHT_COLOR if marks[r][c] else WRONG_COLOR)
-            canvas.paste(Image.fromarray(rows[r, c]), (left, top))
-        top += height
-    return canvas
-
-
-def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
-    """Writes a picture in the format that the path's ending names, whole or not at all.
-
-    Raises ValueError for an unknown ending, OSError naming the path where the disk refuses.
-    """
-    kind = Image.registered_extensions().get(Path(path).suffix.lower())
-    if kind not in Image.SAVE:
-        raise ValueError(f"{path} does not end as a picture does: call it, for example, {Path(path).stem}.png")
-    with replacing(path) as temporary:
-        picture.save(temporary, kind)
-
-
-HEATMAP_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, p = 0 to 1
-PANEL, PICTURE, WORD_SIZE, WORD_HEIGHT, LEGEND_HEIGHT = 420, 288, 20, 34, 64  # pixels
-
-
-def word_heatmap(picture: np.ndarray, words: list[str], probabilities: np.ndarray, reward: float) -> Image.Image:
-    """A picture beside the words of its prompt, each on the colour of its probability, with the scale below.
-
-    Args:
-      picture: [H, W, 3], uint8 or float in [0, 1]. A small one is enlarged by a whole factor, a big one shrunk.
-      words: the prompt; a word that is wider than the panel is cut short.
-      probabilities: one of each word, in [0, 1].
-      reward: written above the words.
-    """
-    shown = Image.fromarray(_to_uint8(np.asarray(picture)))
-    scale = max(1, PICTURE // max(shown.size))
-    shown = shown.resize((scale * shown.width, scale * shown.height), Image.Resampling.NEAREST)
-    shown.thumbnail((2 * PICTURE, 2 * PICTURE))
-    font, small = ImageFont.load_default(WORD_SIZE), ImageFont.load_default(FONT_SIZE)
-
-    placed, x, y = [], 0, WORD_HEIGHT  # (word, probability, x, y, width), from the panel's corner
-    for word, probability in zip(words, probabilities, strict=True):
-        word = _cut_short(word, font, PANEL - 2 * GAP)
-        width = math.ceil(font.getlength(word)) + 2 * GAP
-        if x > 0 and x + width > PANEL:
-            x, y = 0, y + WORD_HEIGHT
-        placed.append((word, probability, x, y, width))
-        x += width + BORDER
-
-    panel_height = y + WORD_HEIGHT + LEGEND_HEIGHT
-    left = shown.width + 3 * GAP
-    canvas = Image.new("RGB", (left + PANEL + 2 * GAP, max(shown.height, panel_height) + 2 * GAP), "white")
-    canvas.paste(shown, (GAP, GAP))
-    pen = ImageDraw.Draw(canvas)
-    pen.text((left, GAP), f"reward {reward:.3g}", fill="black", font=font)
-    for word, probability, x, y, width in placed:
-        color = probability_color(probability)
-        x, y = left + x, GAP + y
-        pen.rounded_rectangle((x, y, x + width - 1, y + WORD_HEIGHT - BORDER - 1), radius=BORDER + 1, fill=color)
-        middle = y + (WORD_HEIGHT - BORDER) / 2
-        pen.text((x + GAP, middle), word, fill=text_color(color), font=font, anchor="lm")
-
-    top = GAP + panel_height - LEGEND_HEIGHT + GAP
-    pen.text((left, top), "probability of the word, given the picture and the words before", fill="black", font=small)
-    for i in range(PANEL):
-        pen.line((left + i, top + 20, left + i, top + 32), fill=probability_color(i / (PANEL - 1)))
-    for tick, anchor in ((0, "la"), (0.25, "ma"), (0.5, "ma"), (0.75, "ma"), (1, "ra")):
-        pen.text((left + tick * PANEL, top + 36), f"{tick:g}", fill="black", font=small, anchor=anchor)
-    return canvas
-
-
-def _cut_short(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while font.getlength(text + "...") > width:
-        text = text[: len(text) * 9 // 10]
-    return text + "..."
-
-
-def probability_color(probability: float) -> tuple[int, int, int]:
-    """Dark violet for 0, over blue and green, to yellow for 1: equal steps look equal, to the colour-blind too."""
-    stops = np.linspace(0, 1, len(HEATMAP_COLORS))
-    return tuple(round(float(np.interp(probability, stops, channel))) for channel in zip(*HEATMAP_COLORS))
-
-
-def text_color(background: tuple[int, int, int]) -> str:
-    """Black or white, whichever stands out more (WCAG's relative luminance): a contrast of 4.5 at the least."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(background) / 255]
-    return "black" if np.dot(linear, (0.2126, 0.7152, 0.0722)) > 0.179 else "white"
-
-
-def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    return pixels if pixels.dtype == np.uint8 else np.rint(np.clip(pixels, 0.0, 1.0) * 255).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------
 # Numbers for people: the template's filters
 # ---------------------------------------------------------------------------------------------------------------
 
@@ -429,9 +512,17 @@ def _number(value: float | None) -> str:
 
 
 def _change(row: dict) -> float | None:
-    """after - before of a row {before, after}; None where one of them is missing."""
+    """after - before of a row {before, after} to three decimals; None where one of them is missing."""
     known = _is_finite(row["before"]) and _is_finite(row["after"])
-    return row["after"] - row["before"] if known else None
+    return round(row["after"] - row["before"], 3) + 0.0 if known else None  # + 0.0: no change has no sign
+
+
+def _interval(measured: dict | None, form: str = ".3f") -> str:
+    """A mean and its interval, e.g. "0.746 ± 0.020"; without the interval where one run only has the value."""
+    if measured is None:
+        return "–"
+    half = "" if measured["half"] is None else f" ± {measured['half']:{form.strip('+')}}"
+    return f"{measured['mean']:{form}}{half}".replace("-", "−")
 
 
 def _signed(row: dict) -> str:
@@ -440,10 +531,10 @@ def _signed(row: dict) -> str:
     return "–" if change is None else f"{change:+.3f}".replace("-", "−")
 
 
-def _direction(row: dict) -> str:
-    """The CSS class for a row's change."""
+def _direction(row: dict, falling: bool = False) -> str:
+    """The CSS class for a row's change: is it for the better? `falling` values are the better the lower they are."""
     change = _change(row)
-    return "up" if change and change > 0 else "down" if change and change < 0 else "soft"
+    return "soft" if not change else "up" if (change > 0) != falling else "down"
 
 
 def _percent(row: dict) -> str:

@@ -13,7 +13,7 @@ from absl import flags
 import gvu_jax
 from gvu_jax import cli
 from gvu_jax.data import FORMATS, read_picture
-from gvu_jax.report import word_heatmap, write_picture
+from gvu_jax.pictures import word_heatmap, write_picture
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
 _IMAGE = flags.DEFINE_string("image", None, f"The picture: {', '.join(FORMATS)}.", required=True)

@@ -82,15 +82,30 @@ class Suite:
         ways = len(captions[0])
         texts = [text for choice in captions for text in choice]
         index = np.repeat(np.arange(len(captions)), ways)
-        scores = []
+        scores = [sharding.fetch(self.mean(*read)) for read in self._read(params, pictures, index, texts)]
+        scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
+        return scores.argmax(axis=1) == 0
+
+    def read_words(self, params, pictures, texts):
+        """What `params` reads of each text in its picture, [M, H, W, 3] in [0, 1]: M dicts of "reward", "words" and
+        their "probabilities"."""
+        reads = [sharding.fetch((self.mean(*read), *read))
+                 for read in self._read(params, pictures, np.arange(len(texts)), texts)]
+        told = []
+        for text, (reward, logps, mask) in zip(texts, (row for read in reads for row in zip(*read))):
+            spans = self.umm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            words, probabilities = rewards.join_tokens(text, spans, np.exp(logps[mask]))
+            told.append({"reward": float(reward), "words": words, "probabilities": probabilities})
+        return told
+
+    def _read(self, params, pictures, index, texts):
+        """logps and mask [rows, L] of one call after the other; texts[i] is about pictures[index[i]]."""
         for start in range(0, len(texts), self.rows):
             # The last call is filled up by repeating its first rows: one set of shapes, one compilation.
             rows = (start + np.arange(self.rows)) % len(texts)
             prompts = sharding.place_prompts(self.umm, [texts[i] for i in rows], self.lengths, self.mesh)
             seen = self.programs.see(params, sharding.put(pictures[index[rows]], self.mesh))
-            scores.append(sharding.fetch(self.mean(*self.programs.read(params, seen, prompts))))
-        scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
-        return scores.argmax(axis=1) == 0
+            yield self.programs.read(params, seen, prompts)
 
 
 # ---- suites of any model -------------------------------------------------------------------------------------------

@@ -26,10 +26,12 @@ from ml_collections import config_flags
 
 import gvu_jax
 from gvu_jax import checkpoint, cli, data, optim, sharding
+from gvu_jax.closeup import write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
+from gvu_jax.pictures import image_grid
 from gvu_jax.policy import State
-from gvu_jax.report import image_grid, write_report
+from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite
@@ -112,7 +114,8 @@ def train(config, workdir, stop=Stop()):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
             began, thorough = time.time(), step in (0, config.steps)
             policy = method.policy(base, state.trainable)
-            scores, areas, pictures, right = suite.draw(policy, base)
+            pictures, rewards, right = suite.sample(policy, base)
+            scores, areas = suite.grade(rewards, right)
             values = {f"eval/{name}": score for name, score in scores.items()}
             if thorough:
                 moment, understanding = ("before" if step == 0 else "after"), suite.understand(policy)
@@ -121,6 +124,7 @@ def train(config, workdir, stop=Stop()):
                                 f"understanding_{moment}": understanding, f"auc_{moment}": areas})
                 if step == 0:
                     summary["auc"] = areas
+                write_closeup(suite, policy, base, (pictures, rewards, right), moment, workdir, notes)
             name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
             picture = sample_grid(suite, pictures, right)
             picture.save(notes / "samples" / f"{name}.png")

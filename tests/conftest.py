@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
 assert jax.device_count() == 8
 os.environ["XLA_FLAGS"] = ALONE          # the processes that tests start have one device, as their users' have
 
@@ -44,6 +46,10 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "gvu_cache"):
         shutil.rmtree(config.gvu_cache, ignore_errors=True)
+
+
+def pytest_report_header():
+    return f"reports are looked at in {CHROMIUM or 'NO BROWSER: there is no Chromium here, their layout is not tested'}"
 
 
 def pytest_addoption(parser):

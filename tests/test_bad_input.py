@@ -26,8 +26,8 @@ from conftest import ROOT, load_config, one_device, tiny_config
 from gvu_jax import checkpoint, cli, convert, data, optim, tensor_files
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
+from gvu_jax.pictures import image_grid, word_heatmap
 from gvu_jax.policy import init_state
-from gvu_jax.report import image_grid, word_heatmap
 from gvu_jax.sampling import How
 from gvu_jax.shapes import pretrain
 

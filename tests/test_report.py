@@ -1,6 +1,9 @@
 """The report shows a run's numbers, survives runs that have few, and trusts no string; the grids show the pictures."""
 
+import base64
+import html
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -10,9 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import CHROMIUM
 from gvu_jax.metrics import MetricsWriter
-from gvu_jax.report import (
-    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap, write_report)
+from gvu_jax.pictures import (
+    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap)
+from gvu_jax.report import mean_interval, write_comparison, write_report
+from gvu_jax.suite import reliability
 
 EVIL = "<script>alert('a red circle')</script>"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -44,6 +50,10 @@ class Page(HTMLParser):
         self.text += data + " "
 
 
+def _embed_png(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
 def _full_run(workdir: Path) -> Path:
     """A run of 60 steps with evaluations at 0, 20, 40 and 60, a NaN, sample grids and a summary."""
     with MetricsWriter(workdir) as writer:
@@ -61,6 +71,16 @@ def _full_run(workdir: Path) -> Path:
     for name in ("before", "after", "step_000020"):
         image_grid(np.zeros((1, 2, 4, 4, 3)), [EVIL], 2, None).save(workdir / "samples" / f"{name}.png")
     (workdir / "config.json").write_text(json.dumps({"prompt": EVIL, "learning_rate": 0.00037}))
+    png = _embed_png(workdir / "samples/after.png")
+    for moment, reward in (("before", 0.25), ("after", 0.5)):
+        reading = {"prompt": EVIL, "tag": "counting", "read": moment, "reward": reward, "words": ["two", EVIL],
+                   "probabilities": [0.0, 1.0]}
+        drawn = ["before", "after"][:1 if moment == "before" else 2]
+        (workdir / f"samples/{moment}.json").write_text(json.dumps({
+            "readings": [reading | {"drawn": at} for at in drawn], "pictures": [png],
+            "prompts": [{"prompt": EVIL, "tag": "counting", "score": reward / 2, "reward": reward}],
+            "reliability": {"overall": {"error": 0.1875, "bins": [
+                {"score": 0.25, "right": 0.5, "count": 3}, {"score": 0.75, "right": 0.75, "count": 1}]}}}))
     areas = {"auc_before": {"counting": 0.8125}, "auc_after": {"counting": 0.75}}
     summary = areas | {"timings": {"training": 4000, "evaluation": 1000}}
     (workdir / "summary.json").write_text(json.dumps(summary))
@@ -80,8 +100,11 @@ def test_full_run(tmp_path):
     assert "training 1 h 6 min 80 %" in text
     assert "grad_norm was not finite in 1 line." in text
     assert '"learning_rate": 0.00037' in text
-    assert page.tags.count("svg") == 5, "scores, reward, kl, entropy, grad norm; no log-prob gap was written"
-    assert page.tags.count("img") == 3
+    assert "drawn before read before 0.250 two" in text and "drawn before read before 0.250" in text
+    assert "read after 0.500" in text.split("drawn after")[1]
+    assert "overall 0.188 0.188 +0.000" in text, "the calibration error"
+    assert page.tags.count("svg") == 6, "scores, reward, reliability, kl, entropy, grad norm, but no log-prob gap"
+    assert page.tags.count("img") == 5
     assert path == tmp_path / "report.html" and not list(tmp_path.glob("*.tmp"))
 
 
@@ -107,6 +130,121 @@ def test_the_summary_outranks_the_metrics(tmp_path):
     assert "0.210 → 0.500 +0.290 +138 %" in text
     assert "color 0.500 – –" in text
     assert "ocr 0.000 0.250 +0.250" in text and "vqa" not in text
+
+
+def test_every_word_stands_on_the_colour_of_its_probability(tmp_path):
+    path = write_report(_full_run(tmp_path))
+    for probability, word in ((0.0, "two"), (1.0, html.escape(EVIL).replace("&#x27;", "&#39;"))):
+        color = "rgb({}, {}, {})".format(*probability_color(probability))
+        ink = text_color(probability_color(probability))
+        shown = rf'background: {re.escape(color)}; color: {ink}">{re.escape(word)}<'
+        assert len(re.findall(shown, path.read_text())) == 3, word
+
+
+def test_reliability_against_counting_by_hand():
+    scores, right = np.array([[0.5, 0.1, 0.9], [0.2, 0.6, 0.7]]), np.array([[0, 0, 1], [1, 1, 0]], bool)
+    told = reliability(scores, right, bins=2)                                    # 0.1 0.2 0.5 and 0.6 0.7 0.9
+    assert [bin["count"] for bin in told["bins"]] == [3, 3]
+    np.testing.assert_allclose([bin["score"] for bin in told["bins"]], [0.8 / 3, 2.2 / 3])
+    np.testing.assert_allclose([bin["right"] for bin in told["bins"]], [1 / 3, 2 / 3])
+    np.testing.assert_allclose(told["error"], 0.2 / 3)
+
+
+# ---- several runs side by side ---------------------------------------------------------------------------------------
+
+
+def test_the_interval_is_students():
+    told = mean_interval([1.0, 2.0, 4.0])
+    assert told["mean"] == pytest.approx(7 / 3)
+    assert told["half"] == pytest.approx(4.302653 * 1.527525 / 3**0.5, rel=1e-5)
+    assert mean_interval([2.0]) == {"mean": 2.0, "half": None} and mean_interval([]) is None
+
+
+def _experiment(folder: Path) -> Path:
+    """Two arms: one of two finished runs and one that has only begun, one of a single run."""
+    for name, after in (("a0", 0.5), ("a1", 0.7), ("b0", 0.25)):
+        _full_run(folder / name)
+        summary = {"before": {"overall": 0.2}, "after": {"overall": after}, "auc_before": {"overall": 0.9},
+                   "auc_after": {"overall": 0.8}, "timings": {"training": 100 * after}}
+        (folder / name / "summary.json").write_text(json.dumps(summary))
+    arms = [{"label": "normal", "overrides": {}, "runs": ["a0", "a1", "begun"]},
+            {"label": EVIL, "overrides": {"gvu.beta": EVIL}, "runs": ["b0"]}]
+    (folder / "experiments.json").write_text(json.dumps({"name": EVIL, "arms": arms}))
+    (folder / "begun").mkdir()
+    (folder / "begun/metrics.jsonl").write_text('{"step": 0, "eval/overall": 0.9}\n')
+    return folder
+
+
+def test_comparison(tmp_path):
+    path = write_comparison(_experiment(tmp_path))
+    page = Page(path)
+    text = " ".join(page.text.split())
+    assert path == tmp_path / "report.html" and "script" not in page.tags and "://" not in path.read_text()
+    assert "normal 2 of 3 runs" in text and "1 of 1 runs gvu.beta = <script>" in text
+    assert "overall 0.600 ± 1.271 from 0.200 ± 0.000, +0.400 ± 1.271 0.250 from 0.200, +0.050" in text
+    assert "overall 0.800 ± 0.000 from 0.900 ± 0.000, −0.100 ± 0.000 0.800" in text and "training 60 ± 127 25" in text
+    svg, lines = page.tags.count("svg"), path.read_text().count('faint"')
+    assert svg == 6 and lines == 12 + 3, "score, reward, counting, EVIL, KL, entropy: thin lines"
+    assert page.tags.count("img") == 1, "a picture that arms share is shown once, and here all are the same"
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, "there is no"), ("{", "not valid JSON"), ('{"name": "x"}', "arms"), ('{"name": "x", "arms": [1]}', "form"),
+    ('{"name": "x", "arms": [{"label": "a", "runs": []}]}', "overrides")])
+def test_a_wrong_experiment_is_named(tmp_path, content, words):
+    if content is not None:
+        (tmp_path / "experiments.json").write_text(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=words) as raised:
+        write_comparison(tmp_path)
+    assert "experiments.json" in str(raised.value) and "\n" not in str(raised.value)
+
+
+# ---- as a browser shows it -------------------------------------------------------------------------------------------
+
+WIDTHS = (360, 768, 1280)          # a phone, a tablet, a desk
+PAPER = {"dark": (18, 20, 23), "light": (251, 251, 250)}
+
+
+def _look(path: Path, scheme: str) -> tuple[list[dict], list[str], Image.Image]:
+    """Opens the page in Chromium at all WIDTHS. Returns what each has become, console messages and a screenshot."""
+    page = html.escape(path.read_text())
+    frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>' for width in WIDTHS)
+    measure = """onload = () => document.body.dataset.said = JSON.stringify(
+        [...document.querySelectorAll("iframe")].map(({contentDocument: d}) => (
+            {overflow: d.documentElement.scrollWidth - d.documentElement.clientWidth,
+             paper: getComputedStyle(d.body).backgroundColor, heading: d.querySelector("h1").innerText})))"""
+    around, shot = path.with_name("around.html"), path.with_name(f"{scheme}.png")
+    around.write_text(f"<!DOCTYPE html><body style='margin: 0'>{frames}<script>{measure}</script></body>")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars",
+               "--virtual-time-budget=2000", "--window-size=2500,920", f"--screenshot={shot}", "--dump-dom",
+               f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}", around.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = re.search('data-said="([^"]*)"', done.stdout)
+    assert said, done.stderr
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return json.loads(html.unescape(said[1])), console, Image.open(shot).convert("RGB")
+
+
+if CHROMIUM:          # where there is none, the header of the tests' output says so (conftest.py)
+
+    @pytest.mark.parametrize("scheme", PAPER)
+    def test_nothing_overflows_in_a_browser(tmp_path, scheme):
+        write_report(_full_run(tmp_path / "run"))
+        write_comparison(_experiment(tmp_path / "experiment"))
+        for path, heading in ((tmp_path / "run/report.html", "run"), (tmp_path / "experiment/report.html", EVIL)):
+            frames, console, shot = _look(path, scheme)
+            assert console == []
+            for width, frame in zip(WIDTHS, frames, strict=True):
+                assert frame["heading"] == heading and frame["overflow"] == 0, (path, width, frame)
+                assert frame["paper"] == "rgb({}, {}, {})".format(*PAPER[scheme])
+            assert shot.getpixel((5, 5)) == PAPER[scheme]
+            assert len(shot.getcolors(1 << 24)) > 50, "something is drawn on it"
+
+    def test_the_browser_would_see_an_overflow_and_an_error(tmp_path):
+        (tmp_path / "report.html").write_text("<h1>x</h1><p style='width: 800px'></p><script>nothing()</script>")
+        frames, console, _ = _look(tmp_path / "report.html", "light")
+        assert [frame["overflow"] > 0 for frame in frames] == [True, True, False]
+        assert len(console) == 3 and "nothing is not defined" in console[0]
 
 
 def test_empty_run(tmp_path):

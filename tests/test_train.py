@@ -12,6 +12,7 @@ import pytest
 
 from conftest import ROOT, one_device, tiny_config
 from gvu_jax import optim, sharding
+from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.policy import init_state, init_trainable
@@ -100,6 +101,26 @@ def test_a_finished_run_can_be_loaded_and_used(run, tmp_path):
     assert score.words == ["an", "image", "of", "two", "crosses"]
     np.testing.assert_allclose(score.reward, np.exp(np.log(score.probabilities).mean()), rtol=1e-5)
     assert len(model.describe(pictures[:, 0])) == 2
+
+
+def test_the_same_pictures_are_read_before_and_after(run):
+    """What the close-ups say of a picture drawn before training is what the trained model says of it."""
+    import gvu_jax
+    _, work = run
+    before, after = (json.loads((work / f"samples/{moment}.json").read_text()) for moment in ("before", "after"))
+    series = {}
+    for reading in before["readings"] + after["readings"]:
+        series.setdefault((reading["drawn"], reading["read"]), []).append(reading)
+    assert series.keys() == {(drawn, read) for drawn in ("before", "after") for read in ("before", "after")}
+    pictures = np.stack([_from_png(png) for png in before["pictures"]])
+    scores = gvu_jax.load(work).score(pictures, [reading["prompt"] for reading in before["readings"]])
+    assert len({reading["tag"] for reading in before["readings"]}) == 6, "one of each category"
+    for score, reading in zip(scores, series["before", "after"], strict=True):
+        assert reading["words"] == score.words
+        np.testing.assert_allclose(reading["probabilities"], score.probabilities, rtol=1e-4)
+        np.testing.assert_allclose(reading["reward"], score.reward, rtol=1e-4)
+    ranks = [(of["score"], of["reward"]) for of in after["prompts"]]
+    assert ranks == sorted(ranks) and sum(bin["count"] for bin in after["reliability"]["overall"]["bins"]) == 24
 
 
 def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
