@@ -7,15 +7,15 @@ import pytest
 import gvu_jax
 from conftest import one_device, tiny_config
 from gvu_jax import experiments, report, train
+from gvu_jax.methods.gvu import GvU
 from gvu_jax.shapes import suite
 
 
 def test_every_arm_can_be_configured():
-    from gvu_jax.methods import gvu
     for arm in experiments.ARMS["all"]:
         config = tiny_config()
         config.update_from_flattened_dict(arm)
-        gvu.check(config)
+        GvU.check(config)
     assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 18
 
 

@@ -86,7 +86,7 @@ def test_a_step_divided_three_ways_is_a_step_on_one_device(divided, alone):
 
 
 @pytest.mark.parametrize("mesh, changes", [
-    ("data:8", {"gvu.micro_batches": 2}), ("data:2,fsdp:2,tensor:2", {}), ("data:2,tensor:2", {"gvu.waves": 2})])
+    ("data:2,fsdp:2,tensor:2", {"gvu.micro_batches": 2}), ("data:2,tensor:2", {"gvu.waves": 2})])
 def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, changes):
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
 
@@ -194,7 +194,7 @@ def start_two(work, config):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
-    return [start(f"localhost:{port},2,{i}", work, config, 2) for i in range(2)]
+    return [start(f"localhost:{port},2,{i}", work, config, 1) for i in range(2)]
 
 
 def ended(process):
@@ -205,16 +205,16 @@ def ended(process):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """(config, folder) of a run of two steps by one process with four devices, and by two processes with two each."""
+    """(config, folder) of a run of two steps by one process with two devices, and by two processes with one each."""
     folder = tmp_path_factory.mktemp("processes")
     config = tiny_config()
-    config.mesh.update(data=2, fsdp=2)
+    config.mesh.update(data=1, fsdp=2)
     config.update(steps=2, checkpoint_every=1)
-    status, output, errors = ended(start("-", folder / "one", config, 4))
-    assert status == 0 and "devices 4 4" in output, errors
+    status, output, errors = ended(start("-", folder / "one", config, 2))
+    assert status == 0 and "devices 2 2" in output, errors
     for process in start_two(folder / "two", config):
         status, output, errors = ended(process)
-        assert status == 0 and "devices 4 2" in output, errors
+        assert status == 0 and "devices 2 1" in output, errors
     return config, folder
 
 
