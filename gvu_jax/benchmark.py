@@ -217,8 +217,8 @@ class Bench:
     def update(self):
         """Reference, policy and its gradient, one AdamW step of a rank-8 adapter."""
         g, state, peer = self.config.gvu, self.state(), self.backbone
-        inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards, (
-            self.codes.reshape(-1, *self.umm.grid), jnp.zeros(self.grouped.words.shape)))
+        inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards,
+                  self.codes.reshape(-1, *self.umm.grid))
 
         def ours():
             nonlocal state
@@ -270,8 +270,8 @@ class Bench:
             policy = method.policy(base, state.trainable)
             image_tokens, logps = method.sample(policy, self.prompts, self.key)
             pixels = method.render(base, image_tokens, self.prompts, self.key)
-            reward, read = method.reward(base, policy, image_tokens, pixels, self.grouped)
-            state, metrics = method.update(state, base, self.grouped, image_tokens, logps, reward, read)
+            reward, seen = method.reward(base, policy, image_tokens, pixels, self.grouped)
+            state, metrics = method.update(state, base, self.grouped, image_tokens, logps, reward, seen)
             return metrics
 
         return ready(step)

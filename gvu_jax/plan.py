@@ -138,14 +138,14 @@ def step_of(config, umm, params, mesh):
         return Prompts(*texts, *(array(jnp.int32, n, length) for length in head))
 
     tokens, logps = array(jnp.int32, S, rows * cols), array(jnp.float32, S, rows * cols)
-    seen, words = array(jnp.int32, S, rows, cols), array(jnp.float32, S, WORDS)
+    seen = array(jnp.int32, S, rows, cols)
     teacher = base if config.reward.teacher == "base" else policy
     step = {"sample": (method.programs.sample, (policy, prompts(B), key))}
     if config.reward.view == "pixels":
         step["render"] = method.programs.render, (base, tokens, prompts(B), key)
         step["see"] = method.programs.see, (teacher, array(jnp.float32, S, rows * patch, cols * patch, 3))
     step["read"] = method.programs.read, (teacher, seen, prompts(S))
-    step["update"] = method.update, (state, base, prompts(S), tokens, logps, array(jnp.float32, S), (seen, words))
+    step["update"] = method.update, (state, base, prompts(S), tokens, logps, array(jnp.float32, S), seen)
     return step, base, state
 
 

@@ -89,7 +89,7 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
     method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
-    batch = gvu.Batch(prompts, tokens, ref_logps, advantages, seen=None, word_logps=None)
+    batch = gvu.Batch(prompts, tokens, ref_logps, advantages, held=())
     grads, (metrics, logps) = jax.jit(jax.grad(method.loss, has_aux=True))(
         trainable, base, batch, jnp.zeros_like(ref_logps), True)
     np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)

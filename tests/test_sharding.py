@@ -48,8 +48,8 @@ def a_step(divisible, mesh, **changes):
     policy = method.policy(base, state.trainable)
     tokens, logps = method.sample(policy, prompts, key)
     pixels = method.render(base, tokens, prompts, key)
-    reward, read = method.reward(base, policy, tokens, pixels, grouped)
-    state, metrics = method.update(state, base, grouped, tokens, logps, reward, read)
+    reward, seen = method.reward(base, policy, tokens, pixels, grouped)
+    state, metrics = method.update(state, base, grouped, tokens, logps, reward, seen)
     return sharding.fetch(dict(tokens=tokens, logps=logps, pixels=pixels, reward=reward, metrics=metrics,
                                gradients=state.opt_state[0].mu)), method, state      # Adam's first mean is 0.1 gradient
 

@@ -10,7 +10,8 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
                 KL to the frozen base move the policy (GRPO)
 
 The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
-policy reads in its own pictures to what the frozen base read there: the same estimator, on the prompt's words.
+policy reads in its own pictures to what the frozen base reads there, of the picture's own prompt and of another one, for
+reading is to tell true from false: the same estimator, on the prompts' words.
 """
 import functools
 import re
@@ -25,7 +26,7 @@ from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.policy import State, init_state, policy_params
 from gvu_jax.umm import compile_programs
 
-ANCHORED = 2         # every second picture holds reading in place, at half the cost
+ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
 
 
 class GvU:
@@ -41,6 +42,10 @@ class GvU:
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None):
         self.check(config)
         sharding.check(umm, mesh, config.gvu)
+        slices = config.gvu.micro_batches * sharding.batch_shards(mesh)
+        if config.gvu.anchor and config.gvu.prompts * config.gvu.group % (ANCHORED * slices):
+            raise ValueError(f"gvu.anchor holds every {ANCHORED}th sample: gvu.prompts x gvu.group must be a multiple of "
+                             f"{ANCHORED * slices} ({ANCHORED} x micro-batches x data x fsdp), or gvu.anchor 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
@@ -58,9 +63,6 @@ class GvU:
             raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
         if gvu.micro_batches < 1 or samples % gvu.micro_batches:
             raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
-        if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:
-            raise ValueError(f"with gvu.anchor, the {samples // gvu.micro_batches} samples of a micro-batch must be a "
-                             f"multiple of {ANCHORED}")
         if gvu.inner_steps < 1:
             raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
         if config.reward.teacher not in ("base", "policy"):
@@ -99,8 +101,8 @@ class GvU:
         policy = self.policy(base, state.trainable)
         image_tokens, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
         pixels = clock.lap("render", self.render(base, image_tokens, prompts, keys[1]))
-        reward, read = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped, metas))
-        return grouped, image_tokens, logps, reward, read
+        reward, seen = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped, metas))
+        return grouped, image_tokens, logps, reward, seen
 
     def sample(self, policy, prompts, key):
         """-> image_tokens [S, N], logps [S, N] of the sampler."""
@@ -111,21 +113,22 @@ class GvU:
         return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
 
     def reward(self, base, policy, image_tokens, pixels, prompts, metas=()):
-        """-> reward [S] in [0, 1] and what it came from, (seen, word log-probs [S, L]). prompts: a row per sample.
-        metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words."""
+        """-> reward [S] in [0, 1] and what it was read from, seen [S, r, c]. prompts: a row per sample.
+
+        metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words.
+        """
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
-        logps, mask = self.programs.read(teacher, seen, prompts)
         each = [meta for meta in metas for _ in range(self.config.gvu.group)]
         if self.config.reward.mean == "yes":
             asked = [rewards.question(meta["prompt"]) for meta in each for _ in rewards.ANSWERS]
             asked = sharding.place_prompts(self.umm, rewards.ANSWERS * len(each),
                                            rewards.question_lengths(self.umm, self.lengths), self.mesh, questions=asked)
-            return self.mean(*self.programs.read(teacher, seen, asked)), (seen, logps)
+            return self.mean(*self.programs.read(teacher, seen, asked)), seen
         if self.config.reward.mean == "oracle":
             right = self.judge(sharding.fetch(pixels), each)
-            return sharding.put(right.astype(np.float32), self.mesh), (seen, logps)
-        return self.mean(logps, mask), (seen, logps)
+            return sharding.put(right.astype(np.float32), self.mesh), seen
+        return self.mean(*self.programs.read(teacher, seen, prompts)), seen
 
     def loss(self, trainable, base, batch, old_logps, first):
         """The objective on one micro-batch; at the first inner step old = current, so the ratio is exactly 1."""
@@ -136,25 +139,27 @@ class GvU:
         loss, metrics = objectives.clipped_policy_loss(
             logps, old_logps, batch.ref_logps, batch.advantages, gvu.clip, gvu.beta)
         if gvu.anchor:
-            part = jax.tree.map(lambda x: x[::ANCHORED], batch)
-            words, mask = self.umm.text_logps(policy, part.seen, part.prompts)
-            kl = jnp.where(mask, objectives.k3(words, part.word_logps), 0.0)                        # [S / 2, L]
+            seen, texts = batch.held                                                                # [A], [A, 2]
+            texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                       # [A * 2]
+            words, mask = self.umm.text_logps(policy, seen, texts)                                  # [A * 2, L]
+            kl = jnp.where(mask, objectives.k3(words, self.umm.text_logps(base, seen, texts)[0]), 0.0)
             read_kl = jnp.mean(jnp.sum(kl, axis=1) / jnp.sum(mask, axis=1))
             loss, metrics = loss + gvu.anchor * read_kl, metrics | {"read_kl": read_kl}
         return loss, (metrics | {"loss": loss}, logps)
 
-    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, read):
+    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen):
         """GRPO on S samples: `inner_steps` optimizer steps, each over `micro_batches` slices of the batch.
 
-        prompts [S], image_tokens and sampler_logps [S, N], reward [S] and read as `reward` returns them. Returns the
-        state after step + 1 and a dict of scalar metrics. Gradients of the slices are averaged before the one optimizer
-        step they make.
+        prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as `reward` returns them. Returns
+        the state after step + 1 and a dict of scalar metrics. Gradients of the slices are averaged before the one
+        optimizer step they make.
         """
         gvu, slices = self.config.gvu, self.config.gvu.micro_batches
         split, join = functools.partial(sharding.split_rows, slices=slices), sharding.join_rows
         ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
         advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
-        batches = split(Batch(prompts, image_tokens, ref_logps, advantages, *read))
+        held = (seen[::ANCHORED], own_and_other(prompts, gvu.group)) if gvu.anchor else ()
+        batches = split(Batch(prompts, image_tokens, ref_logps, advantages, held))
 
         def inner_step(carry, i):
             trainable, opt_state, old_logps = carry
@@ -189,11 +194,16 @@ class GvU:
 
 @struct.dataclass
 class Batch:
-    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]; what the teacher saw,
-    and its log-probs of the prompt's words [S, L]."""
+    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]; and, with an anchor, what
+    was seen of A = S / ANCHORED samples [A, r, c] with two prompts each [A, 2, ..]."""
     prompts: object
     tokens: jax.Array
     ref_logps: jax.Array
     advantages: jax.Array
-    seen: jax.Array
-    word_logps: jax.Array
+    held: tuple
+
+
+def own_and_other(prompts, group):
+    """Of every ANCHORED-th sample its own prompt and that of the next group: [S / ANCHORED, 2, ..]."""
+    pair = lambda x: jnp.stack([x[::ANCHORED], jnp.roll(x, -group, axis=0)[::ANCHORED]], axis=1)
+    return jax.tree.map(pair, prompts)
