@@ -16,7 +16,7 @@ def get_config(preset="sft"):
     del config.gvu
     config.method = "internal_gap"
     config.steps = 300
-    config.internal_gap = dict(objective=preset[-3:], pool=1440, prompts=24, group=12, waves=1, threshold=0.5,
+    config.internal_gap = dict(objective=preset[-3:], pool=1440, prompts=24, group=12, waves=1, threshold=0.5, keep=1,
                                batch=96, micro_batches=1, beta=0.2, nll=1.0, replay=0, probe=0)
     config.trains = "all"
     config.optim.update(lr=5e-4)

@@ -94,8 +94,8 @@ def test_it_writes_what_its_contract_says(run):
     _, work = run
     training = [line for line in read_metrics(work / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4]
-    for name in ("reward/mean reward/std kl entropy loss grad_norm logp_gap images_per_second seconds/sample duplicates "
-                 "seconds/render seconds/reward seconds/update data/prompts data/recovered data/discarded").split():
+    for name in ("reward/mean reward/std kl entropy loss grad_norm logp_gap images_per_second seconds/sample "
+                 "seconds/render seconds/reward seconds/update duplicates data/prompts data/discarded").split():
         assert all(line[name] is not None for line in training), name
     assert all(line["logp_gap"] < 1e-4 for line in training) and training[0]["kl"] < 1e-6 < training[-1]["kl"]
     np.testing.assert_allclose(training[0]["reward/mean"], np.mean([line["p_yes"] for line in manifest(work, 0)]), 1e-4)
@@ -138,7 +138,8 @@ def test_a_later_sitting_needs_the_data_it_trained_on(run, tiny, tmp_path):
         Method(tiny, config, tmp_path).rollout(3)
     shutil.copytree(work / "data", tmp_path / "data")
     path = tmp_path / "data/round_1/manifest.jsonl"
-    for broken in (path.read_text()[:-30], path.read_text().replace(manifest(work, 1)[0]["prompt"], "a photo of a car")):
+    lines, prompt = path.read_text(), manifest(work, 1)[0]["prompt"]
+    for broken in (lines[:-30], lines.replace(prompt, "a photo of a car")):
         path.write_text(broken)
         with pytest.raises(ValueError, match="round_1/manifest.jsonl is not what this run wrote"):
             Method(tiny, config, tmp_path).rollout(3)
@@ -168,11 +169,12 @@ def test_batches_take_the_accepted_by_turns_and_the_pairs_farthest_apart():
     drawn = Round(0, ["a", "b", "c"], tokens, -np.arange(9.0).reshape(3, 3), p_yes)
     replayed = Round(6, ["b"], tokens[:1] + 9, -9 - np.arange(3.0)[None], p_yes[:1])
     assert drawn.discarded(0.5) == ["b"]
-    gap = gap_config("sft", **{"internal_gap.group": 3, "internal_gap.threshold": 0.5}).internal_gap
+    gap = gap_config("sft", **{
+        "internal_gap.group": 3, "internal_gap.threshold": 0.5, "internal_gap.keep": 2}).internal_gap
     pairs = internal_gap.choose_pairs([drawn, replayed], gap)
     texts, chosen, _, logp, by_base = pairs.rows(range(9), gap, seed=0)       # three epochs of a, c and the second b
     taken = [[int(c) for text, c in zip(texts, chosen[:, 0]) if text == name] for name in "acb"]
-    assert taken == [[0, 2, 0], [8, 7, 6], [9, 11, 9]]
+    assert taken == [[0, 2, 0], [8, 7, 8], [9, 11, 9]]
     assert all(sorted(texts[i:i + 3]) == ["a", "b", "c"] for i in (0, 3, 6)) and texts[:3] + texts[3:6] != texts[3:9]
     assert (logp == -chosen[:, 0]).all() and [text != "b" for text in texts] == by_base.tolist()
     again = [pairs.rows(range(i, i + 3), gap, seed=0)[0] for i in (0, 3, 6)]

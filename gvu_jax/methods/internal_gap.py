@@ -39,10 +39,11 @@ class InternalGap:
     """The rounds of data, and the one program of a step.
 
     umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
-    `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of p_yes), `batch` (rows of an update),
-    `micro_batches`, `beta` and `nll` (of DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that
-    is the latest step: every `probe` steps one call of discarded prompts is drawn, and replay begins once the share of
-    them that now passes has risen and rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view` is what
+    `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of p_yes), `keep` (at most so many accepted
+    candidates of a prompt, the best, are for SFT), `batch` (rows of an update), `micro_batches`, `beta` and `nll` (of
+    DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that is the latest step: every `probe`
+    steps one call of discarded prompts is drawn, and replay begins once the share of them that now passes has risen and
+    rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view` is what
     it reads ("pixels" | "tokens"); `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
     """
 
@@ -63,7 +64,7 @@ class InternalGap:
         gap = config.internal_gap
         if gap.objective not in ("sft", "dpo"):
             raise ValueError(f"internal_gap.objective is {gap.objective!r}; it must be 'sft' or 'dpo'")
-        for name in ("prompts", "pool", "group", "batch", "waves", "micro_batches"):
+        for name in ("prompts", "pool", "group", "keep", "batch", "waves", "micro_batches"):
             least = 2 if (name, gap.objective) == ("group", "dpo") else 1
             if gap[name] < least:
                 raise ValueError(f"internal_gap.{name} is {gap[name]}; it must be at least {least}")
@@ -275,17 +276,17 @@ class Pairs(NamedTuple):
     prompts: list            # M texts
     tokens: np.ndarray       # [M, N, T] int32
     logp: np.ndarray         # [M, N] float32
-    accepted: np.ndarray     # [M] how many of the N are
+    kept: np.ndarray         # [M] how many of them, from the first on, SFT learns from
     by_base: np.ndarray      # [M] bool: drawn in round 0
 
     def rows(self, places, gap, seed):
         """Prompts, chosen [B, T], rejected [B, T], logp [B] and by_base [B] of the given places in an endless order:
-        each epoch shuffles anew. The e-th epoch of SFT takes a prompt's e-th accepted candidate, round and round; DPO
-        always takes the most accepted one."""
+        each epoch shuffles anew. The e-th epoch of SFT takes the e-th candidate kept of a prompt, round and round; DPO
+        always takes the first."""
         epochs, places = np.divmod(np.array(places), len(self.prompts))
         shuffled = {e: np.random.default_rng((seed, e)).permutation(len(self.prompts)) for e in set(epochs.tolist())}
         rows = np.array([shuffled[e][place] for e, place in zip(epochs.tolist(), places)])
-        which = epochs % self.accepted[rows] if gap.objective == "sft" else np.zeros_like(rows)
+        which = epochs % self.kept[rows] if gap.objective == "sft" else np.zeros_like(rows)
         return ([self.prompts[row] for row in rows], self.tokens[rows, which], self.tokens[rows, -1],
                 self.logp[rows, which], self.by_base[rows])
 
@@ -302,7 +303,8 @@ def choose_pairs(rounds, gap):
                          f"or change internal_gap.threshold")
     order = np.argsort(-p_yes[rows], axis=1, kind="stable")                                            # [M, N]
     return Pairs([texts[row] for row in rows], np.take_along_axis(join("tokens")[rows], order[:, :, None], axis=1),
-                 np.take_along_axis(join("logp")[rows], order, axis=1), accepted[rows], rows < len(rounds[0].prompts))
+                 np.take_along_axis(join("logp")[rows], order, axis=1), np.minimum(accepted[rows], gap.keep),
+                 rows < len(rounds[0].prompts))
 
 
 def facts(rounds, pairs, gap):
