@@ -2,6 +2,7 @@
 
 Letters: S sequences (samples, G to a group, neighbours together), N tokens a sequence.
 """
+import jax
 import jax.numpy as jnp
 
 
@@ -47,6 +48,18 @@ def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta):
     kl = k3(logps, ref_logps)
     acts = ((ratio > 1.0 + clip) & (A > 0)) | ((ratio < 1.0 - clip) & (A < 0))
     return -jnp.mean(gain - beta * kl), {"kl": jnp.mean(kl), "clipped": jnp.mean(acts), "ratio_max": jnp.max(ratio)}
+
+
+def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll):
+    """-log sigmoid(beta ((log pi(w) - log ref(w)) - (log pi(l) - log ref(l)))) + nll * NLL(w), mean over pairs (w, l).
+
+    DPO (Rafailov et al. 2023) with the term that keeps the chosen picture probable while the rejected one falls, its
+    NLL in nats a token. All [B, N] log-probs of tokens; a picture's is their sum. Returns the scalar loss and a dict of
+    scalars: preferred (share of pairs that the policy ranks as the data does, against the reference), margin (nats).
+    """
+    margin = jnp.sum((chosen - ref_chosen) - (rejected - ref_rejected), axis=1)                     # [B]
+    loss = -jnp.mean(jax.nn.log_sigmoid(beta * margin)) - nll * jnp.mean(chosen)
+    return loss, {"preferred": jnp.mean(margin > 0), "margin": jnp.mean(margin)}
 
 
 def cross_entropy(logps, mask):

@@ -1,14 +1,18 @@
 """What training moves, of whatever method: a subtree of the parameters, and the policy that it makes of the base.
 
-The subtree is {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning. The policy is the base with that subtree laid
-over it; the reference is the base itself.
+The subtree is {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning, or only those parts of them that
+config.trains names. The policy is the base with that subtree laid over it; the reference is the base itself.
 """
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import struct, traverse_util
 
-from gvu_jax import lora
+from gvu_jax import lora, sharding
+from gvu_jax.models.xomni import TRAINS
 
 
 @struct.dataclass
@@ -20,17 +24,50 @@ class State:
 
 
 def init_trainable(base, config, key):
-    """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0."""
+    """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0; of the parts
+    that config.trains names, where the config has it ("all" | "backbone" | "backbone+projector")."""
+    trains = config.get("trains", "all")
+    if trains not in TRAINS:
+        raise ValueError(f"trains is {trains!r}; it must be one of {', '.join(TRAINS)}")
+    flat = traverse_util.flatten_dict(base["ar"], sep="/")
+    part = {path: leaf for path, leaf in flat.items() if re.search(TRAINS[trains], path)}
+    part = traverse_util.unflatten_dict(part, sep="/")
     if config.lora.rank == 0:
-        return {"ar": jax.tree.map(jnp.copy, base["ar"])}
-    return {"adapter": lora.init(key, base["ar"], config.lora.rank, config.lora.targets)}
+        return {"ar": jax.tree.map(jnp.copy, part)}
+    return {"adapter": lora.init(key, part, config.lora.rank, config.lora.targets)}
 
 
 def policy_params(base, trainable, lora_config):
     """Base parameters with the trained subtree laid over them; what every `umm` call of the policy takes."""
     if "adapter" in trainable:
         return {**base, "adapter": lora.scaled(trainable["adapter"], lora_config.alpha / lora_config.rank)}
-    return {**base, **trainable}
+    whole, moved = (traverse_util.flatten_dict(tree["ar"]) for tree in (base, trainable))
+    return {**base, "ar": traverse_util.unflatten_dict(whole | moved)}
+
+
+def mean_gradient(loss, trainable, slices):
+    """Gradients of `loss(trainable, one of the slices) -> (scalar, (metrics, rest))`, meant over the slices' leading
+    axis: (gradients, (metrics, rest), each stacked). One slice after the other, so that one at a time is in memory."""
+    count = jax.tree.leaves(slices)[0].shape[0]
+
+    def add(grads, x):
+        new, found = jax.grad(loss, has_aux=True)(trainable, x)
+        return jax.tree.map(lambda g, n: g + n / count, grads, new), found
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, trainable), slices)
+
+
+def skipped(opt_state):
+    """The metrics that say how many steps were not finite and changed nothing (see optim.py)."""
+    return {"skipped": optax.tree.get(opt_state, "total_notfinite", 0),
+            "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0)}
+
+
+def place_state(base, config, optimizer, key, mesh):
+    """The state before the first step, each part of it where it stays on the mesh."""
+    begin = functools.partial(init_state, config=config, optimizer=optimizer)
+    where = sharding.shardings(jax.eval_shape(begin, base, key=key), mesh)
+    return sharding.Program(begin, mesh, out_shardings=where)(base, key=key)
 
 
 def init_state(base, config, optimizer, key):

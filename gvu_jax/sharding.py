@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
+from gvu_jax import rewards
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.models.layers import AXES, BATCH
 
@@ -122,10 +123,10 @@ def named(shape):
     return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape))
 
 
-def check(umm, mesh, gvu):
+def check(umm, mesh, settings, samples):
     """Raises ValueError, in one line, for a mesh on which this model or this batch cannot be divided.
 
-    gvu: the config's `prompts`, `group`, `micro_batches` and `waves`.
+    settings: the method's, of which `prompts`, `micro_batches` and `waves` are read. samples: rows of an update.
     """
     tensor, rows = mesh.shape["tensor"], batch_shards(mesh)
     of_mesh = f"mesh {named(mesh.devices.shape)}"
@@ -133,13 +134,12 @@ def check(umm, mesh, gvu):
                         "feed-forward channels": umm.ar.intermediate_size}.items():
         if count % tensor:
             raise ValueError(f"{of_mesh}: the {count} {what} of the backbone cannot be divided by tensor = {tensor}")
-    samples = gvu.prompts * gvu.group
-    if samples % (rows * gvu.micro_batches):
-        raise ValueError(f"{of_mesh}: {samples} samples a step (gvu.prompts {gvu.prompts} x gvu.group {gvu.group}) in "
-                         f"{gvu.micro_batches} micro-batches cannot be divided by data x fsdp = {rows}")
-    if gvu.waves > 1 and gvu.prompts % (rows * gvu.waves):
-        raise ValueError(f"{of_mesh}: {gvu.prompts} prompts in {gvu.waves} waves cannot be divided by data x fsdp = "
-                         f"{rows}")
+    if samples % (rows * settings.micro_batches):
+        raise ValueError(f"{of_mesh}: {samples} samples a step in {settings.micro_batches} micro-batches cannot be "
+                         f"divided by data x fsdp = {rows}")
+    if settings.waves > 1 and settings.prompts % (rows * settings.waves):
+        raise ValueError(f"{of_mesh}: {settings.prompts} prompts in {settings.waves} waves cannot be divided by "
+                         f"data x fsdp = {rows}")
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -228,6 +228,16 @@ def place_prompts(umm, texts, lengths, mesh, times=1, questions=None):
     pick = lambda x: jax.make_array_from_callback(
         (rows, *x.shape[1:]), sharding, lambda index: x[np.searchsorted(ours, text_of[index[0]])])
     return jax.tree.map(pick, encoded)
+
+
+def place_questions(umm, texts, lengths, mesh, times):
+    """Whether a picture shows what B texts say, asked `times` times each: Prompts [B * times * 2], "yes" beside "no".
+
+    lengths: umm.Lengths that hold the texts; see rewards.yes.
+    """
+    asked = [rewards.question(text) for text in texts for _ in range(times * len(rewards.ANSWERS))]
+    answers = rewards.ANSWERS * (len(texts) * times)
+    return place_prompts(umm, answers, rewards.question_lengths(umm, lengths), mesh, questions=asked)
 
 
 def put(tree, mesh):

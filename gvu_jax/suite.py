@@ -3,6 +3,7 @@
     draw         samples pictures for fixed prompts; a judge, where the world has one, says which are right: GenEval's
                  score by category, and the AUC of the intrinsic reward (does it rank right pictures above wrong ones?).
                  Without a judge the score is the intrinsic reward itself.
+    judge_own    what the model itself says of those pictures when asked, against the judge
     understand   pictures with several captions each: how often does the model find the true one most probable?
 
 Then what needs no world and only a `gvu_jax.Model`: `choose` (multiple choice by likelihood), `unify` (does the model
@@ -33,7 +34,7 @@ class Suite:
         self.batches = [metas[i:i + batch] for i in range(0, len(metas), batch)]
         self.key, self.judge, self.tests = jax.random.key(seed), judge, dict(tests)
         self.mesh = programs.sample.mesh
-        self.mean = sharding.Program(rewards.geometric_mean, self.mesh)
+        self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
     def draw(self, policy, teacher):
         """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
@@ -69,6 +70,24 @@ class Suite:
             pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
         return np.concatenate(pictures), in_groups(scores), in_groups(right) if self.judge else None
+
+    def judge_own(self, params, pictures, right):
+        """What the understanding branch of `params` answers when asked whether the pictures that `draw` returned show
+        their prompts: {"non_unification": share that it rejects} and, with the verdicts `right`, "accuracy" (share on
+        which both agree) and "false_positives" (share of the wrong ones that it accepts)."""
+        accepted = []
+        for metas, some in zip(self.batches, np.split(pictures, len(self.batches))):
+            pixels = sharding.put(some.reshape(-1, *some.shape[2:]).astype(np.float32) / 255, self.mesh)
+            asked = sharding.place_questions(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh,
+                                             self.group)
+            answers = self.yes(*self.programs.read(params, self.programs.see(params, pixels), asked))
+            accepted.append(sharding.fetch(answers).reshape(-1, self.group) > 0.5)
+        accepted = np.concatenate(accepted)
+        found = {"non_unification": float(1 - accepted.mean())}
+        if right is not None:
+            found |= {"accuracy": float((accepted == right).mean()),
+                      "false_positives": float(accepted[~right].mean()) if not right.all() else 0.0}
+        return found
 
     def understand(self, params):
         """{test: share of its choices where the true caption has the highest mean log-probability}."""

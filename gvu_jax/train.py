@@ -28,6 +28,7 @@ import gvu_jax
 from gvu_jax import checkpoint, cli, data, optim, sharding
 from gvu_jax.closeup import write_closeup
 from gvu_jax.methods.gvu import GvU
+from gvu_jax.methods.internal_gap import InternalGap
 from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
 from gvu_jax.pictures import image_grid
 from gvu_jax.policy import State
@@ -35,6 +36,7 @@ from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite
+from gvu_jax.umm import compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.")
@@ -64,7 +66,7 @@ def train(config, workdir, stop=Stop()):
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     settings = config[config.method]
     how = How(images_per_prompt=settings.group, **config.sampling)
-    optimizer = optim.build(config.optim, config.steps * settings.inner_steps)
+    optimizer = optim.build(config.optim, config.steps * settings.get("inner_steps", 1))
     train_metas, held_out = prompts_of(config)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
@@ -88,7 +90,7 @@ def train(config, workdir, stop=Stop()):
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
-    method = method_of(config)(umm, config, how, optimizer, mesh, lengths)
+    method = method_of(config)(umm, config, how, optimizer, mesh, lengths, workdir)
     root = jax.random.key(config.seed)
     state = method.init(base, sharding.put(jax.random.fold_in(root, 0), mesh))
     checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
@@ -96,14 +98,14 @@ def train(config, workdir, stop=Stop()):
     if resumed is not None:
         saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
         state = State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
-    suite = build_suite(config, umm, method.programs, held_out, lengths)
+    suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first = int(state.step)
     # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
     with (MetricsWriter(notes, resume_step=-1 if resumed is None else resumed) as writer,
-          Progress(config.steps, "step", "GvU", done=first, silent=not first_process) as progress):
+          Progress(config.steps, "step", config.method, done=first, silent=not first_process) as progress):
 
         def save(step):
             checkpoints.save(step, state.trainable, state.opt_state)
@@ -119,9 +121,15 @@ def train(config, workdir, stop=Stop()):
             values = {f"eval/{name}": score for name, score in scores.items()}
             if thorough:
                 moment, understanding = ("before" if step == 0 else "after"), suite.understand(policy)
+                judgement = suite.judge_own(policy, pictures, right)
+                if step and right is not None:              # a judge is compared with itself on the same pictures
+                    drawn, _, judged = suite.sample(base, base)
+                    judgement |= {f"{name}_on_base": value for name, value
+                                  in suite.judge_own(policy, drawn, judged).items()}
                 values |= {f"understanding/{name}": score for name, score in understanding.items()}
-                summary.update({moment: {k: v for k, v in scores.items() if k != "reward"},
-                                f"understanding_{moment}": understanding, f"auc_{moment}": areas})
+                values |= {f"judgement/{name}": value for name, value in judgement.items()}
+                summary.update({moment: {k: v for k, v in scores.items() if k != "reward"}, f"auc_{moment}": areas,
+                                f"understanding_{moment}": understanding, f"judgement_{moment}": judgement})
                 if step == 0:
                     summary["auc"] = areas
                 write_closeup(suite, policy, base, (pictures, rewards, right), moment, workdir, notes)
@@ -143,9 +151,9 @@ def train(config, workdir, stop=Stop()):
             began = time.time()
             if stop.requested():
                 break
-            clock = Stopwatch(state if step % config.log_every == config.log_every - 1 or step == 0 else None)
-            keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(root, step + 1))), mesh)
-            batch = method.rollout(state, base, step, stream, keys, clock)
+            logged = step % config.log_every == config.log_every - 1 or step == 0
+            clock = Stopwatch(state if logged else None, stop.requested)
+            batch = method.rollout(state, base, step, stream, jax.random.fold_in(root, step + 1), clock)
             if stop.requested():
                 break
             stop.unsaved = True
@@ -154,7 +162,7 @@ def train(config, workdir, stop=Stop()):
             shown = {}
             if clock.on:
                 metrics = jax.device_get(metrics)
-                writer.write(step + 1, metrics | clock.seconds(settings.prompts * settings.group))
+                writer.write(step + 1, metrics | clock.seconds(method.pictures))
                 shown = {"reward": metrics["reward/mean"], "kl": metrics["kl"]}
                 alarm(config.alarm, step + 1, metrics)
             progress.update(1, **shown)
@@ -179,7 +187,7 @@ def train(config, workdir, stop=Stop()):
 
 # ---- the parts named above ---------------------------------------------------------------------------------------
 
-METHODS = {"gvu": GvU}
+METHODS = {"gvu": GvU, "internal_gap": InternalGap}
 
 
 def method_of(config):
@@ -249,9 +257,13 @@ def prompts_of(config):
     return train_metas, held_out
 
 
-def build_suite(config, umm, programs, held_out, lengths):
+def build_suite(config, umm, programs, how, held_out, lengths):
+    """The suite of the held-out prompts, with the method's own programs where it draws as many pictures of a prompt."""
     settings = config[config.method]
-    count, batch, group = config.eval.batches * settings.prompts, settings.prompts, settings.group
+    count, batch = config.eval.batches * settings.prompts, settings.prompts
+    group = config.eval.get("group", settings.group)
+    if group != settings.group:
+        programs = compile_programs(umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh)
     if not config.get("world"):
         metas = [held_out[i % len(held_out)] for i in range(count)]
         return Suite(umm, programs, metas, batch, group, lengths, config.seed)
@@ -296,8 +308,8 @@ class Stopwatch:
     """Seconds of each phase of a step. It waits for the device only when given the state that the step starts from:
     other steps run asynchronously, and what they left running must not be counted."""
 
-    def __init__(self, state):
-        self.on, self.laps = state is not None, {}
+    def __init__(self, state, stopped):
+        self.on, self.laps, self.stopped = state is not None, {}, stopped
         jax.block_until_ready(state)
         self.began = time.perf_counter()
 
@@ -305,7 +317,8 @@ class Stopwatch:
         if self.on:
             jax.block_until_ready(result)
             now = time.perf_counter()
-            self.laps[f"seconds/{phase}"], self.began = now - self.began, now
+            self.laps[f"seconds/{phase}"] = self.laps.get(f"seconds/{phase}", 0.0) + now - self.began
+            self.began = now
         return result
 
     def seconds(self, pictures):
@@ -316,8 +329,10 @@ def table(summary):
     """The before / after table as text."""
     before, after = summary.get("before", {}), summary.get("after", {})
     lines = [f"{'held-out checker score':<24}{'before':>8}{'after':>8}{'change':>8}"]
-    for section, (old, new) in {"": (before, after), "understanding ": (
-            summary.get("understanding_before", {}), summary.get("understanding_after", {}))}.items():
+    sections = {"": (before, after)}
+    for name in ("understanding", "judgement"):
+        sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})
+    for section, (old, new) in sections.items():
         lines += [f"{section + name:<24}{old[name]:8.3f}{new[name]:8.3f}{new[name] - old[name]:+8.3f}"
                   for name in new if name in old]
     lines += [f"{'reward AUC ' + name:<24}{area:8.3f}" for name, area in summary.get("auc", {}).items()]

@@ -68,9 +68,9 @@ def load_config(name, *preset):
     return module.get_config(*preset)
 
 
-def tiny_config():
-    """configs/shapes.py with every size and budget cut to what a test can pay."""
-    config = load_config("shapes", "smoke")
+def tiny_config(name="shapes", preset="smoke"):
+    """A config of the shapes world with every size and budget cut to what a test can pay."""
+    config = load_config(name, preset)
     config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                            num_key_value_heads=1)
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
@@ -78,7 +78,7 @@ def tiny_config():
     config.pretrain.update(scenes=1024, crowded=512)
     for stage in ("tokenizer", "diffusion", "backbone"):
         config.pretrain[stage].steps = 4
-    config.gvu.update(prompts=6, group=4)
+    config[config.method].update(prompts=6, group=4)
     config.mesh.data = 1
     config.eval.update(every=2, batches=1, choices=6)
     config.update(steps=4, log_every=1, checkpoint_every=2)

@@ -50,6 +50,27 @@ def test_where_the_clip_acts_the_policy_gets_no_gradient():
     assert slope(jnp.log(2.0) + old) == 0 and slope(old) == -1
 
 
+@pytest.mark.parametrize("beta, of_trl", [
+    (0.1, [0.8019744157791138, 0.8170759677886963, 1.016432285308838, 0.565202534198761]),
+    (0.5, [1.3388392925262451, 1.4409894943237305, 2.892991542816162, 0.22572098672389984])])
+def test_dpo_loss_against_trl_numpy_and_torch(beta, of_trl):
+    """of_trl: what DPOTrainer.dpo_loss of trl 0.9.6 (loss_type "sigmoid") gives for these four pairs."""
+    torch = pytest.importorskip("torch")
+    chosen, rejected, ref_chosen, ref_rejected = logps = [random(4, 6, seed=seed) for seed in range(4)]
+    loss = lambda *logps, nll=0.0: objectives.dpo_loss(*logps, beta, nll)[0]
+    np.testing.assert_allclose([loss(*(x[i:i + 1] for x in logps)) for i in range(4)], of_trl, rtol=1e-5)
+    np.testing.assert_allclose(loss(*logps), np.mean(of_trl), rtol=1e-5)
+    np.testing.assert_allclose(loss(*logps, nll=0.3), np.mean(of_trl) - 0.3 * chosen.mean(), rtol=1e-5)
+    margin = (chosen - rejected - ref_chosen + ref_rejected).sum(axis=1)
+    np.testing.assert_allclose(objectives.dpo_loss(*logps, beta, 0.3)[1]["margin"], margin.mean(), rtol=1e-5)
+    w, l, ref_w, ref_l = (torch.tensor(x, requires_grad=i < 2) for i, x in enumerate(logps))
+    scores = beta * ((w - ref_w).sum(1) - (l - ref_l).sum(1))
+    (-torch.nn.functional.logsigmoid(scores).mean() - 0.3 * w.mean()).backward()
+    slopes = jax.grad(lambda w, l: loss(w, l, ref_chosen, ref_rejected, nll=0.3), argnums=(0, 1))(chosen, rejected)
+    for ours, theirs in zip(slopes, (w.grad, l.grad)):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
 def test_reward_is_the_geometric_mean_and_does_not_underflow():
     logps = np.log(np.array([[0.5, 0.25, 0.9], [0.1, 0.1, 0.1]], np.float32))
     mask = np.array([[True, True, False], [True, True, True]])

@@ -23,7 +23,7 @@ import optax
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.policy import State, init_state, policy_params
+from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
 from gvu_jax.umm import compile_programs
 
 ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
@@ -36,12 +36,13 @@ class GvU:
     and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens") and `reward.mean`
     (rewards.MEANS, or "oracle"); `lora`. how: how the policy samples, with images_per_prompt = group. mesh: see
     sharding.py. lengths: umm.Lengths that hold every prompt of the run; `rollout` needs them. The attribute `judge`,
-    (pixels [S, H, W, 3], S metas) -> bool [S] on the host, is the oracle.
+    (pixels [S, H, W, 3], S metas) -> bool [S] on the host, is the oracle; `pictures` is how many a step learns from.
+    workdir: of the run, for methods that keep data there; GvU does not.
     """
 
-    def __init__(self, umm, config, how, optimizer, mesh, lengths=None):
+    def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
         self.check(config)
-        sharding.check(umm, mesh, config.gvu)
+        sharding.check(umm, mesh, config.gvu, config.gvu.prompts * config.gvu.group)
         slices = config.gvu.micro_batches * sharding.batch_shards(mesh)
         if config.gvu.anchor and config.gvu.prompts * config.gvu.group % (ANCHORED * slices):
             raise ValueError(f"gvu.anchor holds every {ANCHORED}th sample: gvu.prompts x gvu.group must be a multiple of "
@@ -52,6 +53,7 @@ class GvU:
         self.mean = sharding.Program(rewards.MEANS.get(config.reward.mean, rewards.geometric_mean), mesh)
         self.judge = None
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
+        self.pictures = config.gvu.prompts * config.gvu.group
 
     @staticmethod
     def check(config):
@@ -84,16 +86,15 @@ class GvU:
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        begin = functools.partial(init_state, config=self.config, optimizer=self.optimizer)
-        where = sharding.shardings(jax.eval_shape(begin, base, key=key), self.mesh)
-        return sharding.Program(begin, self.mesh, out_shardings=where)(base, key=key)
+        return place_state(base, self.config, self.optimizer, key, self.mesh)
 
-    def rollout(self, state, base, step, stream, keys, clock):
+    def rollout(self, state, base, step, stream, key, clock):
         """Programs 1 to 3 for the prompts of `step`: what `update` takes after (state, base).
 
-        stream: the training prompts (see data.py). keys: two, for sampling and for rendering. clock.lap(phase, result)
-        is told of each phase and returns its result.
+        stream: the training prompts (see data.py). key: the step's own. clock.lap(phase, result) is told of each phase
+        and returns its result; clock.stopped() says, to a method that takes its time, that nobody waits for the rest.
         """
+        keys = sharding.put(tuple(jax.random.split(key)), self.mesh)
         metas = data.batch(stream, step, self.config.gvu.prompts)
         texts = [meta["prompt"] for meta in metas]
         prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
@@ -121,9 +122,8 @@ class GvU:
         seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
         each = [meta for meta in metas for _ in range(self.config.gvu.group)]
         if self.config.reward.mean == "yes":
-            asked = [rewards.question(meta["prompt"]) for meta in each for _ in rewards.ANSWERS]
-            asked = sharding.place_prompts(self.umm, rewards.ANSWERS * len(each),
-                                           rewards.question_lengths(self.umm, self.lengths), self.mesh, questions=asked)
+            texts = [meta["prompt"] for meta in metas]
+            asked = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group)
             return self.mean(*self.programs.read(teacher, seen, asked)), seen
         if self.config.reward.mean == "oracle":
             right = self.judge(sharding.fetch(pixels), each)
@@ -163,14 +163,8 @@ class GvU:
 
         def inner_step(carry, i):
             trainable, opt_state, old_logps = carry
-
-            def slice_step(grads, x):
-                batch, old = x
-                new, (metrics, logps) = jax.grad(self.loss, has_aux=True)(trainable, base, batch, old, i == 0)
-                return jax.tree.map(lambda g, n: g + n / slices, grads, new), (metrics, logps)
-
-            zeros = jax.tree.map(jnp.zeros_like, trainable)
-            grads, (metrics, logps) = jax.lax.scan(slice_step, zeros, (batches, old_logps))
+            grads, (metrics, logps) = mean_gradient(
+                lambda trainable, x: self.loss(trainable, base, *x, i == 0), trainable, (batches, old_logps))
             updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
             largest = jnp.max(metrics["ratio_max"])
             metrics = jax.tree.map(jnp.mean, metrics) | {"ratio_max": largest, "grad_norm": optax.tree.norm(grads)}
@@ -185,9 +179,7 @@ class GvU:
             "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
             "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
             "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
-            "duplicates": objectives.duplicates(image_tokens, gvu.group),
-            "skipped": optax.tree.get(opt_state, "total_notfinite", 0),
-            "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0),
+            "duplicates": objectives.duplicates(image_tokens, gvu.group), **skipped(opt_state),
         }
         return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics
 

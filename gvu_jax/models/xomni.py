@@ -159,6 +159,11 @@ PARTITION = (
 )
 
 
+# What of the backbone a run may train, as a regex for paths; "projector": image tokens on their way in and out.
+TRAINS = {"backbone": r"^(layers|mm_head_layers|lm_norm|mm_norm)/", "all": r"",
+          "backbone+projector": r"^(layers|mm_head_layers|lm_norm|mm_norm|mm_embed_tokens|mm_head)/"}
+
+
 def rules(config):
     """How the parameters are called in a checkpoint (see torch_keys): both stacks are `model.layers` there."""
     return (

@@ -1,0 +1,27 @@
+"""Internal Gap in the shapes world: base, prompts and evaluation are those of configs/shapes.py.
+
+    python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft       # or dpo, csft, cdpo
+    python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft2 --config.internal_gap.group=2
+
+csft and cdpo are the curriculum: prompts of which no candidate was accepted are drawn again half-way.
+"""
+import runpy
+from pathlib import Path
+
+
+def get_config(preset="sft"):
+    if preset not in ("sft", "dpo", "csft", "cdpo"):
+        raise ValueError(f"configs/shapes_gap.py has no preset {preset!r}; it has sft, dpo, csft and cdpo")
+    config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"]()
+    del config.gvu
+    config.method = "internal_gap"
+    config.steps = 300
+    config.internal_gap = dict(objective=preset[-3:], pool=1440, prompts=24, group=12, waves=1, threshold=0.5, keep=1,
+                               batch=96, micro_batches=1, beta=0.2, nll=1.0, replay=0, probe=0)
+    config.trains = "all"
+    config.optim.update(lr=5e-4)
+    config.eval.update(every=100, group=12)
+    config.checkpoint_every = 100
+    if preset.startswith("c"):
+        config.internal_gap.replay = config.steps // 2
+    return config

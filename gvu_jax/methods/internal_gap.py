@@ -1,0 +1,317 @@
+"""Internal Gap: Turning Internal Gap into Self-Improvement (ICLR 2026).
+
+A unified model often rejects what it has drawn itself: asked "Does this image describe ...?", it says no. The share of
+such pictures is its non-unification; what it accepts and what it rejects are data to learn from.
+
+    1. draw      the base draws N candidates for each prompt of a pool; of each the            umm.sample_image, render,
+                 understanding branch says how probable "yes" is against "no"                  see, text_logps
+    2. train     sft: the negative log-likelihood of accepted candidates                       umm.image_logps
+                 dpo: a prompt's most accepted candidate against its most rejected one
+    3. replay    prompts without an accepted candidate were discarded. The policy, stronger now, draws and judges
+                 them again, and what passes joins the data (the curriculum: C-SFT, C-DPO)
+
+WORKDIR/data/round_0 (the pool) and round_1 (the replay) hold what was drawn: manifest.jsonl, a line for each candidate
+with its prompt, p_yes, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
+it was drawn) and image tokens; pictures.png, some prompts' candidates from the most accepted to the most rejected one,
+framed green or red. Until a round is whole, its calls stand in parts/: a run that is killed goes on with the next one.
+"""
+import functools
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+
+from gvu_jax import data, objectives, rewards, sharding
+from gvu_jax.metrics import read_json, replace_file
+from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
+from gvu_jax.report import image_grid, write_picture
+from gvu_jax.umm import compile_programs
+
+
+class InternalGap:
+    """The rounds of data, and the one program of a step.
+
+    umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
+    `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of p_yes), `keep` (at most so many accepted
+    candidates of a prompt, the best, are for SFT), `batch` (rows of an update), `micro_batches`, `beta` and `nll` (of
+    DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that is the latest step: every `probe`
+    steps one call of discarded prompts is drawn, and replay begins once the share of them that now passes has risen and
+    rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view` is what
+    it reads ("pixels" | "tokens"); `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
+    """
+
+    def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
+        self.check(config)
+        self.settings, self.folder = config.internal_gap, workdir and Path(workdir) / "data"
+        sharding.check(umm, mesh, self.settings, self.settings.batch)
+        self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
+        self.programs = compile_programs(umm, how, mesh, self.settings.waves)
+        self.policy = functools.partial(policy_params, lora_config=config.lora)
+        self.yes = sharding.Program(rewards.yes, mesh)
+        self.update = sharding.Program(self._update, mesh, donate_argnums=0)
+        self.pictures, self.rounds, self.pairs = self.settings.batch, [], None           # filled by `rollout`
+
+    @staticmethod
+    def check(config):
+        """Raises ValueError, in one line, for settings that cannot train."""
+        gap = config.internal_gap
+        if gap.objective not in ("sft", "dpo"):
+            raise ValueError(f"internal_gap.objective is {gap.objective!r}; it must be 'sft' or 'dpo'")
+        for name in ("prompts", "pool", "group", "keep", "batch", "waves", "micro_batches"):
+            least = 2 if (name, gap.objective) == ("group", "dpo") else 1
+            if gap[name] < least:
+                raise ValueError(f"internal_gap.{name} is {gap[name]}; it must be at least {least}")
+        if gap.prompts % gap.waves:
+            raise ValueError(f"internal_gap.waves = {gap.waves} does not divide the {gap.prompts} prompts of a call")
+        if gap.batch % gap.micro_batches:
+            raise ValueError(f"internal_gap.micro_batches = {gap.micro_batches} does not divide the batch of "
+                             f"{gap.batch}")
+        if not 0 < gap.threshold < 1:
+            raise ValueError(f"internal_gap.threshold is {gap.threshold}; it must lie between 0 and 1")
+        if gap.probe and not gap.replay:
+            raise ValueError("internal_gap.probe looks for the moment to replay: set internal_gap.replay to the latest")
+        if config.reward.teacher not in ("base", "policy"):
+            raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
+        if config.reward.view not in ("pixels", "tokens"):
+            raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
+
+    def init(self, base, key):
+        """The state before the first step, each part where it stays."""
+        return place_state(base, self.config, self.optimizer, key, self.mesh)
+
+    # ---- 1. draw and 3. replay -----------------------------------------------------------------------------------
+
+    def rollout(self, state, base, step, stream, key, clock):
+        """The batch of `step`, and its round before it where one begins: what `update` takes after (state, base); None
+        where clock.stopped() cut a round short. Arguments as in gvu.py."""
+        draw = functools.partial(self.draw, base=base, policy=self.policy(base, state.trainable), clock=clock)
+        if not self.rounds:
+            pool = [meta["prompt"] for meta in data.batch(stream, 0, self.settings.pool)]
+            if not self.add_round(pool, 0, step, key, draw, clock):
+                return None
+        if len(self.rounds) == 1 and (begins := self.replay_step(step, key, draw)) is not None:
+            if not self.add_round(self.rounds[0].discarded(self.settings.threshold), begins, step, key, draw, clock):
+                return None
+        for phase in ("sample", "render", "reward"):
+            clock.lap(phase, None)                              # most steps draw nothing, and say so
+        first = (step - self.rounds[-1].begins) * self.settings.batch
+        prompts, *arrays = self.pairs.rows(range(first, first + self.settings.batch), self.settings, self.config.seed)
+        prompts = sharding.place_prompts(self.umm, prompts, self.lengths, self.mesh)
+        return prompts, *sharding.put((*arrays, self.facts), self.mesh)
+
+    def draw(self, texts, key, base, policy, clock, shown=True):
+        """One call: `prompts` texts, N candidates each -> tokens [B, N, T], logp [B, N], p_yes [B, N], and, where they
+        are to be shown, pixels [B, N, H, W, 3] float32, else None."""
+        keys = sharding.put(tuple(jax.random.split(key)), self.mesh)
+        prompts = sharding.place_prompts(self.umm, texts, self.lengths, self.mesh)
+        asked = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.settings.group)
+        judge, pixels = base if self.config.reward.teacher == "base" else policy, None
+        tokens, logps = clock.lap("sample", self.programs.sample(policy, prompts, keys[0]))
+        if shown or self.config.reward.view == "pixels":
+            pixels = clock.lap("render", self.programs.render(base, tokens, prompts, keys[1]))
+        seen = self.programs.see(judge, pixels) if self.config.reward.view == "pixels" else (
+            tokens.reshape(-1, *self.umm.grid))
+        p_yes = clock.lap("reward", self.yes(*self.programs.read(judge, seen, asked)))
+        tokens, logps, p_yes, pixels = (
+            None if x is None else x.reshape(len(texts), -1, *x.shape[1:])
+            for x in sharding.fetch((tokens, logps, p_yes, pixels if shown else None)))
+        return tokens, logps.sum(axis=2), p_yes, pixels
+
+    def add_round(self, texts, begins, step, key, draw, clock):
+        """Adds the round of `texts`, which begins at step `begins`: drawn now, or read where that was done before.
+        False where clock.stopped() cut it short."""
+        gap, folder, size = self.settings, self.folder / f"round_{len(self.rounds)}", self.settings.prompts
+        if not sharding.first_says((folder / "manifest.jsonl").exists()):
+            if step != begins:
+                raise ValueError(f"{folder} has no manifest.jsonl, which this run has trained on since step {begins}: "
+                                 f"put it back, or give another --workdir")
+            (folder / "parts").mkdir(parents=True, exist_ok=True)
+            parts = [folder / "parts" / f"{start:06d}.jsonl" for start in range(0, len(texts), size)]
+            for i in range(sharding.first_says(sum(part.exists() for part in parts)), len(parts)):
+                if clock.stopped():
+                    return False
+                some = [texts[j % len(texts)] for j in range(i * size, (i + 1) * size)]     # the last call is filled up
+                *drawn, pixels = draw(some, jax.random.fold_in(key, i), shown=i == 0)
+                if jax.process_index() == 0:
+                    if i == 0:
+                        write_picture(folder / "pictures.png", picture(some, drawn[2], pixels, gap.threshold))
+                    replace_file(parts[i], lines(some, *drawn, gap.threshold, rows=len(texts) - i * size))
+            if jax.process_index() == 0:
+                replace_file(folder / "manifest.jsonl", "".join(part.read_text() for part in parts))
+                shutil.rmtree(folder / "parts")
+        sharding.wait_for_all("the data of a round")
+        self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, self.umm.image_tokens, begins))
+        self.pairs = choose_pairs(self.rounds, gap)
+        self.facts = facts(self.rounds, self.pairs, gap)
+        if jax.process_index() == 0:
+            print(f"{folder}: {self.rounds[-1].describe(gap.threshold)}")
+        return True
+
+    def replay_step(self, step, key, draw):
+        """The step, at most `step`, at which the replay begins; None where it does not yet."""
+        gap, path = self.settings, self.folder / "probes.json"
+        if gap.probe and gap.replay:
+            shares = read_json(path) if sharding.first_says(path.exists()) else {}
+            hard = self.rounds[0].discarded(gap.threshold)
+            if step % gap.probe == 0 and 0 < step < gap.replay and hard and str(step) not in shares:
+                _, _, p_yes, _ = draw([hard[i % len(hard)] for i in range(gap.prompts)], key, shown=False)
+                shares[str(step)] = float((p_yes > gap.threshold).any(axis=1).mean())
+                if jax.process_index() == 0:
+                    replace_file(path, json.dumps(shares))
+                sharding.wait_for_all("a probe")
+            known = sorted((int(at), share) for at, share in shares.items() if int(at) <= step)
+            for (_, before), (at, share) in itertools.pairwise(known):
+                if 0 < before >= share:
+                    return at
+        return gap.replay if 0 < gap.replay <= step else None
+
+    # ---- 2. train ------------------------------------------------------------------------------------------------
+
+    def loss(self, trainable, base, batch):
+        """The objective on one micro-batch, and its metrics. The policy draws nothing here, so kl (k3) and entropy
+        (cross-entropy), nats a token, are those of the accepted pictures."""
+        gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
+        logps = lambda params, tokens: self.umm.image_logps(params, batch.prompts, tokens)             # [B, T]
+        chosen, ref = logps(policy, batch.chosen), logps(base, batch.chosen)
+        if gap.objective == "dpo":
+            loss, metrics = objectives.dpo_loss(
+                chosen, logps(policy, batch.rejected), ref, logps(base, batch.rejected), gap.beta, gap.nll)
+        else:
+            loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
+        away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
+        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
+                    "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
+        return loss, (metrics, None)
+
+    def _update(self, state, base, prompts, chosen, rejected, logp, by_base, facts):
+        """One optimizer step on B rows, over `micro_batches` slices of them.
+
+        prompts [B], chosen and rejected tokens [B, T], logp [B] of the chosen one when drawn, by_base [B] bool: by the
+        base. Returns the state after step + 1 and a dict of scalar metrics, `facts` among them.
+        """
+        batches = sharding.split_rows(Batch(prompts, chosen, rejected, logp, by_base), self.settings.micro_batches)
+        grads, (metrics, _) = mean_gradient(
+            lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, batches)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
+        metrics = jax.tree.map(jnp.mean, metrics) | facts | skipped(opt_state) | {"grad_norm": optax.tree.norm(grads)}
+        state = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
+        return sharding.constrain(state), metrics
+
+
+@struct.dataclass
+class Batch:
+    """Rows of one micro-batch; see `InternalGap._update`."""
+    prompts: object
+    chosen: jax.Array
+    rejected: jax.Array
+    logp: jax.Array
+    by_base: jax.Array
+
+
+# ---- a round, in memory and on disk --------------------------------------------------------------------------------
+
+class Round(NamedTuple):
+    """Candidates of P prompts, N each, and how they were judged."""
+    begins: int              # the step
+    prompts: list            # P texts
+    tokens: np.ndarray       # [P, N, T] int32
+    logp: np.ndarray         # [P, N] float32, of the whole picture, nats
+    p_yes: np.ndarray        # [P, N] float32
+
+    def discarded(self, threshold):
+        """The prompts without an accepted candidate."""
+        return [text for text, p_yes in zip(self.prompts, self.p_yes) if not (p_yes > threshold).any()]
+
+    def describe(self, threshold):
+        kept, accepted = len(self.prompts) - len(self.discarded(threshold)), (self.p_yes > threshold).sum()
+        return (f"{accepted} of {self.p_yes.size} candidates accepted; {kept} prompts of {len(self.prompts)} have one, "
+                f"{len(self.prompts) - kept} are discarded")
+
+
+def lines(texts, tokens, logp, p_yes, threshold, rows):
+    """The manifest's lines of the first `rows` prompts of a call."""
+    found = []
+    for text, *candidates in zip(texts[:rows], tokens.tolist(), logp.tolist(), p_yes.tolist()):
+        any_accepted = max(candidates[2]) > threshold
+        for n, (ids, nats, p) in enumerate(zip(*candidates)):
+            verdict = "accepted" if p > threshold else "rejected" if any_accepted else "discarded"
+            found.append(json.dumps({"prompt": text, "candidate": n, "p_yes": p, "verdict": verdict, "logp": nats,
+                                     "tokens": ids}) + "\n")
+    return "".join(found)
+
+
+def read_round(path, texts, group, length, begins):
+    """A manifest -> Round. Raises ValueError where it is not that of `texts`, `group` candidates of `length` tokens."""
+    try:
+        found = [json.loads(line) for line in path.read_text().splitlines()]
+        if [line["prompt"] for line in found] != [text for text in texts for _ in range(group)]:
+            raise ValueError("its prompts are others")
+        column = lambda name, dtype, *rest: np.array(
+            [line[name] for line in found], dtype).reshape(len(texts), group, *rest)
+        arrays = column("tokens", np.int32, length), column("logp", np.float32), column("p_yes", np.float32)
+        return Round(begins, list(texts), *arrays)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not what this run wrote ({error}): put that back, or give another "
+                         f"--workdir") from error
+
+
+def picture(texts, p_yes, pixels, threshold, rows=12, columns=12):
+    """Some prompts' candidates, the most accepted first. p_yes [B, N], pixels [B, N, H, W, 3]."""
+    order = np.argsort(-p_yes[:rows], axis=1, kind="stable")[:, :columns]
+    sort = lambda x: np.take_along_axis(x[:rows], order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+    captions = [f"{text}  (p_yes {best:.2f} to {worst:.2f})" for text, best, worst
+                in zip(texts, p_yes.max(axis=1), p_yes.min(axis=1))][:rows]
+    return image_grid(sort(pixels), captions, max(1, 96 // pixels.shape[2]), sort(p_yes) > threshold)
+
+
+class Pairs(NamedTuple):
+    """The M prompts to train on, each with its candidates from the most accepted to the most rejected one."""
+    prompts: list            # M texts
+    tokens: np.ndarray       # [M, N, T] int32
+    logp: np.ndarray         # [M, N] float32
+    kept: np.ndarray         # [M] how many of them, from the first on, SFT learns from
+    by_base: np.ndarray      # [M] bool: drawn in round 0
+
+    def rows(self, places, gap, seed):
+        """Prompts, chosen [B, T], rejected [B, T], logp [B] and by_base [B] of the given places in an endless order:
+        each epoch shuffles anew. The e-th epoch of SFT takes the e-th candidate kept of a prompt, round and round; DPO
+        always takes the first."""
+        epochs, places = np.divmod(np.array(places), len(self.prompts))
+        shuffled = {e: np.random.default_rng((seed, e)).permutation(len(self.prompts)) for e in set(epochs.tolist())}
+        rows = np.array([shuffled[e][place] for e, place in zip(epochs.tolist(), places)])
+        which = epochs % self.kept[rows] if gap.objective == "sft" else np.zeros_like(rows)
+        return ([self.prompts[row] for row in rows], self.tokens[rows, which], self.tokens[rows, -1],
+                self.logp[rows, which], self.by_base[rows])
+
+
+def choose_pairs(rounds, gap):
+    """All rounds' prompts with an accepted candidate and, for DPO, a rejected one. ValueError where there is none."""
+    join = lambda name: np.concatenate([getattr(drawn, name) for drawn in rounds])
+    p_yes, texts = join("p_yes"), [text for drawn in rounds for text in drawn.prompts]
+    accepted = (p_yes > gap.threshold).sum(axis=1)
+    rows = np.flatnonzero((accepted > 0) & ((accepted < gap.group) | (gap.objective == "sft")))
+    if not rows.size:
+        wanted = "an accepted candidate" if gap.objective == "sft" else "an accepted and a rejected candidate"
+        raise ValueError(f"none of {len(p_yes)} prompts has {wanted}: raise internal_gap.pool or internal_gap.group, "
+                         f"or change internal_gap.threshold")
+    order = np.argsort(-p_yes[rows], axis=1, kind="stable")                                            # [M, N]
+    return Pairs([texts[row] for row in rows], np.take_along_axis(join("tokens")[rows], order[:, :, None], axis=1),
+                 np.take_along_axis(join("logp")[rows], order, axis=1), np.minimum(accepted[rows], gap.keep),
+                 rows < len(rounds[0].prompts))
+
+
+def facts(rounds, pairs, gap):
+    """Metrics of the newest round's candidates and of the data as a whole, float32 scalars."""
+    newest = next(drawn for drawn in reversed(rounds) if drawn.prompts)
+    found = {"reward/mean": newest.p_yes.mean(), "reward/std": newest.p_yes.std(axis=1).mean(),
+             "duplicates": np.mean([1 - len(np.unique(some, axis=0)) / gap.group for some in newest.tokens]),
+             "data/prompts": len(pairs.prompts), "data/recovered": (~pairs.by_base).sum(),
+             "data/discarded": len(rounds[-1].discarded(gap.threshold))}
+    return {name: np.float32(value) for name, value in found.items()}
