@@ -1,4 +1,5 @@
-"""From the probabilities of the prompt's tokens to one reward a picture, and to one probability a word."""
+"""One reward a picture: from the probabilities of the prompt's tokens (and one probability a word), or from another
+picture that it should be like."""
 import unicodedata
 
 import jax.numpy as jnp
@@ -11,6 +12,15 @@ def geometric_mean(logps, mask):
     The product itself would underflow: 0.01^170 is 0 in float32, while the mean of logarithms is -4.6.
     """
     return jnp.exp(jnp.sum(jnp.where(mask, logps, 0.0), axis=1) / jnp.sum(mask, axis=1))
+
+
+def similarity(features, others):
+    """How alike pictures are to a vision encoder: the cosine of their features at each patch, mean over patches.
+
+    features, others [B, N, D] float32. Returns [B] float32 in [-1, 1]; 1 is equal up to scale.
+    """
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return jnp.mean(jnp.sum(unit(features) * unit(others), axis=-1), axis=-1)
 
 
 def join_tokens(text, spans, probabilities):

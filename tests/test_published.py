@@ -1,5 +1,6 @@
 """The published model as one piece: the golden checkpoint converted, then driven through the interface of GvU."""
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
 from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards, sharding
-from gvu_jax.methods import gvu
+from gvu_jax.methods import grpo, gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
 from gvu_jax.policy import policy_params
@@ -89,9 +90,11 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
     method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
-    batch = gvu.Batch(prompts, tokens, ref_logps, advantages, seen=None, word_logps=None)
-    grads, (metrics, logps) = jax.jit(jax.grad(method.loss, has_aux=True))(
-        trainable, base, batch, jnp.zeros_like(ref_logps), True)
+    batch = grpo.Batch(gvu.Drawn(prompts, tokens, seen=None, word_logps=None), ref_logps, advantages)
+    loss = functools.partial(
+        grpo.loss, policy_of=functools.partial(policy_params, base, lora_config=settings.lora),
+        logps_of=method._logps, settings=settings.gvu)
+    grads, (metrics, logps) = jax.jit(jax.grad(loss, has_aux=True))(trainable, batch, jnp.zeros_like(ref_logps), True)
     np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)
     np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3)
 

@@ -6,7 +6,7 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
     2. render   the diffusion head turns them into pixels                          umm.render
     3. reward   the understanding branch reads the pixels and says how probable    umm.see, umm.text_logps
                 each word of the prompt is; the geometric mean is the reward
-    4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps
+    4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps, grpo.py
                 KL to the frozen base move the policy (GRPO)
 
 The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
@@ -16,11 +16,10 @@ import functools
 import re
 
 import jax
-import jax.numpy as jnp
-import optax
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
+from gvu_jax.methods import grpo
 from gvu_jax.policy import State, init_state, policy_params
 from gvu_jax.umm import compile_programs
 
@@ -49,17 +48,10 @@ class GvU:
     def check(config):
         """Raises ValueError, in one line, for settings that cannot train."""
         gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
-        if gvu.group < 2:
-            raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
-        if gvu.waves < 1 or gvu.prompts % gvu.waves:
-            raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
-        if gvu.micro_batches < 1 or samples % gvu.micro_batches:
-            raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
+        grpo.check(gvu, "gvu")
         if gvu.anchor and gvu.micro_batches > 1 and samples // gvu.micro_batches % ANCHORED:
             raise ValueError(f"with gvu.anchor, the {samples // gvu.micro_batches} samples of a micro-batch must be a "
                              f"multiple of {ANCHORED}")
-        if gvu.inner_steps < 1:
-            raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
         if config.reward.teacher not in ("base", "policy"):
             raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
         if gvu.anchor and config.reward.teacher != "base":
@@ -107,73 +99,32 @@ class GvU:
         logps, mask = self.programs.read(teacher, seen, prompts)
         return self.mean(logps, mask), (seen, logps)
 
-    def loss(self, trainable, base, batch, old_logps, first):
-        """The objective on one micro-batch; at the first inner step old = current, so the ratio is exactly 1."""
-        gvu = self.config.gvu
-        policy = policy_params(base, trainable, self.config.lora)
-        logps = self.umm.image_logps(policy, batch.prompts, batch.tokens)
-        old_logps = jnp.where(first, jax.lax.stop_gradient(logps), old_logps)
-        loss, metrics = objectives.clipped_policy_loss(
-            logps, old_logps, batch.ref_logps, batch.advantages, gvu.clip, gvu.beta)
-        if gvu.anchor:
-            part = jax.tree.map(lambda x: x[::ANCHORED], batch)
-            words, mask = self.umm.text_logps(policy, part.seen, part.prompts)
-            kl = jnp.where(mask, objectives.k3(words, part.word_logps), 0.0)                        # [S / 2, L]
-            read_kl = jnp.mean(jnp.sum(kl, axis=1) / jnp.sum(mask, axis=1))
-            loss, metrics = loss + gvu.anchor * read_kl, metrics | {"read_kl": read_kl}
-        return loss, (metrics | {"loss": loss}, logps)
+    def _logps(self, policy, rows):
+        return self.umm.image_logps(policy, rows.prompts, rows.tokens), None
+
+    def _hold_reading(self, policy, rows):
+        """The KL of what the policy reads in every second picture to what the base read there, and its weight."""
+        part = jax.tree.map(lambda x: x[::ANCHORED], rows)
+        words, mask = self.umm.text_logps(policy, part.seen, part.prompts)
+        read_kl = objectives.token_mean(objectives.k3(words, part.word_logps), mask)
+        return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
     def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, read):
-        """GRPO on S samples: `inner_steps` optimizer steps, each over `micro_batches` slices of the batch.
-
-        prompts [S], image_tokens and sampler_logps [S, N], reward [S] and read as `reward` returns them. Returns the
-        state after step + 1 and a dict of scalar metrics. Gradients of the slices are averaged before the one optimizer
-        step they make.
-        """
-        gvu, slices = self.config.gvu, self.config.gvu.micro_batches
-        split, join = functools.partial(sharding.split_rows, slices=slices), sharding.join_rows
-        ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
-        advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
-        batches = split(Batch(prompts, image_tokens, ref_logps, advantages, *read))
-
-        def inner_step(carry, i):
-            trainable, opt_state, old_logps = carry
-
-            def slice_step(grads, x):
-                batch, old = x
-                new, (metrics, logps) = jax.grad(self.loss, has_aux=True)(trainable, base, batch, old, i == 0)
-                return jax.tree.map(lambda g, n: g + n / slices, grads, new), (metrics, logps)
-
-            zeros = jax.tree.map(jnp.zeros_like, trainable)
-            grads, (metrics, logps) = jax.lax.scan(slice_step, zeros, (batches, old_logps))
-            updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
-            largest = jnp.max(metrics["ratio_max"])
-            metrics = jax.tree.map(jnp.mean, metrics) | {"ratio_max": largest, "grad_norm": optax.tree.norm(grads)}
-            old_logps = jnp.where(i == 0, logps, old_logps)
-            return (optax.apply_updates(trainable, updates), opt_state, old_logps), metrics
-
-        start = (state.trainable, state.opt_state, split(jnp.zeros_like(sampler_logps)))
-        (trainable, opt_state, old_logps), metrics = jax.lax.scan(inner_step, start, jnp.arange(gvu.inner_steps))
-        metrics = jax.tree.map(lambda x: x[-1], metrics)
-        groups = reward.reshape(-1, gvu.group)
-        metrics |= {
-            "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
-            "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
-            "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
-            "duplicates": objectives.duplicates(image_tokens, gvu.group),
-            "skipped": optax.tree.get(opt_state, "total_notfinite", 0),
-            "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0),
-        }
-        return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics
+        """GRPO on S samples. prompts [S], image_tokens and sampler_logps [S, N], reward [S] and read as `reward`
+        returns them. Returns the state after step + 1 and a dict of scalar metrics."""
+        gvu = self.config.gvu
+        state, metrics = grpo.update(
+            state, Drawn(prompts, image_tokens, *read), reward, sampler_logps, reference=base,
+            policy_of=functools.partial(policy_params, base, lora_config=self.config.lora), logps_of=self._logps,
+            settings=gvu, optimizer=self.optimizer, penalty=self._hold_reading if gvu.anchor else None)
+        return sharding.constrain(state), metrics | {"duplicates": objectives.duplicates(image_tokens, gvu.group)}
 
 
 @struct.dataclass
-class Batch:
-    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]; what the teacher saw,
-    and its log-probs of the prompt's words [S, L]."""
+class Drawn:
+    """S samples: prompts and image tokens [S, ..]; what the teacher saw, and its log-probs of the prompt's words
+    [S, L]."""
     prompts: object
     tokens: jax.Array
-    ref_logps: jax.Array
-    advantages: jax.Array
     seen: jax.Array
     word_logps: jax.Array
