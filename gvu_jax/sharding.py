@@ -122,10 +122,10 @@ def named(shape):
     return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape))
 
 
-def check(umm, mesh, gvu):
+def check(umm, mesh, settings):
     """Raises ValueError, in one line, for a mesh on which this model or this batch cannot be divided.
 
-    gvu: the config's `prompts`, `group`, `micro_batches` and `waves`.
+    settings: the method's `prompts`, `group`, `micro_batches` and `waves`.
     """
     tensor, rows = mesh.shape["tensor"], batch_shards(mesh)
     of_mesh = f"mesh {named(mesh.devices.shape)}"
@@ -133,13 +133,12 @@ def check(umm, mesh, gvu):
                         "feed-forward channels": umm.ar.intermediate_size}.items():
         if count % tensor:
             raise ValueError(f"{of_mesh}: the {count} {what} of the backbone cannot be divided by tensor = {tensor}")
-    samples = gvu.prompts * gvu.group
-    if samples % (rows * gvu.micro_batches):
-        raise ValueError(f"{of_mesh}: {samples} samples a step (gvu.prompts {gvu.prompts} x gvu.group {gvu.group}) in "
-                         f"{gvu.micro_batches} micro-batches cannot be divided by data x fsdp = {rows}")
-    if gvu.waves > 1 and gvu.prompts % (rows * gvu.waves):
-        raise ValueError(f"{of_mesh}: {gvu.prompts} prompts in {gvu.waves} waves cannot be divided by data x fsdp = "
-                         f"{rows}")
+    prompts, group, slices, waves = (settings[name] for name in ("prompts", "group", "micro_batches", "waves"))
+    if prompts * group % (rows * slices):
+        raise ValueError(f"{of_mesh}: {prompts * group} samples a step ({prompts} prompts x a group of {group}) in "
+                         f"{slices} micro-batches cannot be divided by data x fsdp = {rows}")
+    if waves > 1 and prompts % (rows * waves):
+        raise ValueError(f"{of_mesh}: {prompts} prompts in {waves} waves cannot be divided by data x fsdp = {rows}")
 
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
@@ -215,8 +214,8 @@ def batch_sharding(mesh, rows):
     return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_shards(mesh) == 0 else PartitionSpec())
 
 
-def place_prompts(umm, texts, lengths, mesh, times=1):
-    """Prompts of B texts, each row `times` times, on the mesh: [B * times, ..].
+def place_prompts(umm, texts, lengths, mesh, times=1, end=False):
+    """Prompts of B texts, each row `times` times, on the mesh: [B * times, ..]; end as in umm.encode_prompts.
 
     Every process gives the same texts and encodes those whose rows its own devices hold.
     """
@@ -224,7 +223,7 @@ def place_prompts(umm, texts, lengths, mesh, times=1):
     sharding, text_of = batch_sharding(mesh, rows), np.arange(rows) // times
     ours = np.unique(np.concatenate([text_of[index] for index in
                                      sharding.addressable_devices_indices_map((rows,)).values()]))
-    encoded = umm.encode_prompts([texts[i] for i in ours], lengths)
+    encoded = umm.encode_prompts([texts[i] for i in ours], lengths, end=end)
     pick = lambda x: jax.make_array_from_callback(
         (rows, *x.shape[1:]), sharding, lambda index: x[np.searchsorted(ours, text_of[index[0]])])
     return jax.tree.map(pick, encoded)
