@@ -284,11 +284,10 @@ class Checkpoints:
             broken.append((state.step, wrong))
         return -1
 
-    def save(self, step, trainable, opt_state):
-        """Writes a state. Raises OSError where the disk refuses; the states before it stay."""
+    def save(self, step, **parts):
+        """Writes a state: trainable, opt_state, reference. Raises OSError where the disk refuses; older ones stay."""
         try:
-            self._checkpointer.save_checkpointables(
-                step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
+            self._checkpointer.save_checkpointables(step, parts, overwrite=True)
         except Exception as error:                            # of Orbax, TensorStore or the file system
             raise OSError(f"the state of step {step} could not be saved in {self._folder}: "
                           f"{_first_line(error)}") from error

@@ -70,6 +70,7 @@ def batch(stream, step, size):
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # of pictures; PIL's others run more code (EPS a program)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOST_PIXELS = 2 ** 26                                       # of a picture; a small file may claim to hold any number
 
 
@@ -98,3 +99,26 @@ def read_picture(path):
         return np.asarray(picture.convert("RGB"))
     except Exception as error:                          # PIL's readers let every kind of exception out of a broken file
         raise ValueError(f"{path} cannot be read as a picture: {error}") from error
+
+
+def picture_stream(folder, size, seed):
+    """The pictures of a folder in a shuffled, endless grain dataset, as `prompt_stream`'s: dicts with "pixels" [H, W, 3]
+    float32 in [0, 1], cut at the sides and resized to `size` (height, width), and "prompt", what the file ID.txt beside
+    ID.png says, or None.
+
+    Raises FileNotFoundError where there is no such folder, ValueError where it holds no picture; a picture that cannot
+    be read raises `read_picture`'s when its turn comes.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of pictures {folder}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+
+    def example(path):
+        fitted = ImageOps.fit(Image.fromarray(read_picture(path)), size[::-1], Image.Resampling.BICUBIC)
+        caption = path.with_suffix(".txt")
+        return {"pixels": np.asarray(fitted, np.float32) / 255,
+                "prompt": caption.read_text(encoding="utf-8-sig").strip() if caption.exists() else None}
+    return grain.MapDataset.source(paths).seed(seed).shuffle().repeat().map(example)

@@ -57,6 +57,8 @@ CHIPS = {"v5e": Chip(16 * GIB, 197e12, 819e9, 200e9), "v5p": Chip(95 * GIB, 459e
 def main(_):
     if _CONFIG.value is None or _TOPOLOGY.value is None:
         raise ValueError("give --config, e.g. configs/xomni.py, and --topology, e.g. v5e:8x8")
+    if _CONFIG.value.method != "gvu":
+        raise ValueError(f"plan knows the step of gvu alone, and this config's method is {_CONFIG.value.method}")
     cli.check_numbers(_CONFIG.value)
     jax.config.update("jax_platforms", "cpu")
     devices = chips_of(_TOPOLOGY.value)

@@ -4,7 +4,10 @@
                  score by category, and the AUC of the intrinsic reward (does it rank right pictures above wrong ones?).
                  Without a judge the score is the intrinsic reward itself.
     understand   pictures with several captions each: how often does the model find the true one most probable?
+    Unified      picture -> caption -> picture: what comes back, and was it said or guessed?
 """
+import collections
+
 import jax
 import numpy as np
 
@@ -75,6 +78,42 @@ class Suite:
             scores.append(sharding.fetch(self.mean(*self.programs.read(params, seen, prompts))))
         scores = np.concatenate(scores)[:len(texts)].reshape(-1, ways)
         return float((scores.argmax(axis=1) == 0).mean())
+
+
+class Unified:
+    """What survives the way from a picture to its caption and back (Unified-Bench of UAE).
+
+    loop: methods.uae.Loop, which draws one picture for each of a group of captions. pictures: [M, H, W, 3] float32 in
+    [0, 1], M a multiple of `batch`. judge: (originals, captions, pictures, one row a caption) -> {name: bool [rows]}, or
+    None.
+    """
+
+    def __init__(self, loop, pictures, batch, seed, judge=None):
+        self.loop, self.judge, self.key = loop, judge, jax.random.key(seed)
+        self.batches = np.split(pictures, len(pictures) // batch)
+
+    def measure(self, policy, base):
+        """Returns {name: [M, G]}: "similarity" (the reward), "length" (tokens of a caption, with the end) and what the
+        judge says; captions, M lists of G texts; and what was drawn from them, uint8 [M, G, H, W, 3]."""
+        scores, texts, pictures, loop = collections.defaultdict(list), [], [], self.loop
+        for i, originals in enumerate(self.batches):
+            keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), loop.mesh)
+            pixels = sharding.put(originals, loop.mesh)
+            *_, words, _, mask = loop.say(loop.groups, policy, base, pixels, keys[0])
+            captions = loop.texts(words)
+            _, _, drawn = loop.draw(loop.singles, policy, base, captions, keys[1])
+            scores["similarity"].append(sharding.fetch(loop.alike(base, drawn, pixels)))
+            scores["length"].append(sharding.fetch(mask).sum(axis=1))
+            if self.judge:
+                originals = np.repeat(originals, len(captions) // len(originals), axis=0)
+                for name, found in self.judge(originals, captions, sharding.fetch(drawn)).items():
+                    scores[name].append(found)
+            texts += captions
+            pictures.append((sharding.fetch(drawn) * 255).round().astype(np.uint8))
+        M = sum(map(len, self.batches))
+        scores = {name: np.concatenate(parts).reshape(M, -1) for name, parts in scores.items()}
+        pictures = np.concatenate(pictures)
+        return scores, np.reshape(texts, (M, -1)).tolist(), pictures.reshape(M, -1, *pictures.shape[1:])
 
 
 def auc(scores, right):

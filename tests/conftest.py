@@ -1,8 +1,10 @@
 """A tiny untrained model of the shapes world, where the golden data is, and eight devices to divide work among."""
+import importlib
 import importlib.util
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")          # the TPU compiler is ins
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
@@ -113,3 +116,22 @@ def assert_same_picture(pixels, expected):
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs a command line of the package in this process: (exit status or the line it ends with)."""
+    from gvu_jax import cli
+
+    def run(tool, *arguments):
+        ours = [name for name in flags.FLAGS if name.startswith("config.")
+                or flags.FLAGS.find_module_defining_flag(name).startswith("gvu_jax")]
+        for name in ours:                                               # each command defines its own
+            delattr(flags.FLAGS, name)
+        sys.modules.pop(f"gvu_jax.{tool}", None)
+        monkeypatch.setattr(sys, "argv", [tool, *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.run(importlib.import_module(f"gvu_jax.{tool}").main)
+        assert "\n" not in str(ended.value.code)
+        return ended.value.code
+    return run
