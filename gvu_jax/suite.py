@@ -102,14 +102,13 @@ class Unified:
             *_, words, _, mask = loop.say(loop.groups, policy, base, pixels, keys[0])
             captions = loop.texts(words)
             _, _, drawn = loop.draw(loop.singles, policy, base, captions, keys[1])
-            scores["similarity"].append(sharding.fetch(loop.alike(base, drawn, pixels)))
-            scores["length"].append(sharding.fetch(mask).sum(axis=1))
-            if self.judge:
-                originals = np.repeat(originals, len(captions) // len(originals), axis=0)
-                for name, found in self.judge(originals, captions, sharding.fetch(drawn)).items():
-                    scores[name].append(found)
+            alike, mask, drawn = sharding.fetch((loop.alike(base, drawn, pixels), mask, drawn))
+            judged = self.judge(np.repeat(originals, len(captions) // len(originals), axis=0), captions, drawn) if (
+                self.judge) else {}
+            for name, found in {"similarity": alike, "length": mask.sum(axis=1), **judged}.items():
+                scores[name].append(found)
             texts += captions
-            pictures.append((sharding.fetch(drawn) * 255).round().astype(np.uint8))
+            pictures.append((drawn * 255).round().astype(np.uint8))
         M = sum(map(len, self.batches))
         scores = {name: np.concatenate(parts).reshape(M, -1) for name, parts in scores.items()}
         pictures = np.concatenate(pictures)
