@@ -204,7 +204,7 @@ class Model:
         if self.umm.transform is not None:
             image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
             return siglip_vq.fit_image(Image.fromarray(image), self.umm.transform)
-        height, width = (side * self.umm.vision.patch_size for side in self.umm.grid)
+        height, width = self.umm.picture_size
         if image.shape != (height, width, 3):
             given = " x ".join(map(str, image.shape[:2]))
             raise ValueError(f"a picture of {given} pixels given; this model reads {height} x {width} pixels (height x "

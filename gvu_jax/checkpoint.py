@@ -177,7 +177,8 @@ def describe_model(folder, override=()):
         check_tokenizer(umm.tokenizer, umm.ar)
         _try_template(umm)
         if wrong := differing(folder):
-            raise ValueError(f"{wrong}. Remove the folder to have it made again (or its {DIGEST}, if the change is yours)")
+            raise ValueError(f"{wrong}. Remove the folder to have it made again (or only its {DIGEST}, if the change is "
+                             f"yours)")
         return umm, stored_shapes(folder, umm)
     except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
@@ -288,11 +289,10 @@ class Checkpoints:
             broken.append((state.step, wrong))
         return -1
 
-    def save(self, step, trainable, opt_state):
-        """Writes a state. Raises OSError where the disk refuses; the states before it stay."""
+    def save(self, step, **parts):
+        """Writes a state: trainable, opt_state, reference. Raises OSError where the disk refuses; older ones stay."""
         try:
-            self._checkpointer.save_checkpointables(
-                step, {"trainable": trainable, "opt_state": opt_state}, overwrite=True)
+            self._checkpointer.save_checkpointables(step, parts, overwrite=True)
         except Exception as error:                            # of Orbax, TensorStore or the file system
             raise OSError(f"the state of step {step} could not be saved in {self._folder}: "
                           f"{_first_line(error)}") from error

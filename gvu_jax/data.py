@@ -124,6 +124,7 @@ def batch(stream, step, size):
 
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # of pictures; PIL's others run more code (EPS a program)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 MOST_PIXELS = 2 ** 26                                       # of a picture; a small file may claim to hold any number
 
 
@@ -206,3 +207,26 @@ def decode_choice(choice):
         raise ValueError(f"{choice['name']}: the image is not one base64 text ({error}); rows of several pictures are "
                          f"not supported") from error
     return decode_picture(file, choice["name"])
+
+
+def picture_stream(folder, size, seed):
+    """The pictures of a folder in a shuffled, endless grain dataset, as `prompt_stream`'s: dicts of "pixels" [H, W, 3]
+    float32 in [0, 1], cut at the sides and resized to `size` (height, width), and "prompt", what the file ID.txt beside
+    ID.png says, or None.
+
+    Raises FileNotFoundError where there is no such folder, ValueError where it holds no picture; a picture that cannot
+    be read raises `read_picture`'s when its turn comes.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of pictures {folder}")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+
+    def example(path):
+        fitted = ImageOps.fit(Image.fromarray(read_picture(path)), size[::-1], Image.Resampling.BICUBIC)
+        caption = path.with_suffix(".txt")
+        return {"pixels": np.asarray(fitted, np.float32) / 255,
+                "prompt": caption.read_text(encoding="utf-8-sig").strip() if caption.exists() else None}
+    return grain.MapDataset.source(paths).seed(seed).shuffle().repeat().map(example)

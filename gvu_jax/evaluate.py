@@ -8,10 +8,13 @@
                      (--tsv=MMT-Bench_VAL.tsv)
     nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"
     cycle            prompt -> picture -> caption: the share of the prompt's words that the caption says again
+    unified          picture -> caption -> picture: similarity to the vision encoder, length of the captions, and in the
+                     shapes world what its checker says of captions and pictures; of rendered scenes, or of
+                     --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once
 
-The last two draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, a folder, tfds:..).
-Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %: a
-bootstrap over prompts, or over questions.
+Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, a folder,
+tfds:..). Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %:
+a bootstrap over prompts, questions or pictures.
 """
 import json
 from pathlib import Path
@@ -21,6 +24,7 @@ from absl import flags
 
 import gvu_jax
 from gvu_jax import cli, data, suite
+from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import replace_file
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
@@ -29,13 +33,15 @@ from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle"], "What to measure.",
-                           required=True)
+_SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified"],
+                           "What to measure.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunification and cycle, instead of the world's.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
+_PICTURES = flags.DEFINE_string("pictures", None, "A folder of pictures for unified, instead of rendered scenes.")
+_WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
 _TSV = flags.DEFINE_string("tsv", None, "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
 _QUESTION = flags.DEFINE_string("question", "Describe the image in detail.", "What cycle asks about each picture.")
@@ -57,6 +63,8 @@ def main(_):
         results, picture = shapes(model)
     elif _SUITE.value == "understanding":
         results, picture = understanding(model, choices), None
+    elif _SUITE.value == "unified":
+        results, picture = unified(model)
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
@@ -124,6 +132,25 @@ def own_pictures(model, metas):
             for name, rows in {"wrong": ~right, "right": right}.items()}
         results["auc"] = {"overall": suite.auc(believed, right)}
     return results, grid(pictures, metas, believed >= 0.5)
+
+
+def unified(model):
+    """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions."""
+    size, place = model.umm.picture_size, world.World(side=model.umm.grid[0])
+    stream = (data.picture_stream(_PICTURES.value, size, _SEED.value) if _PICTURES.value else
+              shapes_suite.picture_stream((_SEED.value, 1), 1.0, place))
+    examples = data.batch(stream, 0, -(-_PROMPTS.value // BATCH) * BATCH)
+    originals = np.stack([example["pixels"] for example in examples])
+    how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
+    found, captions, pictures = suite.Unified(
+        Loop(model.umm, how, model.mesh, _WORDS.value), originals, BATCH, _SEED.value,
+        None if _PICTURES.value else shapes_suite.judge_captions).measure(model.params, model.params)
+    texts = [of_picture[0] for of_picture in captions]
+    each = [{"prompt": str(i)} for i in range(len(originals))]
+    results = with_intervals({name: suite.by_category(values, each)["overall"] for name, values in found.items()})
+    shown = np.concatenate([np.round(originals[:, None] * 255).astype(np.uint8), pictures], axis=1)[:12, :7]
+    return ({"pictures": len(originals), **results, "captions": texts},
+            image_grid(shown, texts[:12], max(1, 96 // size[0])))
 
 
 def share(right):

@@ -1,6 +1,8 @@
 """Pure losses, each an equation and nothing else; the tests check them against numpy.
 
-Letters: S sequences (samples, G to a group, neighbours together), N tokens a sequence.
+Letters: S sequences (samples, G to a group, neighbours together), N tokens a sequence. A mask [S, N] bool says which
+tokens of a text count, at least one in each row; a picture has an exact length, all its tokens count, and its mask is
+None.
 """
 import jax
 import jax.numpy as jnp
@@ -35,19 +37,29 @@ def k3(logps, ref_logps):
     return jnp.exp(d) - d - 1.0
 
 
-def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta):
+def token_mean(values, mask):
+    """The mean over a sequence's tokens that count, then over sequences. values [S, N], mask [S, N] or None -> []."""
+    if mask is None:
+        return jnp.mean(values)
+    return jnp.mean(jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.sum(mask, axis=1))
+
+
+def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta, mask=None):
     """-E[ min(r A, clip(r, 1-e, 1+e) A) - beta KL(pi || pi_ref) ], mean over tokens, then over sequences.
 
-    logps, old_logps, ref_logps [S, N] float32; advantages [S]; r = exp(logps - old_logps). An image has an exact
-    length, so every token counts and there is no mask. Returns the scalar loss and a dict of scalars: kl (nats a
-    token), clipped (share of tokens where the clip acts), ratio_max.
+    logps, old_logps, ref_logps [S, N] float32, finite even where the mask says that a token does not count; advantages
+    [S]; r = exp(logps - old_logps). Returns the scalar loss and a dict of scalars: kl (nats a token), clipped (share of
+    tokens where the clip acts), ratio_max.
     """
+    if mask is not None:
+        logps, old_logps, ref_logps = (jnp.where(mask, x, 0.0) for x in (logps, old_logps, ref_logps))
     ratio = jnp.exp(logps - old_logps)                                                              # [S, N]
     A = advantages[:, None]                                                                         # [S, 1]
     gain = jnp.minimum(ratio * A, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * A)
     kl = k3(logps, ref_logps)
     acts = ((ratio > 1.0 + clip) & (A > 0)) | ((ratio < 1.0 - clip) & (A < 0))
-    return -jnp.mean(gain - beta * kl), {"kl": jnp.mean(kl), "clipped": jnp.mean(acts), "ratio_max": jnp.max(ratio)}
+    return -token_mean(gain - beta * kl, mask), {
+        "kl": token_mean(kl, mask), "clipped": token_mean(acts, mask), "ratio_max": jnp.max(ratio)}
 
 
 def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll):

@@ -18,9 +18,15 @@ from gvu_jax.models.xomni import TRAINS
 @struct.dataclass
 class State:
     """All that training changes. Everything else of a step follows from the config, the seed and `step`."""
-    step: jax.Array          # int32
+    step: jax.Array                     # int32
     trainable: dict
     opt_state: optax.OptState
+    reference: dict | None = None       # the trainable subtree that KL is measured to; None: the base itself
+
+    def saved(self):
+        """What a checkpoint holds, by name."""
+        return {name: part for name in ("trainable", "opt_state", "reference")
+                if (part := getattr(self, name)) is not None}
 
 
 def init_trainable(base, config, key):

@@ -51,6 +51,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     understanding = _before_and_after(
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
     )
+    unified = _before_and_after(run, "unified/", summary.get("unified_before"), summary.get("unified_after"))
     areas = _before_and_after({}, "", summary.get("auc_before") or summary.get("auc"), summary.get("auc_after"))
     before, after = (read(f"samples/{moment}.json") or {} for moment in ("before", "after"))
     trust = [told.get("reliability", {}) for told in (before, after)]
@@ -60,6 +61,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         headline=_headline(run, scores),
         scores=[row for row in scores if row["name"] != "reward"],
         understanding=understanding,
+        unified=unified,
         closeups=_closeups(before, after),
         scale=[_css(color) for color in HEATMAP_COLORS],
         hardest=_hardest(before.get("prompts", []), after.get("prompts", [])),
@@ -409,9 +411,13 @@ def _learning_curves(run: dict) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
     by_category = {name: [_curve(run, f"eval/{name}")] for name in ["overall", *_categories(run)]}
     reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
+    unified = {name: [_curve(run, f"unified/{name}")] for name in ("recovery", "complete", "correct", "language")}
+    lengths = {"training": [_curve(run, "caption/length")], "held-out": [_curve(run, "unified/length")]}
     charts = [
         _chart("Held-out score by category", "share of pictures that the checker calls right", by_category, (0.0,)),
-        _chart("Reward", "geometric mean of p(prompt token | picture)", reward),
+        _chart("Reward", "what the method maximises", reward),
+        _chart("Picture, caption, picture", "share of captions", unified, (0.0,)),
+        _chart("Caption length", "tokens, with the end", lengths, (0.0,)),
     ]
     return [chart for chart in charts if chart]
 

@@ -2,7 +2,8 @@
 
 MEANS are the rewards that reward.mean names: GvU's geometric mean, two other ways to make one number of many, and what
 the model answers when asked about the whole sentence. "oracle" is no reading at all but a verdict from outside on the
-pixels, for those worlds that have one: no method, but the ceiling of all.
+pixels, for those worlds that have one: no method, but the ceiling of all. `similarity` is UAE's: another picture that a
+picture should be like.
 """
 import unicodedata
 
@@ -50,6 +51,15 @@ def yes(logps, mask):
 
 
 MEANS = {"geometric": geometric_mean, "product": product, "minimum": minimum, "yes": yes}
+
+
+def similarity(features, others):
+    """How alike pictures are to a vision encoder: the cosine of their features at each patch, mean over patches.
+
+    features, others [B, N, D] float32. Returns [B] float32 in [-1, 1]; 1 is equal up to scale.
+    """
+    unit = lambda x: x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return jnp.mean(jnp.sum(unit(features) * unit(others), axis=-1), axis=-1)
 
 
 def join_tokens(text, spans, probabilities):

@@ -215,8 +215,8 @@ def batch_sharding(mesh, rows):
     return NamedSharding(mesh, PartitionSpec(BATCH) if rows % batch_shards(mesh) == 0 else PartitionSpec())
 
 
-def place_prompts(umm, texts, lengths, mesh, times=1, questions=None):
-    """Prompts of B texts (and questions, see umm.encode_prompts), each row `times` times, on the mesh: [B * times, ..].
+def place_prompts(umm, texts, lengths, mesh, times=1, questions=None, end=False):
+    """Prompts of B texts, each row `times` times, on the mesh: [B * times, ..]; questions, end: see umm.encode_prompts.
 
     Every process gives the same texts and encodes those whose rows its own devices hold.
     """
@@ -224,7 +224,7 @@ def place_prompts(umm, texts, lengths, mesh, times=1, questions=None):
     sharding, text_of = batch_sharding(mesh, rows), np.arange(rows) // times
     ours = np.unique(np.concatenate([text_of[index] for index in
                                      sharding.addressable_devices_indices_map((rows,)).values()]))
-    encoded = umm.encode_prompts([texts[i] for i in ours], lengths, questions and [questions[i] for i in ours])
+    encoded = umm.encode_prompts([texts[i] for i in ours], lengths, questions and [questions[i] for i in ours], end)
     pick = lambda x: jax.make_array_from_callback(
         (rows, *x.shape[1:]), sharding, lambda index: x[np.searchsorted(ours, text_of[index[0]])])
     return jax.tree.map(pick, encoded)

@@ -5,11 +5,13 @@
                  Without a judge the score is the intrinsic reward itself.
     judge_own    what the model itself says of those pictures when asked, against the judge
     understand   pictures with several captions each: how often does the model find the true one most probable?
+    Unified      picture -> caption -> picture: what comes back, and was it said or guessed?
 
 Then what needs no world and only a `gvu_jax.Model`: `choose` (multiple choice by likelihood), `unify` (does the model
 believe its own pictures?) and `cycle` (are a prompt's words found again in the caption of its picture?). And what is
 made of many yes and no: `by_category` (means with intervals), `auc`, `reliability`.
 """
+import collections
 import re
 
 import jax
@@ -213,6 +215,41 @@ def reliability(scores, right, bins=10):
     found = [{"score": float(np.ravel(scores)[part].mean()), "right": float(np.ravel(right)[part].mean()),
               "count": len(part)} for part in parts]
     return {"error": sum(abs(b["score"] - b["right"]) * b["count"] for b in found) / len(order), "bins": found}
+
+
+class Unified:
+    """What survives the way from a picture to its caption and back (Unified-Bench of UAE).
+
+    loop: methods.uae.Loop, which draws one picture for each of a group of captions. pictures: [M, H, W, 3] float32 in
+    [0, 1], M a multiple of `batch`. judge: (originals, captions, pictures, a row for each caption) -> {name: bool
+    [rows]}, or None.
+    """
+
+    def __init__(self, loop, pictures, batch, seed, judge=None):
+        self.loop, self.judge, self.key = loop, judge, jax.random.key(seed)
+        self.batches = np.split(pictures, len(pictures) // batch)
+
+    def measure(self, policy, base):
+        """Returns {name: [M, G]}: "similarity" (the reward), "length" (tokens of a caption, with the end) and what the
+        judge says; captions, M lists of G texts; and what was drawn from them, uint8 [M, G, H, W, 3]."""
+        scores, texts, pictures, loop = collections.defaultdict(list), [], [], self.loop
+        for i, originals in enumerate(self.batches):
+            keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), loop.mesh)
+            pixels = sharding.put(originals, loop.mesh)
+            *_, words, _, mask = loop.say(loop.groups, policy, base, pixels, keys[0])
+            captions = loop.texts(words)
+            _, _, drawn = loop.draw(loop.singles, policy, base, captions, keys[1])
+            alike, mask, drawn = sharding.fetch((loop.alike(base, drawn, pixels), mask, drawn))
+            judged = self.judge(np.repeat(originals, len(captions) // len(originals), axis=0), captions, drawn) if (
+                self.judge) else {}
+            for name, found in {"similarity": alike, "length": mask.sum(axis=1), **judged}.items():
+                scores[name].append(found)
+            texts += captions
+            pictures.append((drawn * 255).round().astype(np.uint8))
+        M = sum(map(len, self.batches))
+        scores = {name: np.concatenate(parts).reshape(M, -1) for name, parts in scores.items()}
+        pictures = np.concatenate(pictures)
+        return scores, np.reshape(texts, (M, -1)).tolist(), pictures.reshape(M, -1, *pictures.shape[1:])
 
 
 def auc(scores, right):

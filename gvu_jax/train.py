@@ -12,6 +12,7 @@ encodes the prompts of its own devices; process 0 writes metrics and pictures; c
 """
 import dataclasses
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -29,13 +30,14 @@ from gvu_jax import checkpoint, cli, data, optim, sharding
 from gvu_jax.closeup import write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
+from gvu_jax.methods.uae import UAE
 from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
 from gvu_jax.pictures import image_grid
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
-from gvu_jax.suite import Suite
+from gvu_jax.suite import Suite, Unified
 from gvu_jax.umm import compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
@@ -85,8 +87,9 @@ def train(config, workdir, stop=Stop()):
     timings["pretraining"] += time.time() - started                             # summed over the sittings of a run
     print(", ".join(f"{name}: {parameter_overview.count_parameters(part):,} parameters" for name, part in base.items()))
 
-    # ---- prompts ------------------------------------------------------------------------------------------------
-    stream = data.prompt_stream(train_metas, config.seed)
+    # ---- prompts, or pictures -----------------------------------------------------------------------------------
+    stream, pictures = pictures_of(config, umm) if "pictures" in config else (
+        data.prompt_stream(train_metas, config.seed), None)
     lengths = umm.lengths([meta["prompt"] for meta in train_metas + held_out])
 
     # ---- method, state, evaluation ------------------------------------------------------------------------------
@@ -96,53 +99,59 @@ def train(config, workdir, stop=Stop()):
     checkpoints = checkpoint.Checkpoints(workdir, mesh, writing=True)
     resumed = checkpoints.newest_whole()
     if resumed is not None:
-        saved = checkpoints.load(resumed, trainable=state.trainable, opt_state=state.opt_state)
-        state = State(sharding.put(np.int32(resumed), mesh), saved["trainable"], saved["opt_state"])
+        state = State(sharding.put(np.int32(resumed), mesh), **checkpoints.load(resumed, **state.saved()))
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
+    unified = pictures and build_unified(config, method.loop, pictures)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
-    first = int(state.step)
+    first, start = int(state.step), settings.get("cold", 0)          # a cold start is over before there is a "before"
     # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
     with (MetricsWriter(notes, resume_step=-1 if resumed is None else resumed) as writer,
           Progress(config.steps, "step", config.method, done=first, silent=not first_process) as progress):
 
         def save(step):
-            checkpoints.save(step, state.trainable, state.opt_state)
+            checkpoints.save(step, **state.saved())
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             stop.unsaved = False
 
         def evaluate(step):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
-            began, thorough = time.time(), step in (0, config.steps)
+            began, thorough = time.time(), step in (start, config.steps)
             policy = method.policy(base, state.trainable)
-            pictures, rewards, right = suite.sample(policy, base)
+            drawn, rewards, right = suite.sample(policy, base)
             scores, areas = suite.grade(rewards, right)
             values = {f"eval/{name}": score for name, score in scores.items()}
+            moment = "before" if step == start else "after" if step == config.steps else f"step_{step:06d}"
+            if unified:
+                found, captions, _ = unified.measure(policy, base)
+                survived = {name: float(of_each.mean()) for name, of_each in found.items()}
+                values |= {f"unified/{name}": share for name, share in survived.items()}
             if thorough:
-                moment, understanding = ("before" if step == 0 else "after"), suite.understand(policy)
-                judgement = suite.judge_own(policy, pictures, right)
-                if step and right is not None:              # a judge is compared with itself on the same pictures
-                    drawn, _, judged = suite.sample(base, base)
+                understanding, judgement = suite.understand(policy), suite.judge_own(policy, drawn, right)
+                if step != start and right is not None:     # a judge is compared with itself on the same pictures
+                    first_drawn, _, judged = suite.sample(base, base)
                     judgement |= {f"{name}_on_base": value for name, value
-                                  in suite.judge_own(policy, drawn, judged).items()}
+                                  in suite.judge_own(policy, first_drawn, judged).items()}
                 values |= {f"understanding/{name}": score for name, score in understanding.items()}
                 values |= {f"judgement/{name}": value for name, value in judgement.items()}
                 summary.update({moment: {k: v for k, v in scores.items() if k != "reward"}, f"auc_{moment}": areas,
                                 f"understanding_{moment}": understanding, f"judgement_{moment}": judgement})
-                if step == 0:
+                if unified:
+                    summary.update({f"unified_{moment}": survived,
+                                    f"captions_{moment}": [of_picture[0] for of_picture in captions[:8]]})
+                if step == start:
                     summary["auc"] = areas
-                write_closeup(suite, policy, base, (pictures, rewards, right), moment, workdir, notes)
-            name = f"step_{step:06d}" if 0 < step < config.steps else ("before" if step == 0 else "after")
-            picture = sample_grid(suite, pictures, right)
-            picture.save(notes / "samples" / f"{name}.png")
+                write_closeup(suite, policy, base, (drawn, rewards, right), moment, workdir, notes)
+            picture = sample_grid(suite, drawn, right)
+            picture.save(notes / "samples" / f"{moment}.png")
             writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             writer.write(step, values)                                       # last: it says that the rest is there
 
         def evaluation_due(step):
-            return step in (0, config.steps) or step % config.eval.every == 0
+            return step in (0, start, config.steps) or step % config.eval.every == 0
 
         # A run that was stopped during an evaluation repeats it.
         if evaluation_due(first) and not sharding.first_says(writer.has(first, "eval/overall")):
@@ -163,7 +172,8 @@ def train(config, workdir, stop=Stop()):
             if clock.on:
                 metrics = jax.device_get(metrics)
                 writer.write(step + 1, metrics | clock.seconds(method.pictures))
-                shown = {"reward": metrics["reward/mean"], "kl": metrics["kl"]}
+                shown = {name: metrics[of] for name, of in (("loss", "loss"), ("reward", "reward/mean"), ("kl", "kl"))
+                         if of in metrics}
                 alarm(config.alarm, step + 1, metrics)
             progress.update(1, **shown)
             timings["training"] += time.time() - began
@@ -187,7 +197,7 @@ def train(config, workdir, stop=Stop()):
 
 # ---- the parts named above ---------------------------------------------------------------------------------------
 
-METHODS = {"gvu": GvU, "internal_gap": InternalGap}
+METHODS = {"gvu": GvU, "internal_gap": InternalGap, "uae": UAE}
 
 
 def method_of(config):
@@ -257,6 +267,26 @@ def prompts_of(config):
     return train_metas, held_out
 
 
+def pictures_of(config, umm):
+    """(training pictures, held-out pictures), each a stream of dicts (see data.py) with "pixels" [H, W, 3] float32 in
+    [0, 1] and "prompt", a caption: rendered scenes in the shapes world, else those of the config's folders."""
+    if config.get("world"):
+        from gvu_jax.shapes import suite, world
+        place = world.World(**config.world)
+        return tuple(suite.picture_stream((config.seed, held_out), config.pictures.told, place) for held_out in (0, 1))
+    return tuple(data.picture_stream(folder, umm.picture_size, config.seed)
+                 for folder in (config.pictures.folder, config.pictures.held_out))
+
+
+def build_unified(config, loop, pictures):
+    batch = config[config.method].prompts
+    examples = data.batch(pictures, 0, config.eval.batches * batch)
+    judge = None
+    if config.get("world"):
+        from gvu_jax.shapes.suite import judge_captions as judge
+    return Unified(loop, np.stack([example["pixels"] for example in examples]), batch, config.seed, judge)
+
+
 def build_suite(config, umm, programs, how, held_out, lengths):
     """The suite of the held-out prompts, with the method's own programs where it draws as many pictures of a prompt."""
     settings = config[config.method]
@@ -289,6 +319,7 @@ def alarm(config, step, metrics):
     signs: KL to the base above `kl`, entropy below `entropy` (nats a token), more than `duplicates` of a group's
     pictures drawn twice: a policy that has collapsed onto what pleases its teacher.
     """
+    metrics = {"kl": 0.0, "entropy": math.inf, "duplicates": 0.0} | metrics           # a supervised step has none
     if metrics["skipped_in_a_row"] >= config.skipped:
         raise FloatingPointError(f"step {step}: {int(metrics['skipped_in_a_row'])} steps in a row had rewards, losses "
                                  f"or gradients that are not finite and were skipped: lower optim.lr, or raise "
@@ -330,7 +361,7 @@ def table(summary):
     before, after = summary.get("before", {}), summary.get("after", {})
     lines = [f"{'held-out checker score':<24}{'before':>8}{'after':>8}{'change':>8}"]
     sections = {"": (before, after)}
-    for name in ("understanding", "judgement"):
+    for name in ("understanding", "judgement", "unified"):
         sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})
     for section, (old, new) in sections.items():
         lines += [f"{section + name:<24}{old[name]:8.3f}{new[name]:8.3f}{new[name] - old[name]:+8.3f}"

@@ -9,7 +9,9 @@ them. B images, N image tokens, L prompt words. Those that take `params` are pur
     render(params, image_tokens, prompts, key)  -> pixels [B*G, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen: what the understanding branch reads (tokens [B, r, c] here)
     text_logps(params, seen, prompts)           -> logps [B*K, L], mask [B*K, L]   one forward for K texts a picture
+    sample_text(params, seen, prompts, key, how, steps) -> words [B*G, T], logps [B*G, T], mask [B*G, T]
     answer(params, seen, question, key)         -> texts
+    features(params, pixels)                    -> [B, N, D] float32: what the frozen vision encoder makes of pictures
 
 `params` is a nested dict: "ar", "vision", "flux", "vae", "t5" and "clip" where the diffusion head reads the prompt,
 and, in a policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
@@ -85,6 +87,11 @@ class XOmni:
     @property
     def image_tokens(self):
         return self.grid[0] * self.grid[1]
+
+    @property
+    def picture_size(self):
+        """Height and width, in pixels, of a picture of this grid."""
+        return tuple(side * self.vision.patch_size for side in self.grid)
 
     @property
     def image_header(self):
@@ -283,17 +290,37 @@ class XOmni:
         logits = model.apply(variables, hidden, method="text_logits")                               # [B*K, L, V]
         return gather_logps(logits, prompts.words), prompts.words_mask
 
+    def sample_text(self, params, seen, prompts, key, how, steps, index=None):
+        """Draws how.images_per_prompt answers to the question of each picture seen [B, r, c], which is read once.
+
+        prompts: B rows, of which only the question is read. Returns words [B*G, T] int32, the policy's log-probs
+        [B*G, T] float32 and mask [B*G, T] bool, T = steps: True up to and including the end of turn, from where on
+        words repeat it at log-probability 0; a row that has not come to its end by then counts whole. As `words` and
+        `words_mask` of prompts they are what `text_logps` takes. index as in `sample_image`; how's guidance is for
+        pictures and not applied.
+        """
+        asked, mask = self._asked(seen, prompts)
+        backbone = sharding.constrain({name: params[name] for name in ("ar", "adapter") if name in params}, "rollout")
+        end, how = self.tokenizer.eos_token_id, dataclasses.replace(how, guidance=1.0)
+        words, logps = sampling.decode(
+            xomni.XOmni(self.ar), self._variables(backbone), asked, mask, key, how, steps=steps, head="text_logits",
+            offset=0, index=index, stop=end)
+        ended = jnp.cumsum(words == end, axis=1) - (words == end)                       # [B*G, T]: how often, before
+        return words, logps, ended == 0
+
     def answer(self, params, seen, question, key, max_words=32, how=sampling.How(temperature=0.0)):
         """Answers one question about each picture seen [B, r, c]. Returns B strings (what precedes the end of turn)."""
         prompts = self.encode_prompts(["-"] * len(seen), questions=[question] * len(seen))
-        ids = np.asarray(self._answer_tokens(params, seen, prompts, key, max_words, how))
-        return self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        words, _, _ = self._sample_text(params, seen, prompts, key, how, max_words)
+        return self.tokenizer.batch_decode(np.asarray(words), skip_special_tokens=True)
 
-    @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-    def _answer_tokens(self, params, seen, prompts, key, max_words, how):
-        asked, mask = self._asked(seen, prompts)
-        return sampling.decode(xomni.XOmni(self.ar), self._variables(params), asked, mask, key, how, steps=max_words,
-                               head="text_logits", offset=0, stop=self.tokenizer.eos_token_id)[0]
+    _sample_text = jax.jit(sample_text, static_argnums=(0, 5, 6))
+
+    def features(self, params, pixels):
+        """Pixels [B, H, W, 3] in [0, 1] -> [B, N, D] float32: the vision encoder's output, before quantisation."""
+        pixels = pixels.astype(params["vision"]["codebook"].dtype)
+        return siglip_vq.SiglipVQ(self.vision).apply(
+            {"params": params["vision"]}, pixels, method="features").astype(jnp.float32)
 
 
 def count_positions(mask):
@@ -315,11 +342,12 @@ class Programs(NamedTuple):
     render: Any          # (params, image_tokens [S], prompts [B], key) -> pixels [S, H, W, 3]
     see: Any             # (params, pixels)                      -> seen
     read: Any            # (params, seen, prompts [S])           -> logps [S, L], mask [S, L]
+    say: Any             # (params, seen [B], prompts [B], key)  -> words [B*G, T], logps [B*G, T], mask [B*G, T]
 
 
-def compile_programs(umm, how, mesh, waves=1):
+def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
-    there is one wave."""
+    there is one wave. words: how long `say` lets an answer be."""
     def in_waves(function, *batch):
         parts = sharding.split_rows(batch, waves)
         return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)
@@ -342,4 +370,8 @@ def compile_programs(umm, how, mesh, waves=1):
     def read(params, seen, prompts):
         return in_waves(lambda seen, prompts: umm.text_logps(params, seen, prompts), seen, prompts)
 
-    return Programs(*(sharding.Program(function, mesh) for function in (sample, render, see, read)))
+    def say(params, seen, prompts, key):
+        answer = lambda seen, prompts, place: umm.sample_text(params, seen, prompts, key, how, words, place.ravel())
+        return in_waves(answer, seen, prompts, places(prompts, how.images_per_prompt))
+
+    return Programs(*(sharding.Program(function, mesh) for function in (sample, render, see, read, say)))

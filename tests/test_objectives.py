@@ -43,6 +43,20 @@ def test_clipped_loss_against_numpy():
     assert 0 < metrics["clipped"] < 1
 
 
+def test_what_a_mask_leaves_out_does_not_count():
+    """Texts of unequal length: each counts as the mean over its own tokens, whatever stands behind its end."""
+    logps, old, ref, A = random(3, 5), random(3, 5, seed=1), random(3, 5, seed=2), random(3, seed=3)
+    lengths = [5, 2, 1]
+    mask = np.arange(5) < np.array(lengths)[:, None]
+    loss, metrics = objectives.clipped_policy_loss(*(np.where(mask, x, 1e3) for x in (logps, old, ref)), A, 0.2, 0.03,
+                                                   mask)
+    alone = [objectives.clipped_policy_loss(*(x[i:i + 1, :n] for x in (logps, old, ref)), A[i:i + 1], 0.2, 0.03)
+             for i, n in enumerate(lengths)]
+    np.testing.assert_allclose(loss, np.mean([one for one, _ in alone]), rtol=1e-5)
+    for name in ("kl", "clipped"):
+        np.testing.assert_allclose(metrics[name], np.mean([told[name] for _, told in alone]), rtol=1e-5)
+
+
 def test_where_the_clip_acts_the_policy_gets_no_gradient():
     """Ratio 2 with a positive advantage lies beyond 1.2: only the KL term may move it, and here there is none."""
     old = jnp.zeros((1, 1))
@@ -86,6 +100,13 @@ def test_the_other_rewards():
     np.testing.assert_allclose(rewards.minimum(logps, mask), [0.25, 0.1], rtol=1e-5)
     np.testing.assert_allclose(rewards.yes(logps, mask), [0.125 / 0.131], rtol=1e-5)
     assert rewards.question("a photo of a cat. ") == "Does this image describe a photo of a cat?"
+
+
+def test_similarity_is_the_mean_cosine_of_patches():
+    features, others = random(3, 4, 8), random(3, 4, 8, seed=1)
+    cosine = (features * others).sum(-1) / np.linalg.norm(features, axis=-1) / np.linalg.norm(others, axis=-1)
+    np.testing.assert_allclose(rewards.similarity(features, others), cosine.mean(1), atol=1e-6)
+    np.testing.assert_allclose(rewards.similarity(features, 3 * features), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("case", ["full", "lora", "lora_all"])

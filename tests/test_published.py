@@ -1,5 +1,6 @@
 """The published model as one piece: the golden checkpoint converted, then driven through the interface of GvU."""
 import dataclasses
+import functools
 import json
 import re
 import subprocess
@@ -16,7 +17,7 @@ from safetensors.numpy import load_file
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
 from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards, sharding
-from gvu_jax.methods import gvu
+from gvu_jax.methods import grpo, gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
 from gvu_jax.policy import policy_params
@@ -34,7 +35,7 @@ def model(fixtures, converted):
     return dataclasses.replace(umm, grid=grid_of(told), instruction=told["instruction"]), params
 
 
-def grpo(fixtures, case):
+def recorded(fixtures, case):
     return np.load(fixtures / "grpo" / f"{case}.npz"), json.loads((fixtures / "grpo/config.json").read_text())
 
 
@@ -70,7 +71,7 @@ def test_rewards_of_the_golden_cases(fixtures, model):
 @pytest.mark.parametrize("case", CASES)
 def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     umm, base = model
-    golden, config = grpo(fixtures, case)
+    golden, config = recorded(fixtures, case)
     group = config["num_generations"]
     trainable, lora_config = trainable_of(fixtures, case, umm)
     prompts = umm.encode_prompts([prompt for prompt in config["prompts"] for _ in range(group)])
@@ -89,9 +90,11 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
     method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
-    batch = gvu.Batch(prompts, tokens, ref_logps, advantages, held=())
-    grads, (metrics, logps) = jax.jit(jax.grad(method.loss, has_aux=True))(
-        trainable, base, batch, jnp.zeros_like(ref_logps), True)
+    batch = grpo.Batch(gvu.Drawn(prompts, tokens, held=()), ref_logps, advantages)
+    loss = functools.partial(
+        grpo.loss, policy_of=functools.partial(policy_params, base, lora_config=settings.lora),
+        logps_of=method._logps, settings=settings.gvu)
+    grads, (metrics, logps) = jax.jit(jax.grad(loss, has_aux=True))(trainable, batch, jnp.zeros_like(ref_logps), True)
     np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)
     np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3)
 
@@ -130,7 +133,7 @@ def by_torch_name(grads, umm):
 def test_rewards_of_the_decoded_pictures(fixtures, model, case):
     """Pixels -> tokens exactly, and their reward under the policy and with the adapter off."""
     umm, base = model
-    golden, config = grpo(fixtures, case)
+    golden, config = recorded(fixtures, case)
     trainable, lora_config = trainable_of(fixtures, case, umm)
     policy = policy_params(base, trainable, lora_config)
     prompts = umm.encode_prompts([p for p in config["prompts"] for _ in range(config["num_generations"])])

@@ -11,7 +11,7 @@ from gvu_jax.sampling import How
 
 def jitted(call):
     """A call of the interface, compiled: eager, each of its thousand small operations would be compiled alone."""
-    return jax.jit(call, static_argnums=3 if call.__name__ == "sample_image" else ())
+    return jax.jit(call, static_argnums={"sample_image": 3, "sample_text": (4, 5)}.get(call.__name__, ()))
 
 
 TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo of a square left of a green diamond"]
@@ -25,6 +25,26 @@ def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(tiny, ke
     assert tokens.shape == logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
     teacher_forced = jitted(umm.image_logps)(params, prompts.repeat(how.images_per_prompt), tokens)
     np.testing.assert_allclose(logps, teacher_forced, atol=1e-4)
+
+
+def test_sampled_answers_know_their_log_probabilities_and_their_ends(tiny, key):
+    """A group's answers are those of its pictures read one by one; each counts up to and including its end."""
+    _, umm, params = tiny
+    seen = jax.random.randint(key, (3, *umm.grid), 0, umm.ar.image_vocab_size)
+    asked = umm.encode_prompts(["-"] * 3)
+    say = jitted(umm.sample_text)
+    words, logps, mask = say(params, seen, asked, key, How(images_per_prompt=8), 20)
+    repeated = jnp.repeat(seen, 8, axis=0)
+    apart = say(params, repeated, asked.repeat(8), key, How(), 20)
+    np.testing.assert_array_equal(words, apart[0])
+    said = asked.repeat(8).replace(words=words, words_mask=mask)
+    teacher_forced, counted = jitted(umm.text_logps)(params, repeated, said)
+    np.testing.assert_array_equal(counted, mask)
+    np.testing.assert_allclose(logps, jnp.where(mask, teacher_forced, 0), atol=1e-4)
+    end, lengths = umm.tokenizer.eos_token_id, np.asarray(mask.sum(axis=1))
+    for row, real, n in zip(np.asarray(words), np.asarray(mask), lengths):
+        assert real[:n].all() and end not in row[:n - 1] and (n == 20 or (row[n - 1:] == end).all())
+    assert lengths.min() < 20 == lengths.max(), "some of these end in time, and some do not"
 
 
 def test_one_prefill_serves_the_group(tiny, key):

@@ -6,12 +6,12 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
     2. render   the diffusion head turns them into pixels                          umm.render
     3. reward   the understanding branch reads the pixels and says how probable    umm.see, umm.text_logps
                 each word of the prompt is; the geometric mean is the reward
-    4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps
+    4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps, grpo.py
                 KL to the frozen base move the policy (GRPO)
 
 The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
-policy reads in its own pictures to what the frozen base reads there, of the picture's own prompt and of another one, for
-reading is to tell true from false: the same estimator, on the prompts' words.
+policy reads in its own pictures to what the frozen base reads there, of the picture's own prompt and of another one,
+for reading is to tell true from false: the same estimator, on the prompts' words.
 """
 import functools
 import re
@@ -19,11 +19,11 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
+from gvu_jax.methods import grpo
+from gvu_jax.policy import place_state, policy_params
 from gvu_jax.umm import compile_programs
 
 ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
@@ -45,8 +45,8 @@ class GvU:
         sharding.check(umm, mesh, config.gvu, config.gvu.prompts * config.gvu.group)
         slices = config.gvu.micro_batches * sharding.batch_shards(mesh)
         if config.gvu.anchor and config.gvu.prompts * config.gvu.group % (ANCHORED * slices):
-            raise ValueError(f"gvu.anchor holds every {ANCHORED}th sample: gvu.prompts x gvu.group must be a multiple of "
-                             f"{ANCHORED * slices} ({ANCHORED} x micro-batches x data x fsdp), or gvu.anchor 0")
+            raise ValueError(f"gvu.anchor holds every {ANCHORED}th sample: gvu.prompts x gvu.group must be a multiple "
+                             f"of {ANCHORED * slices} ({ANCHORED} x micro-batches x data x fsdp), or gvu.anchor 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
@@ -58,19 +58,12 @@ class GvU:
     @staticmethod
     def check(config):
         """Raises ValueError, in one line, for settings that cannot train."""
-        gvu, samples = config.gvu, config.gvu.prompts * config.gvu.group
-        if gvu.group < 2:
-            raise ValueError(f"gvu.group is {gvu.group}; GRPO compares samples of a prompt, so it needs at least 2")
-        if gvu.waves < 1 or gvu.prompts % gvu.waves:
-            raise ValueError(f"gvu.waves = {gvu.waves} does not divide the {gvu.prompts} prompts of a step")
-        if gvu.micro_batches < 1 or samples % gvu.micro_batches:
-            raise ValueError(f"gvu.micro_batches = {gvu.micro_batches} does not divide the {samples} samples of a step")
-        if gvu.inner_steps < 1:
-            raise ValueError(f"gvu.inner_steps is {gvu.inner_steps}; it must be at least 1")
+        gvu = config.gvu
+        grpo.check(gvu, "gvu")
         if config.reward.teacher not in ("base", "policy"):
             raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
         if gvu.anchor and config.reward.teacher != "base":
-            raise ValueError("gvu.anchor holds reading to the base: it needs reward.teacher = 'base', or gvu.anchor = 0")
+            raise ValueError("gvu.anchor holds reading to the base's: set reward.teacher = 'base' or gvu.anchor = 0")
         try:
             re.compile(config.lora.get("targets", ""))
         except re.error as error:
@@ -130,68 +123,35 @@ class GvU:
             return sharding.put(right.astype(np.float32), self.mesh), seen
         return self.mean(*self.programs.read(teacher, seen, prompts)), seen
 
-    def loss(self, trainable, base, batch, old_logps, first):
-        """The objective on one micro-batch; at the first inner step old = current, so the ratio is exactly 1."""
-        gvu = self.config.gvu
-        policy = policy_params(base, trainable, self.config.lora)
-        logps = self.umm.image_logps(policy, batch.prompts, batch.tokens)
-        old_logps = jnp.where(first, jax.lax.stop_gradient(logps), old_logps)
-        loss, metrics = objectives.clipped_policy_loss(
-            logps, old_logps, batch.ref_logps, batch.advantages, gvu.clip, gvu.beta)
-        if gvu.anchor:
-            seen, texts = batch.held                                                                # [A], [A, 2]
-            texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                       # [A * 2]
-            words, mask = self.umm.text_logps(policy, seen, texts)                                  # [A * 2, L]
-            kl = jnp.where(mask, objectives.k3(words, self.umm.text_logps(base, seen, texts)[0]), 0.0)
-            read_kl = jnp.mean(jnp.sum(kl, axis=1) / jnp.sum(mask, axis=1))
-            loss, metrics = loss + gvu.anchor * read_kl, metrics | {"read_kl": read_kl}
-        return loss, (metrics | {"loss": loss}, logps)
+    def _logps(self, policy, rows):
+        return self.umm.image_logps(policy, rows.prompts, rows.tokens), None
+
+    def _hold_reading(self, policy, rows, base):
+        """The KL of what the policy reads in its pictures to what the base reads there, weighed."""
+        seen, texts = rows.held                                                                     # [A], [A, 2]
+        texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                           # [A * 2]
+        words, mask = self.umm.text_logps(policy, seen, texts)                                      # [A * 2, L]
+        read_kl = objectives.token_mean(objectives.k3(words, self.umm.text_logps(base, seen, texts)[0]), mask)
+        return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
     def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen):
-        """GRPO on S samples: `inner_steps` optimizer steps, each over `micro_batches` slices of the batch.
-
-        prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as `reward` returns them. Returns
-        the state after step + 1 and a dict of scalar metrics. Gradients of the slices are averaged before the one
-        optimizer step they make.
-        """
-        gvu, slices = self.config.gvu, self.config.gvu.micro_batches
-        split, join = functools.partial(sharding.split_rows, slices=slices), sharding.join_rows
-        ref_logps = join(jax.lax.map(lambda x: self.umm.image_logps(base, *x), split((prompts, image_tokens))))
-        advantages = objectives.group_advantages(reward, gvu.group, gvu.advantage_eps)
+        """GRPO on S samples. prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as
+        `reward` returns them. Returns the state after step + 1 and a dict of scalar metrics."""
+        gvu = self.config.gvu
         held = (seen[::ANCHORED], own_and_other(prompts, gvu.group)) if gvu.anchor else ()
-        batches = split(Batch(prompts, image_tokens, ref_logps, advantages, held))
-
-        def inner_step(carry, i):
-            trainable, opt_state, old_logps = carry
-            grads, (metrics, logps) = mean_gradient(
-                lambda trainable, x: self.loss(trainable, base, *x, i == 0), trainable, (batches, old_logps))
-            updates, opt_state = self.optimizer.update(grads, opt_state, trainable)
-            largest = jnp.max(metrics["ratio_max"])
-            metrics = jax.tree.map(jnp.mean, metrics) | {"ratio_max": largest, "grad_norm": optax.tree.norm(grads)}
-            old_logps = jnp.where(i == 0, logps, old_logps)
-            return (optax.apply_updates(trainable, updates), opt_state, old_logps), metrics
-
-        start = (state.trainable, state.opt_state, split(jnp.zeros_like(sampler_logps)))
-        (trainable, opt_state, old_logps), metrics = jax.lax.scan(inner_step, start, jnp.arange(gvu.inner_steps))
-        metrics = jax.tree.map(lambda x: x[-1], metrics)
-        groups = reward.reshape(-1, gvu.group)
-        metrics |= {
-            "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
-            "entropy": -jnp.mean(join(old_logps)),       # nats a token; unbiased where sampling is unfiltered
-            "logp_gap": jnp.mean(jnp.abs(join(old_logps) - sampler_logps)),
-            "duplicates": objectives.duplicates(image_tokens, gvu.group), **skipped(opt_state),
-        }
-        return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics
+        state, metrics = grpo.update(
+            state, Drawn(prompts, image_tokens, held), reward, sampler_logps, reference=base,
+            policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,
+            optimizer=self.optimizer, penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
+        return sharding.constrain(state), metrics | {"duplicates": objectives.duplicates(image_tokens, gvu.group)}
 
 
 @struct.dataclass
-class Batch:
-    """One micro-batch: prompts and tokens [S, ..], reference log-probs [S, N], advantages [S]; and, with an anchor, what
-    was seen of A = S / ANCHORED samples [A, r, c] with two prompts each [A, 2, ..]."""
+class Drawn:
+    """S samples: prompts and image tokens [S, ..]; and, with an anchor, what was seen of A = S / ANCHORED of them
+    [A, r, c] with two prompts each [A, 2, ..]."""
     prompts: object
     tokens: jax.Array
-    ref_logps: jax.Array
-    advantages: jax.Array
     held: tuple
 
 

@@ -4,8 +4,10 @@
     relation      "A left of B" against "A right of B"          count    n against n +- 1
     binding       colors exchanged                              (two-way: 0.5 is chance)
 """
+import functools
 import re
 
+import grain
 import numpy as np
 
 from gvu_jax.shapes import checker, world
@@ -39,3 +41,54 @@ def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed)
                     [tuple(meta["prompt"] for meta in choice.prompts) for choice in test])
              for name, test in tests.items()}
     return Suite(umm, programs, metas, batch, group, lengths, seed, checker.judge, tests)
+
+
+# ---- picture -> caption -> picture -------------------------------------------------------------------------------
+
+def picture_stream(seed, told, place):
+    """Rendered scenes of the World `place`, an endless dataset: element i is {"pixels" [H, W, 3] float32 in [0, 1],
+    "prompt"} and depends on seed (a tuple of ints) and i alone.
+
+    The caption is `world.describe`'s, in which each object is told with probability `told`, and one at least.
+    """
+    def example(i):
+        rng = np.random.default_rng((*seed, i))
+        scene = world.sample_scenes(rng, 1, place)[0]
+        kept = rng.random(len(scene)) < told
+        kept[rng.choice(np.flatnonzero(scene))] = True
+        return {"pixels": world.render(scene[None], rng)[0], "prompt": world.describe(np.where(kept, scene, 0))}
+    return grain.MapDataset.range(2**31 - 1).map(example)
+
+
+def judge_captions(originals, captions, pictures):
+    """What the checker says of captions and of the pictures drawn from them, {name: bool [M]}:
+
+    language      the caption is a sentence of this world: a description, or a prompt
+    correct       and what it says is so
+    complete      it describes everything there is, and correctly
+    recovery      the picture shows the same scene as the original, every cell of it
+
+    originals and pictures [M, H, W, 3] in [0, 1], captions M texts.
+    """
+    side = originals.shape[1] // world.CELL
+    scenes, drawn = checker.read_pixels(originals, side), checker.read_pixels(pictures, side)
+    judged = np.array([judge_caption(caption, scene) for caption, scene in zip(captions, scenes)])
+    return dict(zip(("language", "correct", "complete"), judged.T)) | {"recovery": (scenes == drawn).all(axis=1)}
+
+
+def judge_caption(caption, scene):
+    """(language, correct, complete) of one caption for a scene [cells]."""
+    if caption in prompts():
+        return True, world.judge_scene(scene, prompts()[caption]), False
+    try:
+        told = world.read_description(caption, world.side_of(len(scene)))
+    except ValueError:
+        return False, False, False
+    complete = bool((told == scene).all())
+    return True, complete or bool(told.any() and (told == scene)[told > 0].all()), complete
+
+
+@functools.cache
+def prompts():
+    """{text: meta} of every prompt of the world."""
+    return {meta["prompt"]: meta for meta in world.all_prompts()}

@@ -1,0 +1,31 @@
+"""UAE in the shapes world: the base of configs/shapes.py learns to tell what it sees so that it can draw it again.
+
+    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae
+    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae2 --config.uae.stages=caption:1   # stage 2
+    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae3 --config.uae.stages=draw:1      # stage 3
+
+Pictures are rendered scenes. The captions of the cold start leave things out, as people do: each object of a scene is
+told with probability `pictures.told`. So the captioner has to find out what a picture takes to be drawn again, and the
+drawer to add nothing that was not said.
+"""
+import runpy
+from pathlib import Path
+
+
+def get_config(preset="normal"):
+    config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"](preset)
+    del config.gvu, config.reward
+    config.method = "uae"
+    config.pictures = dict(told=0.7)
+    # 25 tokens tell five objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
+    # differs between equal pictures, the noise they are rendered from, a thousandth: advantage_eps tells them apart.
+    config.uae = dict(prompts=24, group=12, cold=80, stages="caption:10,draw:10", words=28, clip=0.2, beta=0.02,
+                      advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
+    config.steps = config.uae.cold + 160
+    config.eval.update(every=40)
+    config.checkpoint_every = 40
+    config.alarm.update(duplicates=1.0, entropy=0.0)     # who tells all there is tells it in the same words every time
+    if preset == "smoke":
+        config.uae.update(prompts=12, cold=40)
+        config.steps = config.uae.cold + 40
+    return config

@@ -1,0 +1,22 @@
+"""UAE on X-Omni as published: the model and settings of configs/xomni.py, pictures from a folder.
+
+    python -m gvu_jax.train --config=configs/xomni_uae.py --workdir=runs/uae \\
+        --config.model.checkpoint=checkpoints/xomni --config.pictures.folder=train --config.pictures.held_out=test \\
+        --config.data.prompts=train.jsonl --config.data.held_out=held_out.jsonl
+
+A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. Without captions:
+--config.uae.cold=0. The prompts are for the evaluation.
+"""
+import runpy
+from pathlib import Path
+
+
+def get_config():
+    config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
+    del config.gvu, config.reward
+    config.method = "uae"
+    config.pictures = dict(folder="pictures/train", held_out="pictures/held_out")
+    config.uae = dict(prompts=16, group=8, cold=1000, stages="caption:50,draw:50", words=256, clip=0.2, beta=0.03,
+                      advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
+    config.steps = config.uae.cold + 2000
+    return config

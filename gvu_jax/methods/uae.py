@@ -1,0 +1,192 @@
+"""UAE: Can Understanding and Generation Truly Benefit Together, or Just Coexist? (Yan et al. 2025), Unified-GRPO.
+
+Understanding is the encoder, picture -> caption, and generation the decoder, caption -> picture. What survives the way
+there and back is the one objective:
+
+    R = cosine of the frozen vision encoder's features of reconstruction and original      umm.features, rewards.py
+
+Three stages, each step belonging to one, on B pictures with groups of G:
+
+    cold       both directions are taught by pictures with captions: next-token prediction on B * G pairs. The first
+               `uae.cold` steps; as they leave it, the model is the reference of both KL terms from then on.
+    caption    the captioner is the policy: G captions of each picture, each drawn once             umm.sample_text
+    draw       the captions are given, one of each picture, and the drawer is the policy:           umm.sample_image
+               G pictures of each caption
+
+The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
+image tokens (grpo.py). One backbone does both, so what a stage teaches the other one meets in its next turn.
+"""
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gvu_jax import data, objectives, rewards, sharding
+from gvu_jax.methods import grpo
+from gvu_jax.policy import State, init_state, policy_params, skipped
+from gvu_jax.umm import Lengths, compile_programs
+
+
+class UAE:
+    """The programs of each stage, each compiled once.
+
+    umm: a model of `umm.py`. config: under `uae` what grpo.py takes, `prompts` (pictures a step), `waves`, `cold`,
+    `stages` ("caption:10,draw:10") and `words`, the most tokens of a caption with its end; `lora`. how: how captions
+    and pictures are sampled, with images_per_prompt = group. mesh: see sharding.py.
+    """
+
+    def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
+        self.check(config)
+        self.pictures = config.uae.prompts * config.uae.group
+        sharding.check(umm, mesh, config.uae, self.pictures)
+        self.umm, self.config, self.optimizer, self.mesh = umm, config, optimizer, mesh
+        self.loop = Loop(umm, how, mesh, config.uae.words, config.uae.waves)
+        self.programs = self.loop.groups
+        self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
+        self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in
+                        (("cold", self._cold), ("caption", self._caption), ("draw", self._draw))}
+
+    @staticmethod
+    def check(config):
+        """Raises ValueError, in one line, for settings that cannot train."""
+        grpo.check(config.uae, "uae")
+        stages_of(config.uae.stages)
+
+    def init(self, base, key):
+        """The state before the first step, each part where it stays."""
+        def begin(base, key):
+            state = init_state(base, self.config, self.optimizer, key)
+            return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
+        where = sharding.shardings(jax.eval_shape(begin, base, key), self.mesh)
+        return sharding.Program(begin, self.mesh, out_shardings=where)(base, key)
+
+    def stage(self, step):
+        """The stage that `step` belongs to."""
+        turns = [name for name, steps in stages_of(self.config.uae.stages) for _ in range(steps)]
+        return "cold" if step < self.config.uae.cold else turns[(step - self.config.uae.cold) % len(turns)]
+
+    def rollout(self, state, base, step, stream, key, clock):
+        """What `update` takes after (state, base): the stage of `step`, and what it learns from.
+
+        stream: dicts with "pixels" [H, W, 3] float32 in [0, 1] and, for the cold start, "prompt", their caption. key:
+        the step's own. clock.lap(phase, result) is told of each phase and returns its result.
+        """
+        uae, stage, loop, keys = self.config.uae, self.stage(step), self.loop, sharding.put(
+            tuple(jax.random.split(key)), self.mesh)
+        examples = data.batch(stream, step, uae.prompts * (uae.group if stage == "cold" else 1))
+        pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
+        if stage == "cold":
+            captions = [example["prompt"] for example in examples]
+            if None in captions:
+                raise ValueError("the cold start needs a caption beside each picture (ID.txt for ID.png): write them, "
+                                 "or set uae.cold=0")
+            seen = clock.lap("sample", self.programs.see(base, pixels))
+            return stage, seen, sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
+        policy = self.policy(base, state.trainable)
+        telling, drawing = (loop.groups, loop.singles) if stage == "caption" else (loop.singles, loop.groups)
+        told = clock.lap("sample", loop.say(telling, policy, base, pixels, keys[0]))
+        texts = loop.texts(told[2])
+        image_tokens, logps, pictures = clock.lap("render", loop.draw(drawing, policy, base, texts, keys[1]))
+        reward = clock.lap("reward", loop.alike(base, pictures, pixels))
+        if stage == "caption":
+            return stage, *told, reward
+        prompts = sharding.place_prompts(self.umm, texts, loop.lengths, self.mesh, uae.group)
+        return stage, prompts, image_tokens, logps, reward
+
+    def update(self, state, base, stage, *batch):
+        """Returns the state after step + 1 and a dict of scalar metrics."""
+        return self.updates[stage](state, base, *batch)
+
+    def _cold(self, state, base, seen, prompts):
+        """Supervised, both ways: -log p(caption | picture) a word, and -log p(picture | caption) an image token."""
+        def loss(trainable, part):
+            policy, (seen, prompts) = self.policy(base, trainable), part
+            telling = objectives.cross_entropy(*self.umm.text_logps(policy, seen, prompts))
+            drawing = -jnp.mean(self.umm.image_logps(policy, prompts, seen.reshape(len(seen), -1)))
+            return telling + drawing, ({"loss": telling + drawing, "cold/caption": telling, "cold/draw": drawing}, ())
+        slices = sharding.split_rows((seen, prompts), self.config.uae.micro_batches)
+        trainable, opt_state, metrics, _ = grpo.descend(
+            loss, state.trainable, state.opt_state, slices, self.optimizer)
+        state = State(state.step + 1, trainable, opt_state, reference=jax.tree.map(jnp.copy, trainable))
+        return sharding.constrain(state), metrics | skipped(opt_state)
+
+    def _caption(self, state, base, seen, asked, words, logps, mask, reward):
+        """GRPO on captions: seen and asked [B], words, logps and mask [S, T], reward [S]."""
+        group = self.config.uae.group
+        said = asked.repeat(group).replace(words=words, words_mask=mask)
+        state, metrics = self._grpo(state, base, (jnp.repeat(seen, group, axis=0), said), reward, logps,
+                                    lambda policy, rows: self.umm.text_logps(policy, *rows))
+        return state, metrics | {"duplicates": objectives.duplicates(words, group),
+                                 "caption/length": jnp.mean(jnp.sum(mask, axis=1))}
+
+    def _draw(self, state, base, prompts, image_tokens, logps, reward):
+        """GRPO on pictures: prompts [S], image_tokens and logps [S, N], reward [S]."""
+        state, metrics = self._grpo(state, base, (prompts, image_tokens), reward, logps,
+                                    lambda policy, rows: (self.umm.image_logps(policy, *rows), None))
+        return state, metrics | {"duplicates": objectives.duplicates(image_tokens, self.config.uae.group)}
+
+    def _grpo(self, state, base, rows, reward, sampler_logps, logps_of):
+        policy_of = functools.partial(self.policy, base)
+        state, metrics = grpo.update(state, rows, reward, sampler_logps, policy_of(state.reference), policy_of,
+                                     logps_of, self.config.uae, self.optimizer)
+        return sharding.constrain(state), metrics
+
+
+def stages_of(text):
+    """"caption:10,draw:10" -> [("caption", 10), ("draw", 10)]. Raises ValueError for what is not of this form."""
+    try:
+        stages = [(name.strip(), int(steps)) for name, steps in (part.split(":") for part in text.split(","))]
+    except ValueError:
+        stages = []
+    if not stages or any(name not in ("caption", "draw") or steps < 1 for name, steps in stages):
+        raise ValueError(f"uae.stages is {text!r}; it must be of the form caption:10,draw:10")
+    return stages
+
+
+class Loop:
+    """Picture -> caption -> picture, and how alike the two are. `groups` holds the programs that draw a whole group at
+    a time (umm.Programs), `singles` those that draw one sample."""
+
+    def __init__(self, umm, how, mesh, words, waves=1):
+        self.umm, self.mesh = umm, mesh
+        least = umm.lengths(["-"])
+        self.lengths = Lengths(least.prompt + words, least.question, words)
+        self.groups, self.singles = (
+            compile_programs(umm, dataclasses.replace(how, images_per_prompt=count), mesh, waves, words)
+            for count in (how.images_per_prompt, 1))
+        self.alike = sharding.Program(self._alike, mesh)
+
+    def say(self, programs, policy, base, pixels, key):
+        """pixels [B, H, W, 3] -> seen [B], the question asked (Prompts [B]), words, logps and mask [S, T]."""
+        asked = sharding.place_prompts(self.umm, ["-"] * len(pixels), self.lengths, self.mesh)
+        seen = programs.see(base, pixels)
+        return seen, asked, *programs.say(policy, seen, asked, key)
+
+    def texts(self, words):
+        """Captions, words [S, T], as S texts. One that cannot be a prompt (it is empty, or spells a piece of a picture)
+        is drawn as "-"."""
+        texts = self.umm.tokenizer.batch_decode(sharding.fetch(words), skip_special_tokens=True)
+
+        def prompt(text):
+            try:
+                self.umm.encode_prompts([text], self.lengths)
+            except ValueError:
+                return "-"
+            return text
+        known = {text: prompt(text) for text in set(texts)}
+        return [known[text] for text in texts]
+
+    def draw(self, programs, policy, base, texts, key):
+        """Texts -> image_tokens [S, N], logps [S, N] of the sampler, pixels [S, H, W, 3]."""
+        keys = jax.random.split(key)
+        prompts = sharding.place_prompts(self.umm, texts, self.lengths, self.mesh)
+        image_tokens, logps = programs.sample(policy, prompts, keys[0])
+        return image_tokens, logps, programs.render(base, image_tokens, prompts, keys[1])
+
+    def _alike(self, base, pictures, originals):
+        """The reward [S] of pictures [S, H, W, 3], those of one of the originals [B, H, W, 3] side by side."""
+        features = self.umm.features(base, originals)
+        return rewards.similarity(self.umm.features(base, pictures),
+                                  jnp.repeat(features, len(pictures) // len(originals), axis=0))
