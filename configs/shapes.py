@@ -1,6 +1,6 @@
 """GvU in the shapes world, on a laptop, with nothing to download.
 
-    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # eleven minutes
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # twelve minutes
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # a couple of minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
@@ -17,7 +17,7 @@ def get_config(preset="normal"):
     config = ConfigDict()
     config.method = "gvu"
     config.seed = 0
-    config.steps = 180
+    config.steps = 300
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)                      # -1: all devices that the others leave
@@ -52,14 +52,14 @@ def get_config(preset="normal"):
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
     # mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a ceiling, no method).
     config.reward = dict(teacher="base", view="pixels", mean="geometric")
-    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, anchor=4.0, advantage_eps=1e-4,
+    config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.02, anchor=10.0, advantage_eps=1e-4,
                       inner_steps=1, micro_batches=1, waves=1)
     # Full fine-tuning learns more in the same time than an adapter does. An adapter on what only drawing runs
     # (lora.rank=32 lora.targets=mm_head) leaves understanding what it was bit for bit; drawing learns half as much.
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")
-    config.optim = dict(lr=5e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
+    config.optim = dict(lr=6e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
-    config.eval = dict(every=60, batches=4, choices=576)
+    config.eval = dict(every=100, batches=4, choices=1152)
     # When to warn that the policy collapses, or (stop) to end; how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
     config.log_every = 5
@@ -67,7 +67,6 @@ def get_config(preset="normal"):
 
     if preset == "weak":                       # generation is taught by pictures of which most belong to other prompts
         config.pretrain.backbone.mismatched = 0.6
-        config.steps = 300
     if preset == "smoke":
         config.steps = 60
         config.pretrain.tokenizer.steps = 600

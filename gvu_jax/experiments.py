@@ -35,7 +35,7 @@ from gvu_jax.stop import STOPPED, Stop
 ALONE = {"reward.teacher": "policy", "gvu.anchor": 0.0}          # the policy judges itself: nothing holds its reading
 ARMS = {                                                         # {} is the config as given
     "normal": [{}],
-    "weak": [{"pretrain.backbone.mismatched": 0.6, "steps": 300}],                            # the preset of this name
+    "weak": [{"pretrain.backbone.mismatched": 0.6}],                                          # the preset of this name
     "understanding": [{}, {"gvu.anchor": 0.0}],
     "words": [{}],
     "teacher": [{}, {"gvu.anchor": 0.0}, ALONE, {"reward.view": "tokens"}],
