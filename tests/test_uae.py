@@ -45,8 +45,7 @@ class NoClock:
 
 
 def step_of(method, base, stream, state, step):
-    keys = sharding.put(tuple(jax.random.split(jax.random.key(step))), method.mesh)
-    batch = method.rollout(state, base, step, stream, keys, NoClock())
+    batch = method.rollout(state, base, step, stream, jax.random.key(step), NoClock())
     before = jax.tree.map(jnp.copy, state)                                         # the update takes the state's place
     after, metrics = method.update(before, base, *batch)
     return batch, after, metrics
