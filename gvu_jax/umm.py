@@ -345,6 +345,7 @@ class Programs(NamedTuple):
     say: Any             # (params, seen [B], prompts [B], key)  -> words [B*G, T], logps [B*G, T], mask [B*G, T]
 
 
+@functools.lru_cache(maxsize=16)                 # who asks again for the same gets the same, compiled already
 def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
     there is one wave. words: how long `say` lets an answer be."""
