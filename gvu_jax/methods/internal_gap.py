@@ -31,7 +31,7 @@ from flax import struct
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
-from gvu_jax.report import image_grid, write_picture
+from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import compile_programs
 
 
