@@ -407,6 +407,7 @@ def test_a_tokenizer_folder_is_not_executed(model, tmp_path, monkeypatch):
     told = json.loads((tokenizer / "tokenizer_config.json").read_text())
     told |= {"auto_map": {"AutoTokenizer": ["harm.Tokenizer", "harm.Tokenizer"]}, "tokenizer_class": "Tokenizer"}
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(told))
+    (tmp_path / "model" / checkpoint.DIGEST).unlink()                               # as whoever means harm would
     (tokenizer / "harm.py").write_text(f"import os\nos.mkdir({str(mark)!r})\n"
                                        "from transformers import PreTrainedTokenizerFast\n"
                                        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n")

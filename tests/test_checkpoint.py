@@ -50,7 +50,7 @@ def test_training_states_are_kept_and_loaded_by_part(tmp_path):
     states = checkpoint.Checkpoints(tmp_path, one_device(), keep=2)
     assert states.newest_whole() is None
     for step in (1, 2, 3):
-        states.save(step, jax.tree.map(lambda x: x + step, trainable), opt_state)
+        states.save(step, trainable=jax.tree.map(lambda x: x + step, trainable), opt_state=opt_state)
     assert states.newest_whole() == 3
     alone = states.load(3, trainable=trainable)
     np.testing.assert_array_equal(alone["trainable"]["ar"]["lm_norm"]["scale"], np.arange(6.0) + 3)

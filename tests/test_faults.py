@@ -100,7 +100,7 @@ def states(tmp_path):
     opt_state = optax.adam(1e-3).init(trainable)
     writer = checkpoint.Checkpoints(tmp_path, one_device())
     for step in (1, 2):
-        writer.save(step, jax.tree.map(lambda x: x + step, trainable), opt_state)
+        writer.save(step, trainable=jax.tree.map(lambda x: x + step, trainable), opt_state=opt_state)
     writer.close()
     return tmp_path, trainable, opt_state
 
@@ -143,7 +143,7 @@ def test_the_state_before_a_broken_one_is_used_and_the_run_goes_on(states, capsy
     assert "step 2" in warning and "step 1" in warning
     loaded = again.load(1, trainable=trainable)["trainable"]["ar"]["lm_norm"]["scale"]
     np.testing.assert_array_equal(loaded, np.arange(6.0) + 1)
-    again.save(2, trainable, opt_state)
+    again.save(2, trainable=trainable, opt_state=opt_state)
     assert again.newest_whole() == 2 and not capsys.readouterr().err
     again.close()
 
