@@ -30,7 +30,7 @@ from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.metrics import read_json, replace_file
-from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, mean_gradient, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import compile_programs
 
@@ -78,12 +78,8 @@ class InternalGap:
             raise ValueError(f"internal_gap.threshold is {gap.threshold}; it must lie between 0 and 1")
         if gap.probe and not gap.replay:
             raise ValueError("internal_gap.probe looks for the moment to replay: set internal_gap.replay to the latest")
-        if config.reward.teacher not in ("base", "policy"):
-            raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
-        if config.reward.view not in ("pixels", "tokens"):
-            raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
-        if config.reward.mean not in rewards.MEANS:
-            raise ValueError(f"reward.mean is {config.reward.mean!r}; it must be one of {', '.join(rewards.MEANS)}")
+        rewards.check(config.reward, rewards.MEANS)
+        check_trainable(config)
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
