@@ -18,6 +18,7 @@ def get_config(preset="csft"):
     config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
     del config.gvu
     config.method = "internal_gap"
+    config.reward.mean = "yes"
     config.internal_gap = dict(objective=preset[-3:], pool=6400, prompts=16, group=10, waves=1, threshold=0.5, keep=1,
                                batch=64, micro_batches=4, beta=0.1, nll=1.0, replay=0, probe=0)
     config.trains = "backbone"

@@ -11,6 +11,7 @@
     group            pictures of a prompt, at as many pictures a step
     beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
     oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
+    gap              GvU against learning from accepted pictures (Internal Gap, configs/shapes_gap.py) and the ceiling
     all              all of these
 
 Runs lie in OUT/runs and serve every experiment that has their settings; all share the base in config.cache. Given
@@ -20,6 +21,7 @@ over the seeds with 95 % of Student's t.
 """
 import json
 import re
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +45,8 @@ ARMS = {                                                         # {} is the con
     "group": [{"gvu.group": group, "gvu.prompts": 288 // group} for group in (2, 4, 8, 16)],
     "beta": [{}, *({"gvu.beta": beta} for beta in (0.5, 0.1, 0.004, 0.0)), {"gvu.beta": 0.0} | ALONE],
     "oracle": [{}, {"reward.mean": "oracle"}],
+    "gap": [{}, *({"config": f"configs/shapes_gap.py:{preset}"} for preset in ("sft", "csft", "dpo", "cdpo")),
+            {"config": "configs/shapes_gap.py:sft", "internal_gap.group": 2}, {"reward.mean": "oracle"}],
 }
 ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in ARMS.values() for arm in arms)]
 PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
@@ -95,8 +99,7 @@ def label(overrides):
 
 def finish(config, overrides, folder, stop):
     """Trains a run to its end, unless it is there already. False where `stop` came first."""
-    config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(overrides)
+    config = configure(config, overrides)
     summary, settings = folder / "summary.json", folder / "config.json"
     if summary.exists() and "after" in read_json(summary) and read_json(settings) == json.loads(config.to_json()):
         return True
@@ -104,12 +107,28 @@ def finish(config, overrides, folder, stop):
     return train.train(config, folder, stop) is not None
 
 
+def configure(config, overrides):
+    """The config of an arm: the given one, or that of the file "config" with the same cache, and what else is said."""
+    overrides = dict(overrides)
+    if other := overrides.pop("config", None):
+        path, _, preset = other.partition(":")
+        if not Path(path).exists():
+            raise ValueError(f"there is no {path} here: start the experiments where the folder configs is")
+        other = runpy.run_path(path)["get_config"](preset)
+        other.cache = config.cache
+        config = other
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
 def measure(arm, summaries):
     """An arm with {"before" | "after" | "change": {measure: [mean, low, high]}} over the summaries of its runs."""
     found = {}
     for moment in ("before", "after"):
-        found[moment] = [summary[moment] | {f"understanding {name}": value for name, value in
-                                            summary[f"understanding_{moment}"].items()} for summary in summaries]
+        found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
+                                            for part in ("understanding", "judgement")
+                                            for name in summary.get(f"{part}_before", {})} for summary in summaries]
     found["change"] = [{name: after[name] - before[name] for name in after}
                        for before, after in zip(found["before"], found["after"])]
     return arm | {moment: {name: interval([values[name] for values in runs]) for name in runs[0]}
@@ -160,13 +179,14 @@ def drop_words(policy, teacher):
 
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
-    few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else ["overall", "understanding four_way"]
+    few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
+        "overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words"]
     head = lambda first, second, *names: f"{first:<44}{second:<24}" + "".join(f"{n:>9}" for n in names) + "   95 %"
     lines = [head("arm", "measure", "before", "after", "change")]
     row = lambda first, second, *parts: f"{first:<44}{second:<24}" + "".join(f"{p[0]:9.3f}" for p in parts) + (
         f"   [{parts[-1][1]:+.3f}, {parts[-1][2]:+.3f}]" if parts[-1][1] is not None else "")
     lines += [row(arm["label"], name, arm["before"][name], arm["after"][name], arm["change"][name])
-              for arm in results["arms"] for name in few(arm)]
+              for arm in results["arms"] for name in few(arm) if name in arm["after"]]
     if "words" in results:
         lines += ["", head("reward of pictures drawn", "without", "full", "removed", "change")]
         lines += [row("", kind, *found.values()) for kind, found in results["words"].items()]

@@ -29,15 +29,21 @@ class State:
                 if (part := getattr(self, name)) is not None}
 
 
+def check_trainable(config):
+    """Raises ValueError, in one line, for settings that name nothing to train."""
+    if (trains := config.get("trains", "all")) not in TRAINS:
+        raise ValueError(f"trains is {trains!r}; it must be one of {', '.join(TRAINS)}")
+    try:
+        re.compile(config.lora.get("targets", ""))
+    except re.error as error:
+        raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
+
+
 def init_trainable(base, config, key):
     """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0; of the parts
     that config.trains names, where the config has it ("all" | "backbone" | "backbone+projector")."""
-    trains = config.get("trains", "all")
-    if trains not in TRAINS:
-        raise ValueError(f"trains is {trains!r}; it must be one of {', '.join(TRAINS)}")
-    flat = traverse_util.flatten_dict(base["ar"], sep="/")
-    part = {path: leaf for path, leaf in flat.items() if re.search(TRAINS[trains], path)}
-    part = traverse_util.unflatten_dict(part, sep="/")
+    pattern, flat = TRAINS[config.get("trains", "all")], traverse_util.flatten_dict(base["ar"], sep="/")
+    part = traverse_util.unflatten_dict({path: x for path, x in flat.items() if re.search(pattern, path)}, sep="/")
     if config.lora.rank == 0:
         return {"ar": jax.tree.map(jnp.copy, part)}
     return {"adapter": lora.init(key, part, config.lora.rank, config.lora.targets)}

@@ -62,6 +62,13 @@ def similarity(features, others):
     return jnp.mean(jnp.sum(unit(features) * unit(others), axis=-1), axis=-1)
 
 
+def check(settings, means):
+    """Raises ValueError where the config's `reward` names no teacher, no view or none of the `means`."""
+    for name, known in {"teacher": ("base", "policy"), "view": ("pixels", "tokens"), "mean": means}.items():
+        if settings[name] not in known:
+            raise ValueError(f"reward.{name} is {settings[name]!r}; it must be one of {', '.join(known)}")
+
+
 def join_tokens(text, spans, probabilities):
     """Tokens to words: (words, probabilities); a word's probability is the product of its tokens'.
 

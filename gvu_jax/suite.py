@@ -73,17 +73,22 @@ class Suite:
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
         return np.concatenate(pictures), in_groups(scores), in_groups(right) if self.judge else None
 
-    def judge_own(self, params, pictures, right):
-        """What the understanding branch of `params` answers when asked whether the pictures that `draw` returned show
-        their prompts: {"non_unification": share that it rejects} and, with the verdicts `right`, "accuracy" (share on
-        which both agree) and "false_positives" (share of the wrong ones that it accepts)."""
+    def judge_own(self, params, pictures, right, words=None):
+        """What the understanding branch of `params` says of the pictures that `sample` returned: {"non_unification":
+        share that it rejects} and, with the verdicts `right`, "accuracy" (share on which both agree) and
+        "false_positives" (share of the wrong ones that it accepts).
+
+        It accepts what it answers with "yes" rather than "no" when asked whether the picture shows its prompt; or, with
+        `words`, what gives the prompt's words a geometric mean above that.
+        """
+        place, score, least = (sharding.place_questions, self.yes, 0.5) if words is None else (
+            sharding.place_prompts, self.mean, words)
         accepted = []
         for metas, some in zip(self.batches, np.split(pictures, len(self.batches))):
             pixels = sharding.put(some.reshape(-1, *some.shape[2:]).astype(np.float32) / 255, self.mesh)
-            asked = sharding.place_questions(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh,
-                                             self.group)
-            answers = self.yes(*self.programs.read(params, self.programs.see(params, pixels), asked))
-            accepted.append(sharding.fetch(answers).reshape(-1, self.group) > 0.5)
+            asked = place(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh, self.group)
+            scores = score(*self.programs.read(params, self.programs.see(params, pixels), asked))
+            accepted.append(sharding.fetch(scores).reshape(-1, self.group) > least)
         accepted = np.concatenate(accepted)
         found = {"non_unification": float(1 - accepted.mean())}
         if right is not None:

@@ -128,11 +128,9 @@ def train(config, workdir, stop=Stop()):
                 survived = {name: float(of_each.mean()) for name, of_each in found.items()}
                 values |= {f"unified/{name}": share for name, share in survived.items()}
             if thorough:
-                understanding, judgement = suite.understand(policy), suite.judge_own(policy, drawn, right)
-                if step != start and right is not None:     # a judge is compared with itself on the same pictures
-                    first_drawn, _, judged = suite.sample(base, base)
-                    judgement |= {f"{name}_on_base": value for name, value
-                                  in suite.judge_own(policy, first_drawn, judged).items()}
+                understanding = suite.understand(policy)
+                judged = {"": (drawn, right)} | ({"_on_base": suite.sample(base, base)[::2]} if step != start else {})
+                judgement = judge_pictures(suite, policy, judged, config)
                 values |= {f"understanding/{name}": score for name, score in understanding.items()}
                 values |= {f"judgement/{name}": value for name, value in judgement.items()}
                 summary.update({moment: {k: v for k, v in scores.items() if k != "reward"}, f"auc_{moment}": areas,
@@ -301,6 +299,14 @@ def build_suite(config, umm, programs, how, held_out, lengths):
     metas = suite.choose_prompts(held_out, count, np.random.default_rng(config.seed))
     return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed)
+
+
+def judge_pictures(suite, policy, drawn, config):
+    """Suite.judge_own of {suffix: (pictures, right)}, by asking and, with config.eval.words, by the prompt's words: the
+    policy's own pictures change as it learns, those of the base remain."""
+    judges = {"": None} | ({"_by_words": config.eval.words} if "words" in config.eval else {})
+    return {f"{name}{by}{of}": value for by, words in judges.items() for of, (pictures, right) in drawn.items()
+            for name, value in suite.judge_own(policy, pictures, right, words).items()}
 
 
 def sample_grid(suite, pictures, right):

@@ -5,18 +5,19 @@ import numpy as np
 import pytest
 
 import gvu_jax
-from conftest import one_device, tiny_config
+from conftest import ROOT, one_device, tiny_config
 from gvu_jax import experiments, report, train
-from gvu_jax.methods.gvu import GvU
 from gvu_jax.shapes import suite
 
 
-def test_every_arm_can_be_configured():
+def test_every_arm_can_be_configured(monkeypatch):
+    monkeypatch.chdir(ROOT)
     for arm in experiments.ARMS["all"]:
-        config = tiny_config()
-        config.update_from_flattened_dict(arm)
-        GvU.check(config)
-    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 18
+        config = experiments.configure(tiny_config(), arm)
+        train.method_of(config).check(config)
+        assert config.cache == tiny_config().cache and config.method == (
+            "internal_gap" if "config" in arm else "gvu")
+    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 23
 
 
 def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):

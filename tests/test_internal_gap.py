@@ -32,7 +32,7 @@ def threshold(tiny, tmp_path_factory):
     """What half of the untrained model's prompts reach with a candidate: the others are discarded."""
     drawn = Method(tiny, gap_config("sft", **{"internal_gap.threshold": 1e-6}), tmp_path_factory.mktemp("probe"))
     drawn.rollout(0)
-    return float(np.median(drawn.method.rounds[0].p_yes.max(axis=1)))
+    return float(np.median(drawn.method.rounds[0].score.max(axis=1)))
 
 
 class Method:
@@ -78,7 +78,7 @@ def test_a_run_leaves_its_data_to_look_at(run):
     for i in range(0, len(pool), GROUP):
         group = pool[i:i + GROUP]
         assert len({line["prompt"] for line in group}) == 1
-        passed = [line["p_yes"] > threshold for line in group]
+        passed = [line["score"] > threshold for line in group]
         assert [line["verdict"] for line in group] == [
             "accepted" if one else "rejected" if any(passed) else "discarded" for one in passed]
         discarded += [group[0]["prompt"]] * (not any(passed))
@@ -97,12 +97,13 @@ def test_it_writes_what_its_contract_says(run):
                  "seconds/render seconds/reward seconds/update duplicates data/prompts data/discarded").split():
         assert all(line[name] is not None for line in training), name
     assert all(line["logp_gap"] < 1e-4 for line in training) and training[0]["kl"] < 1e-6 < training[-1]["kl"]
-    np.testing.assert_allclose(training[0]["reward/mean"], np.mean([line["p_yes"] for line in manifest(work, 0)]), 1e-4)
+    np.testing.assert_allclose(training[0]["reward/mean"], np.mean([line["score"] for line in manifest(work, 0)]), 1e-4)
     recovered = {line["prompt"] for line in manifest(work, 1) if line["verdict"] == "accepted"}
     assert [line["data/recovered"] for line in training] == [0, 0, len(recovered), len(recovered)]
     summary = json.loads((work / "summary.json").read_text())
-    assert set(summary["judgement_before"]) == {"non_unification", "accuracy", "false_positives"}
-    assert set(summary["judgement_after"]) > set(summary["judgement_before"])
+    names = {name + by for name in ("non_unification", "accuracy", "false_positives") for by in ("", "_by_words")}
+    assert set(summary["judgement_before"]) == names
+    assert set(summary["judgement_after"]) == names | {f"{name}_on_base" for name in names}
 
 
 def test_a_run_killed_in_its_replay_draws_the_same_again(run, tmp_path):
@@ -163,10 +164,10 @@ def test_replay_begins_where_the_share_that_passes_rises_no_more(tiny, tmp_path,
 
 
 def test_batches_take_the_accepted_by_turns_and_the_pairs_farthest_apart():
-    p_yes = np.array([[0.9, 0.2, 0.7], [0.1, 0.2, 0.3], [0.6, 0.8, 0.9]], np.float32)
+    score = np.array([[0.9, 0.2, 0.7], [0.1, 0.2, 0.3], [0.6, 0.8, 0.9]], np.float32)
     tokens = np.arange(9, dtype=np.int32).reshape(3, 3, 1)                    # a candidate's token is its number
-    drawn = Round(0, ["a", "b", "c"], tokens, -np.arange(9.0).reshape(3, 3), p_yes)
-    replayed = Round(6, ["b"], tokens[:1] + 9, -9 - np.arange(3.0)[None], p_yes[:1])
+    drawn = Round(0, ["a", "b", "c"], tokens, -np.arange(9.0).reshape(3, 3), score)
+    replayed = Round(6, ["b"], tokens[:1] + 9, -9 - np.arange(3.0)[None], score[:1])
     assert drawn.discarded(0.5) == ["b"]
     gap = gap_config("sft", **{
         "internal_gap.group": 3, "internal_gap.threshold": 0.5, "internal_gap.keep": 2}).internal_gap

@@ -14,7 +14,6 @@ policy reads in its own pictures to what the frozen base reads there, of the pic
 for reading is to tell true from false: the same estimator, on the prompts' words.
 """
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import grpo
-from gvu_jax.policy import place_state, policy_params
+from gvu_jax.policy import check_trainable, place_state, policy_params
 from gvu_jax.umm import compile_programs
 
 ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
@@ -60,19 +59,10 @@ class GvU:
         """Raises ValueError, in one line, for settings that cannot train."""
         gvu = config.gvu
         grpo.check(gvu, "gvu")
-        if config.reward.teacher not in ("base", "policy"):
-            raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
+        rewards.check(config.reward, (*rewards.MEANS, "oracle"))
+        check_trainable(config)
         if gvu.anchor and config.reward.teacher != "base":
             raise ValueError("gvu.anchor holds reading to the base's: set reward.teacher = 'base' or gvu.anchor = 0")
-        try:
-            re.compile(config.lora.get("targets", ""))
-        except re.error as error:
-            raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
-        if config.reward.view not in ("pixels", "tokens"):
-            raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
-        if config.reward.mean not in (*rewards.MEANS, "oracle"):
-            raise ValueError(f"reward.mean is {config.reward.mean!r}; it must be one of {', '.join(rewards.MEANS)}, "
-                             f"oracle")
         if config.reward.mean == "oracle" and not (config.get("world") and config.reward.view == "pixels"):
             raise ValueError("reward.mean = 'oracle' is the checker of the shapes world, which reads pixels: it needs "
                              "configs/shapes.py and reward.view = 'pixels'")

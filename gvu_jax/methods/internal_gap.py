@@ -3,15 +3,15 @@
 A unified model often rejects what it has drawn itself: asked "Does this image describe ...?", it says no. The share of
 such pictures is its non-unification; what it accepts and what it rejects are data to learn from.
 
-    1. draw      the base draws N candidates for each prompt of a pool; of each the            umm.sample_image, render,
-                 understanding branch says how probable "yes" is against "no"                  see, text_logps
+    1. draw      the base draws N candidates for each prompt of a pool; the understanding      umm.sample_image, render,
+                 branch scores each: how probable is "yes" against "no"?                       see, text_logps
     2. train     sft: the negative log-likelihood of accepted candidates                       umm.image_logps
                  dpo: a prompt's most accepted candidate against its most rejected one
     3. replay    prompts without an accepted candidate were discarded. The policy, stronger now, draws and judges
                  them again, and what passes joins the data (the curriculum: C-SFT, C-DPO)
 
 WORKDIR/data/round_0 (the pool) and round_1 (the replay) hold what was drawn: manifest.jsonl, a line for each candidate
-with its prompt, p_yes, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
+with its prompt, score, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
 it was drawn) and image tokens; pictures.png, some prompts' candidates from the most accepted to the most rejected one,
 framed green or red. Until a round is whole, its calls stand in parts/: a run that is killed goes on with the next one.
 """
@@ -30,7 +30,7 @@ from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.metrics import read_json, replace_file
-from gvu_jax.policy import State, mean_gradient, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, mean_gradient, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import compile_programs
 
@@ -39,12 +39,13 @@ class InternalGap:
     """The rounds of data, and the one program of a step.
 
     umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
-    `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of p_yes), `keep` (at most so many accepted
-    candidates of a prompt, the best, are for SFT), `batch` (rows of an update), `micro_batches`, `beta` and `nll` (of
-    DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that is the latest step: every `probe`
-    steps one call of discarded prompts is drawn, and replay begins once the share of them that now passes has risen and
-    rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view` is what
-    it reads ("pixels" | "tokens"); `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
+    `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of the score; what is above it is accepted),
+    `keep` (SFT learns from at most so many accepted candidates of a prompt, the best), `batch` (rows of an update),
+    `micro_batches`, `beta` and `nll` (of DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that
+    is the latest step: every `probe` steps one call of discarded prompts is drawn, and replay begins once the share of
+    them that now passes has risen and rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view`
+    ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score: "yes" as in the paper, or of
+    the prompt's words as in GvU; `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
@@ -54,7 +55,7 @@ class InternalGap:
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
-        self.yes = sharding.Program(rewards.yes, mesh)
+        self.score = sharding.Program(rewards.MEANS[config.reward.mean], mesh)
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
         self.pictures, self.rounds, self.pairs = self.settings.batch, [], None           # filled by `rollout`
 
@@ -77,10 +78,8 @@ class InternalGap:
             raise ValueError(f"internal_gap.threshold is {gap.threshold}; it must lie between 0 and 1")
         if gap.probe and not gap.replay:
             raise ValueError("internal_gap.probe looks for the moment to replay: set internal_gap.replay to the latest")
-        if config.reward.teacher not in ("base", "policy"):
-            raise ValueError(f"reward.teacher is {config.reward.teacher!r}; it must be 'base' or 'policy'")
-        if config.reward.view not in ("pixels", "tokens"):
-            raise ValueError(f"reward.view is {config.reward.view!r}; it must be 'pixels' or 'tokens'")
+        rewards.check(config.reward, rewards.MEANS)
+        check_trainable(config)
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
@@ -107,22 +106,23 @@ class InternalGap:
         return prompts, *sharding.put((*arrays, self.facts), self.mesh)
 
     def draw(self, texts, key, base, policy, clock, shown=True):
-        """One call: `prompts` texts, N candidates each -> tokens [B, N, T], logp [B, N], p_yes [B, N], and, where they
+        """One call: `prompts` texts, N candidates each -> tokens [B, N, T], logp [B, N], score [B, N], and, where they
         are to be shown, pixels [B, N, H, W, 3] float32, else None."""
         keys = sharding.put(tuple(jax.random.split(key)), self.mesh)
         prompts = sharding.place_prompts(self.umm, texts, self.lengths, self.mesh)
-        asked = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.settings.group)
+        asked = (sharding.place_questions if self.config.reward.mean == "yes" else sharding.place_prompts)(
+            self.umm, texts, self.lengths, self.mesh, self.settings.group)
         judge, pixels = base if self.config.reward.teacher == "base" else policy, None
         tokens, logps = clock.lap("sample", self.programs.sample(policy, prompts, keys[0]))
         if shown or self.config.reward.view == "pixels":
             pixels = clock.lap("render", self.programs.render(base, tokens, prompts, keys[1]))
         seen = self.programs.see(judge, pixels) if self.config.reward.view == "pixels" else (
             tokens.reshape(-1, *self.umm.grid))
-        p_yes = clock.lap("reward", self.yes(*self.programs.read(judge, seen, asked)))
-        tokens, logps, p_yes, pixels = (
+        score = clock.lap("reward", self.score(*self.programs.read(judge, seen, asked)))
+        tokens, logps, score, pixels = (
             None if x is None else x.reshape(len(texts), -1, *x.shape[1:])
-            for x in sharding.fetch((tokens, logps, p_yes, pixels if shown else None)))
-        return tokens, logps.sum(axis=2), p_yes, pixels
+            for x in sharding.fetch((tokens, logps, score, pixels if shown else None)))
+        return tokens, logps.sum(axis=2), score, pixels
 
     def add_round(self, texts, begins, step, key, draw, clock):
         """Adds the round of `texts`, which begins at step `begins`: drawn now, or read where that was done before.
@@ -161,8 +161,8 @@ class InternalGap:
             shares = read_json(path) if sharding.first_says(path.exists()) else {}
             hard = self.rounds[0].discarded(gap.threshold)
             if step % gap.probe == 0 and 0 < step < gap.replay and hard and str(step) not in shares:
-                _, _, p_yes, _ = draw([hard[i % len(hard)] for i in range(gap.prompts)], key, shown=False)
-                shares[str(step)] = float((p_yes > gap.threshold).any(axis=1).mean())
+                _, _, score, _ = draw([hard[i % len(hard)] for i in range(gap.prompts)], key, shown=False)
+                shares[str(step)] = float((score > gap.threshold).any(axis=1).mean())
                 if jax.process_index() == 0:
                     replace_file(path, json.dumps(shares))
                 sharding.wait_for_all("a probe")
@@ -223,26 +223,26 @@ class Round(NamedTuple):
     prompts: list            # P texts
     tokens: np.ndarray       # [P, N, T] int32
     logp: np.ndarray         # [P, N] float32, of the whole picture, nats
-    p_yes: np.ndarray        # [P, N] float32
+    score: np.ndarray        # [P, N] float32
 
     def discarded(self, threshold):
         """The prompts without an accepted candidate."""
-        return [text for text, p_yes in zip(self.prompts, self.p_yes) if not (p_yes > threshold).any()]
+        return [text for text, score in zip(self.prompts, self.score) if not (score > threshold).any()]
 
     def describe(self, threshold):
-        kept, accepted = len(self.prompts) - len(self.discarded(threshold)), (self.p_yes > threshold).sum()
-        return (f"{accepted} of {self.p_yes.size} candidates accepted; {kept} prompts of {len(self.prompts)} have one, "
+        kept, accepted = len(self.prompts) - len(self.discarded(threshold)), (self.score > threshold).sum()
+        return (f"{accepted} of {self.score.size} candidates accepted; {kept} prompts of {len(self.prompts)} have one, "
                 f"{len(self.prompts) - kept} are discarded")
 
 
-def lines(texts, tokens, logp, p_yes, threshold, rows):
+def lines(texts, tokens, logp, score, threshold, rows):
     """The manifest's lines of the first `rows` prompts of a call."""
     found = []
-    for text, *candidates in zip(texts[:rows], tokens.tolist(), logp.tolist(), p_yes.tolist()):
+    for text, *candidates in zip(texts[:rows], tokens.tolist(), logp.tolist(), score.tolist()):
         any_accepted = max(candidates[2]) > threshold
         for n, (ids, nats, p) in enumerate(zip(*candidates)):
             verdict = "accepted" if p > threshold else "rejected" if any_accepted else "discarded"
-            found.append(json.dumps({"prompt": text, "candidate": n, "p_yes": p, "verdict": verdict, "logp": nats,
+            found.append(json.dumps({"prompt": text, "candidate": n, "score": p, "verdict": verdict, "logp": nats,
                                      "tokens": ids}) + "\n")
     return "".join(found)
 
@@ -255,20 +255,20 @@ def read_round(path, texts, group, length, begins):
             raise ValueError("its prompts are others")
         column = lambda name, dtype, *rest: np.array(
             [line[name] for line in found], dtype).reshape(len(texts), group, *rest)
-        arrays = column("tokens", np.int32, length), column("logp", np.float32), column("p_yes", np.float32)
+        arrays = column("tokens", np.int32, length), column("logp", np.float32), column("score", np.float32)
         return Round(begins, list(texts), *arrays)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not what this run wrote ({error}): put that back, or give another "
                          f"--workdir") from error
 
 
-def picture(texts, p_yes, pixels, threshold, rows=12, columns=12):
-    """Some prompts' candidates, the most accepted first. p_yes [B, N], pixels [B, N, H, W, 3]."""
-    order = np.argsort(-p_yes[:rows], axis=1, kind="stable")[:, :columns]
+def picture(texts, score, pixels, threshold, rows=12, columns=12):
+    """Some prompts' candidates, the most accepted first. score [B, N], pixels [B, N, H, W, 3]."""
+    order = np.argsort(-score[:rows], axis=1, kind="stable")[:, :columns]
     sort = lambda x: np.take_along_axis(x[:rows], order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
-    captions = [f"{text}  (p_yes {best:.2f} to {worst:.2f})" for text, best, worst
-                in zip(texts, p_yes.max(axis=1), p_yes.min(axis=1))][:rows]
-    return image_grid(sort(pixels), captions, max(1, 96 // pixels.shape[2]), sort(p_yes) > threshold)
+    captions = [f"{text}  (score {best:.2f} to {worst:.2f})" for text, best, worst
+                in zip(texts, score.max(axis=1), score.min(axis=1))][:rows]
+    return image_grid(sort(pixels), captions, max(1, 96 // pixels.shape[2]), sort(score) > threshold)
 
 
 class Pairs(NamedTuple):
@@ -294,14 +294,14 @@ class Pairs(NamedTuple):
 def choose_pairs(rounds, gap):
     """All rounds' prompts with an accepted candidate and, for DPO, a rejected one. ValueError where there is none."""
     join = lambda name: np.concatenate([getattr(drawn, name) for drawn in rounds])
-    p_yes, texts = join("p_yes"), [text for drawn in rounds for text in drawn.prompts]
-    accepted = (p_yes > gap.threshold).sum(axis=1)
+    score, texts = join("score"), [text for drawn in rounds for text in drawn.prompts]
+    accepted = (score > gap.threshold).sum(axis=1)
     rows = np.flatnonzero((accepted > 0) & ((accepted < gap.group) | (gap.objective == "sft")))
     if not rows.size:
         wanted = "an accepted candidate" if gap.objective == "sft" else "an accepted and a rejected candidate"
-        raise ValueError(f"none of {len(p_yes)} prompts has {wanted}: raise internal_gap.pool or internal_gap.group, "
+        raise ValueError(f"none of {len(score)} prompts has {wanted}: raise internal_gap.pool or internal_gap.group, "
                          f"or change internal_gap.threshold")
-    order = np.argsort(-p_yes[rows], axis=1, kind="stable")                                            # [M, N]
+    order = np.argsort(-score[rows], axis=1, kind="stable")                                            # [M, N]
     return Pairs([texts[row] for row in rows], np.take_along_axis(join("tokens")[rows], order[:, :, None], axis=1),
                  np.take_along_axis(join("logp")[rows], order, axis=1), np.minimum(accepted[rows], gap.keep),
                  rows < len(rounds[0].prompts))
@@ -310,7 +310,7 @@ def choose_pairs(rounds, gap):
 def facts(rounds, pairs, gap):
     """Metrics of the newest round's candidates and of the data as a whole, float32 scalars."""
     newest = next(drawn for drawn in reversed(rounds) if drawn.prompts)
-    found = {"reward/mean": newest.p_yes.mean(), "reward/std": newest.p_yes.std(axis=1).mean(),
+    found = {"reward/mean": newest.score.mean(), "reward/std": newest.score.std(axis=1).mean(),
              "duplicates": np.mean([1 - len(np.unique(some, axis=0)) / gap.group for some in newest.tokens]),
              "data/prompts": len(pairs.prompts), "data/recovered": (~pairs.by_base).sum(),
              "data/discarded": len(rounds[-1].discarded(gap.threshold))}

@@ -25,7 +25,7 @@ import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import grpo
-from gvu_jax.policy import State, init_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, init_state, policy_params, skipped
 from gvu_jax.umm import Lengths, compile_programs
 
 
@@ -52,6 +52,7 @@ class UAE:
     def check(config):
         """Raises ValueError, in one line, for settings that cannot train."""
         grpo.check(config.uae, "uae")
+        check_trainable(config)
         stages_of(config.uae.stages)
 
     def init(self, base, key):
