@@ -177,8 +177,8 @@ def describe_model(folder, override=()):
         check_tokenizer(umm.tokenizer, umm.ar)
         _try_template(umm)
         if wrong := differing(folder):
-            raise ValueError(f"{wrong}. Remove the folder to have it made again (or only its {DIGEST}, if the change is "
-                             f"yours)")
+            raise ValueError(f"{wrong}. Remove the folder to have it made again (or only its {DIGEST}, if the change "
+                             f"is yours)")
         return umm, stored_shapes(folder, umm)
     except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error

@@ -583,7 +583,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     trainable = init_trainable(params, config, jax.random.key(1))
     trainable = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), trainable)
     states = checkpoint.Checkpoints(run)
-    states.save(1, trainable, {"count": jnp.zeros(())})
+    states.save(1, trainable=trainable, opt_state={"count": jnp.zeros(())})
     states.close()
     convert.export_peft(run, tmp_path / "adapter")
     policy = policy_params(params, trainable, config.lora)

@@ -1,5 +1,7 @@
 """Experiments: runs that are shared and not repeated, intervals over seeds, and words that are taken out of prompts."""
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -43,6 +45,12 @@ def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
     trained = []
     monkeypatch.setattr(train, "train", lambda config, folder, stop: trained.append(folder))
     assert experiments.run("oracle", config, tmp_path, 1) is None and len(trained) == 1, "stopped in an unfinished run"
+
+
+def test_a_config_is_asked_for(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "gvu_jax.experiments", "--name=normal", f"--out={tmp_path}/o"],
+                          capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1 and "--config" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_intervals_over_seeds():

@@ -126,6 +126,8 @@ def test_every_damage_to_every_file_of_a_base_is_refused(tiny, tmp_path):
     for file in files:
         for damage in DAMAGE.values():
             whole = file.read_bytes()
+            if not whole:
+                continue
             damage(file)
             with pytest.raises((ValueError, OSError)) as refusal:
                 checkpoint.describe_model(tmp_path / "base")

@@ -159,7 +159,7 @@ def test_replay_begins_where_the_share_that_passes_rises_no_more(tiny, tmp_path,
     later, draw = method(iter([]))
     assert [later.replay_step(step, None, draw) for step in (3, 7, 9)] == [None, None, 8]
     (tmp_path / "data/probes.json").unlink()
-    fresh, draw = method(iter([1] + list(range(2, 11))))
+    fresh, draw = method(iter(range(9)))
     assert [fresh.replay_step(step, None, draw) for step in range(22)] == [None] * 20 + [20, 20]
 
 
@@ -214,7 +214,7 @@ def test_only_what_the_config_names_is_trained(tiny, tmp_path, threshold, trains
     policy = method.method.policy(method.base, method.state.trainable)
     for name, part in method.base["ar"].items():
         same = all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (part, policy["ar"][name]))))
-        assert same == (rank > 0 or name not in moved), name
+        assert same == (rank > 0 or name not in moved - {"lm_norm"}), name          # which drawing does not go through
 
 
 def test_micro_batches_accumulate_to_the_whole_gradient(tiny, tmp_path, threshold):

@@ -147,8 +147,7 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     ("train", ["--config=configs/shapes.py"], "workdir"),
     ("generate", ["--checkpoint=nowhere", "--prompts=none.txt", "--out=o"], "none.txt"),
     ("evaluate", ["--checkpoint=nowhere", "--suite=shapes", "--out=o"], "nowhere"),
-    ("evaluate", ["--checkpoint=nowhere", "--suite=imagenet", "--out=o"], "imagenet"),
-    ("experiments", ["--name=normal", "--out=o"], "--config")])
+    ("evaluate", ["--checkpoint=nowhere", "--suite=imagenet", "--out=o"], "imagenet")])
 def test_a_mistake_ends_in_one_line(command, tmp_path, monkeypatch, tool, arguments, word):
     monkeypatch.chdir(tmp_path)
     assert word in command(tool, *(argument.replace("configs/", f"{ROOT}/configs/") for argument in arguments))
