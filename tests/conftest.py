@@ -1,5 +1,6 @@
 """A tiny untrained model of the shapes world, where the golden data is, and eight devices to divide work among."""
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -8,8 +9,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-# Programs of tests run for milliseconds, so they had better be compiled fast than well.
+# Programs of tests run for milliseconds, so they had better be compiled fast than well. The second flag is one that XLA
+# may take back, and it ends a process that names a flag it does not know.
 ALONE = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    ALONE += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")          # the TPU compiler is installed, but there is no TPU
 
