@@ -42,23 +42,25 @@ class MetricsWriter:
             if resume_step is None:
                 raise FileExistsError(f"{path} already holds a run: resume it, or choose another workdir")
             _keep_until(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        path.touch()
+        self._path = path
         self._tensorboard = _open_tensorboard(workdir / "tensorboard", resume_step)
 
     def has(self, step: int, name: str) -> bool:
         """Whether a line of this step holds a value of this name."""
-        return any(line["step"] == step and name in line for line in read_metrics(self._file.name))
+        return any(line["step"] == step and name in line for line in read_metrics(self._path))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line `{"step": step, name: value, ...}` and flushes it.
+        """Appends one line `{"step": step, name: value, ...}`. The file is closed each time: a mounted bucket shows what
+        is in a file only then.
 
         Values are Python, numpy or JAX scalars. They are kept to six significant digits; NaN and the infinities,
         which JSON lacks, become null.
         """
         scalars = {name: float(value) for name, value in values.items()}
         line = {"step": int(step)} | {name: _json_number(value) for name, value in scalars.items()}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         if self._tensorboard:
             for name, value in scalars.items():
                 self._tensorboard.add_scalar(name, value, int(step))
@@ -69,8 +71,7 @@ class MetricsWriter:
             self._tensorboard.add_image(name, np.asarray(pixels), int(step), dataformats="HWC")
 
     def close(self) -> None:
-        """Closes the files; the writer is of no use afterwards."""
-        self._file.close()
+        """Closes TensorBoard's files; the writer is of no use afterwards."""
         if self._tensorboard:
             self._tensorboard.close()
 
