@@ -242,7 +242,7 @@ if CHROMIUM:          # where there is none, the header of the tests' output say
 
     def test_the_browser_would_see_an_overflow_and_an_error(tmp_path):
         (tmp_path / "report.html").write_text(
-            "<!DOCTYPE html><h1>x</h1><p style='width: 800px'></p><script>nothing()</script>")
+            "<!DOCTYPE html><h1>x</h1><p style='width: 800px'>wide</p><script>nothing()</script>")
         frames, console, _ = _look(tmp_path / "report.html", "light")
         assert [frame["overflow"] > 0 for frame in frames] == [True, True, False]
         assert len(console) == 3 and "nothing is not defined" in console[0]
