@@ -51,8 +51,8 @@ class MetricsWriter:
         return any(line["step"] == step and name in line for line in read_metrics(self._path))
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends one line `{"step": step, name: value, ...}`. The file is closed each time: a mounted bucket shows what
-        is in a file only then.
+        """Appends one line `{"step": step, name: value, ...}`. The file is closed each time: a mounted bucket shows
+        what is in a file only then.
 
         Values are Python, numpy or JAX scalars. They are kept to six significant digits; NaN and the infinities,
         which JSON lacks, become null.

@@ -51,8 +51,8 @@ def main(_):
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing: where should the run write?")
     if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value} is no folder of a file system: mount the bucket (launch/README.md "
-                         f"says how) and give the folder where it appears")
+        raise ValueError(f"--workdir={_WORKDIR.value} is no folder of a file system: mount the bucket (see "
+                         f"launch/README.md) and give the folder where it appears")
     if _HOSTS.value:
         sharding.join_hosts(_HOSTS.value)
     with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
