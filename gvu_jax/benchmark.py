@@ -1,7 +1,7 @@
 """How fast is a GvU step? Each phase, ours against what PyTorch libraries offer, side by side in one run.
 
     pip install ".[test]"
-    python -m gvu_jax.benchmark --size=small [--tokens=256] [--phases=sample,reward] [--rounds=5] [--json=FILE]
+    python -m gvu_jax.benchmark --size=small [--tokens=256] [--phases=sample,reward] [--rounds=5] [--out=DIR]
 
 Both sides carry the same random weights and get the same shapes (benchmark_peers.py says what the peers are), and no
 phase is timed before its outputs were found equal within float32 rounding. Then they take turns, A B A B, so that a
@@ -12,6 +12,7 @@ ratios, and how far ours is from the floor: the larger of
     (bytes of weights and cache that must be read)    / (rate at which it reads arrays as large as those)
 
 both measured at the start. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
+With --out, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
 """
 import functools
 import json
@@ -20,6 +21,7 @@ import os
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import jax
@@ -31,8 +33,9 @@ from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
 from gvu_jax import benchmark_peers as peers
-from gvu_jax import checkpoint, cli, lora, objectives, optim, sampling, sharding
+from gvu_jax import checkpoint, cli, lora, objectives, optim, report, sampling, sharding
 from gvu_jax.methods import gvu
+from gvu_jax.metrics import replace_file
 from gvu_jax.models import flux, siglip_vq, vae, xomni
 from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.tokenizer import build_tokenizer
@@ -414,9 +417,8 @@ HEADER = "| phase | peer | ours, s | peer, s | peer / ours | ours / floor |\n|--
 
 
 def row(line):
-    spread = lambda x, digits: f"{statistics.median(x):.{digits}f} ({min(x):.{digits}f}-{max(x):.{digits}f})"
-    return (f"| {line['phase']} | {line['peer']} | {spread(line['ours'], 3)} | {spread(line['theirs'], 3)} "
-            f"| {spread(line['ratios'], 1)} | {line['over_floor']:.1f} |")
+    return (f"| {line['phase']} | {line['peer']} | {report.spread(line['ours'], 3)} | {report.spread(line['theirs'], 3)} "
+            f"| {report.spread(line['ratios'], 1)} | {line['over_floor']:.1f} |")
 
 
 def linear(sizes, tokens, rounds, most=8):
@@ -441,7 +443,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 256, "Image tokens of a picture, a squa
 _PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of a step.", lower_bound=1)
 _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
-_JSON = flags.DEFINE_string("json", None, "Where to write every timing.")
+_OUT = flags.DEFINE_string("out", None, "Folder for every timing and the page.")
 
 
 def main(_):
@@ -464,9 +466,10 @@ def main(_):
         for what, line in found["linear"].items():
             costs = ", ".join(f"{n} pictures {s:.2f} s" for n, s in zip(line["pictures"], line["seconds"]))
             print(f"\n{what}: {costs}; seconds ~ pictures^{line['exponent']:.2f}")
-    if _JSON.value:
-        with open(_JSON.value, "w") as file:
-            json.dump(found, file, indent=1)
+    if _OUT.value:
+        Path(_OUT.value).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(_OUT.value) / "benchmark.json", json.dumps(found, indent=1))
+        print(f"\n{report.write_benchmark(_OUT.value)}")
 
 
 if __name__ == "__main__":

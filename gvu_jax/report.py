@@ -5,7 +5,8 @@
 reads what the run left in WORKDIR (config.json, metrics.jsonl, samples/, summary.json) and writes WORKDIR/report.html:
 one self-contained page, with curves as inline SVG and pictures as base64 PNG. Whatever the run has not written yet is
 left out. The trainer calls `write_report` itself, so that the command is only for writing the page anew.
-`write_comparison` does the same for several runs side by side, the arms of an experiment.
+`write_comparison` does the same for several runs side by side, the arms of an experiment, and `write_benchmark` for the
+timings of benchmark.py.
 
 The file reads in that order: gather the run, work out each section, put arms side by side, take the close-ups apart,
 lay the curves out, write numbers for people. The pages are the jinja2 templates report.html.j2 and comparison.html.j2,
@@ -103,6 +104,26 @@ def write_comparison(folder: str | os.PathLike) -> Path:
     )
     replace_file(folder / "report.html", html)
     return folder / "report.html"
+
+
+def write_benchmark(folder: str | os.PathLike) -> Path:
+    """Writes `folder/report.html` from the benchmark.json there, and returns its path."""
+    folder = Path(folder)
+    found = read_json(folder / "benchmark.json")
+    charts = [
+        _chart(f"Cost of a step with {what}", "seconds, median; dashed: the same for every picture",
+               {"ours": [list(zip(line["pictures"], line["seconds"]))],
+                "linear": [[(0, 0), (line["pictures"][-1], line["seconds"][-1])]]}, (0.0,), along="pictures")
+        for what, line in found.get("linear", {}).items()
+    ]
+    html = _page("benchmark.html.j2").render(found=found, charts=charts, spread=spread)
+    replace_file(folder / "report.html", html)
+    return folder / "report.html"
+
+
+def spread(values: list[float], digits: int) -> str:
+    """The median, and the least and the largest in brackets."""
+    return f"{np.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
 
 
 def _page(name: str) -> jinja2.Template:
@@ -392,7 +413,7 @@ def _reliability_curves(before: dict[str, dict], after: dict[str, dict]) -> list
     last = {name: told for name, told in (after or before).items() if name != "overall"}
     note = "share of right pictures over their reward; dashed: the reward is that share"
     charts = [
-        _chart(title, note, {name: points(told) for name, told in of.items()}, (0.0, 1.0), width=1.0)
+        _chart(title, note, {name: points(told) for name, told in of.items()}, (0.0, 1.0), width=1.0, along="reward")
         for title, of in (("Reliability", both), (f"By category, {'after' if after else 'before'}", last))
     ]
     return [chart for chart in charts if chart]
@@ -433,12 +454,13 @@ def _health_curves(run: dict) -> list[dict]:
     return [chart for chart in charts if chart]
 
 
-def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple = (), width: float = 0) -> dict | None:
+def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple = (), width: float = 0,
+           along: str = "step") -> dict | None:
     """Lays curves {name: one [(step, value), ...] for each seed} out in one frame; None where none has a point.
 
     Seeds become thin lines, and their mean a thick one. Steps count from 0; the y axis spans the values and reaches
     those of `reach`. With a `width`, what counts from 0 to it is no step but what the values should be: the chart gets
-    a diagonal. See the template's `chart` for the keys of the result.
+    a diagonal. `along` is what counts. See the template's `chart` for the keys of the result.
     """
     curves = {name: [points for points in seeds if points] for name, seeds in curves.items()}
     curves = {name: seeds for name, seeds in curves.items() if _mean_curve(seeds)}
@@ -470,7 +492,7 @@ def _chart(title: str, note: str, curves: dict[str, list[Points]], reach: tuple 
             "last": mean[-1][1],
             "faint": [path(points) for points in thin] if smooth or len(seeds) > 1 else [],
             "line": path(_smooth(mean) if smooth else mean),
-            "dots": [] if smooth else [(x(s), y(v), f"{name}, {'reward' if width else 'step'} {s:.4g}: {v:.4g}")
+            "dots": [] if smooth else [(x(s), y(v), f"{name}, {along} {s:.4g}: {v:.4g}")
                                        for s, v in mean],
         })
     return {

@@ -101,9 +101,9 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         """Feeds the tokens drawn at step t and returns the context that step t + 1 reads."""
         _, cache, mask, positions = context
         at = mask.shape[1] - steps + t
-        hidden, cache = model.apply(variables, (drawn + offset)[:, None], mask,
-                                    jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at,
-                                    text_only=text_only)
+        hidden, cache = stepper.apply(weights, (drawn + offset)[:, None], mask,
+                                      jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at,
+                                      text_only=text_only)
         return hidden[:, 0], cache, mask, positions
 
     def draw(contexts, key, done):
@@ -128,6 +128,8 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     contexts = (prefill(tokens, mask),)
     if how.guidance != 1.0:
         contexts += (prefill(negative[None], jnp.ones((1, len(negative)), bool)),)
+    stepper, weights, caches = model.for_steps(variables, [context[1] for context in contexts])
+    contexts = tuple((hidden, cache, *rest) for (hidden, _, *rest), cache in zip(contexts, caches))
     # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.
     (contexts, done), (drawn, logps) = jax.lax.scan(
         step, (contexts, jnp.zeros(rows, bool)), jnp.arange(steps - 1))

@@ -1,11 +1,13 @@
 """The benchmark compares like with like, notices when it does not, and counts what it divides by."""
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from gvu_jax import benchmark
+from gvu_jax import benchmark, report
 
 NANO = dict(
     ar=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
@@ -78,6 +80,16 @@ def test_the_exponent_of_the_cost(monkeypatch, power):
     monkeypatch.setattr(benchmark, "seconds", lambda run: run())
     for line in benchmark.linear(NANO, 4, rounds=3, most=8).values():
         assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power)
+
+
+def test_the_page_has_the_table_and_the_plot(lines, tmp_path):
+    growth = {what: dict(pictures=[2, 4, 8], seconds=[0.2, 0.4, 0.8], exponent=1.0) for what in ("G", "prompts")}
+    (tmp_path / "benchmark.json").write_text(json.dumps(dict(
+        size="nano", tokens=4, prompts=2, group=2, machine=benchmark.Machine("a <slow> one", 1e9, 1e9)._asdict(),
+        phases=lines, linear=growth)))
+    page = report.write_benchmark(tmp_path).read_text()
+    assert page.count("<svg") == 2 and "a &lt;slow&gt; one" in page
+    assert all(report.spread(line["ratios"], 1) in page and line["peer"] in page for line in lines)
 
 
 def test_a_size_that_is_no_square_is_refused():

@@ -37,6 +37,13 @@ def spread(x, *rest, over=BATCH, axis=0):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*[None] * axis, over or None, *rest))
 
 
+def platform():
+    """What the program that is being traced will run on: "cpu", "gpu" or "tpu". The mesh says so, without one the
+    default backend: a program for TPUs may well be traced on a machine that has none."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
 class Dense(nn.Module):
     """`x @ kernel + bias`, plus the low-rank update of LoRA (Hu et al. 2021) when the variables hold one.
 

@@ -1,7 +1,7 @@
 """Attention over long rows on a TPU: JAX's splash kernel, which never holds the scores [T, T], under the mesh.
 
-What is compiled for, the mesh says: a program for TPUs may well be traced on a machine without one, and a switch
-inside the program (`lax.platform_dependent`) would keep the residuals of both branches for the backward pass.
+What is compiled for is known when tracing (`layers.platform`): a switch inside the program (`lax.platform_dependent`)
+would keep the residuals of both branches for the backward pass.
 Letters as in layers.py.
 """
 import jax
@@ -24,9 +24,7 @@ def serves(T, E):
     heads of 72; and, by their callers' choice, what the kernel has no mask for: a sliding window, texts packed behind
     one picture, a row that continues a cache.
     """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device else jax.default_backend()
-    return platform == "tpu" and T >= LANES and E % LANES == 0
+    return layers.platform() == "tpu" and T >= LANES and E % LANES == 0
 
 
 def attention(q, k, v, real=None, causal=False, over=BATCH, interpret=False):

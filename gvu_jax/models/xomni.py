@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gvu_jax.models import splash, torch_keys
-from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread
+from gvu_jax.models.layers import Dense, Embed, RMSNorm, platform, spread
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 
 
@@ -68,6 +68,7 @@ class Layer(nn.Module):
 
 class XOmni(nn.Module):
     config: Config
+    apart: bool = False                   # every layer by itself instead of in a scan; see `for_steps`
 
     def setup(self):
         c = self.config
@@ -77,8 +78,11 @@ class XOmni(nn.Module):
         stack = lambda length: nn.scan(
             layer, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
             in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=length)(c)
-        self.layers = stack(c.num_hidden_layers - c.num_mm_head_layers)
-        self.mm_head_layers = stack(c.num_mm_head_layers) if c.num_mm_head_layers else None
+        if self.apart:
+            self.layers = [layer(c) for _ in range(c.num_hidden_layers)]
+        else:
+            self.layers = stack(c.num_hidden_layers - c.num_mm_head_layers)
+            self.mm_head_layers = stack(c.num_mm_head_layers) if c.num_mm_head_layers else None
         self.lm_norm = RMSNorm(c.rms_norm_eps)
         self.mm_norm = RMSNorm(c.rms_norm_eps)
         self.lm_head = Dense(c.vocab_size, divided=1)
@@ -91,8 +95,8 @@ class XOmni(nn.Module):
         mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache. Or [B, T, S]: what
                    each position may read, where texts that share a beginning are packed into one row
         positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
-        cache, at  keys and values of S slots, and the slot that tokens[:, 0] goes to; the int 0 says that rows begin
-                   here, which is what splash can read
+        cache, at  keys and values of S slots (of layers that are apart, a list), and the slot that tokens[:, 0] goes to;
+                   the int 0 says that rows begin here, which is what splash can read
         text_only  the caller reads text positions alone: the trailing multimodal layers give those back untouched,
                    so they are not run, and the result at image positions means nothing
         Returns (hidden [B, T, D] after the final norm, cache).
@@ -115,12 +119,17 @@ class XOmni(nn.Module):
         index = jnp.arange(c.num_hidden_layers)
         multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)
         per_layer = (index, multimodal, index >= c.max_window_layers)
-        cut = c.num_hidden_layers - c.num_mm_head_layers
-        carry, _ = self.layers((x, cache), *(flag[:cut] for flag in per_layer), positions, readable, near, at, is_image)
-        if self.mm_head_layers is not None and not text_only:
-            carry, _ = self.mm_head_layers(
-                carry, *(flag[cut:] for flag in per_layer), positions, readable, near, at, is_image)
-        x, cache = carry
+        cut, rest = c.num_hidden_layers - c.num_mm_head_layers, (positions, readable, near, at, is_image)
+        if self.apart:
+            cache = list(cache)
+            for i, layer in enumerate(self.layers[:cut] if text_only else self.layers):
+                _, multimodal, windowed = (flag[i] for flag in per_layer)
+                (x, cache[i]), _ = layer((x, cache[i]), 0, multimodal, windowed, *rest)
+        else:
+            carry, _ = self.layers((x, cache), *(flag[:cut] for flag in per_layer), *rest)
+            if self.mm_head_layers is not None and not text_only:
+                carry, _ = self.mm_head_layers(carry, *(flag[cut:] for flag in per_layer), *rest)
+            x, cache = carry
         return spread(jnp.where(is_image[:, :, None], self.mm_norm(x), self.lm_norm(x))), cache
 
     def text_logits(self, hidden):
@@ -138,6 +147,28 @@ class XOmni(nn.Module):
 
     def empty_cache(self, batch, slots, dtype):
         return Cache.empty(self.config, batch, slots, dtype)
+
+    @nn.nowrap
+    def for_steps(self, variables, caches):
+        """(module, variables, caches) that read one token after the other: what this one gave, as every step reads it.
+
+        A loop over tokens around a loop over layers makes XLA copy each layer's weights and slots out of their stacks
+        before it multiplies with them, three times the traffic of a step that does little else; so each layer is then
+        by itself. Not on a TPU, which reads from the stack, and where a second copy of the weights would be the cost.
+        """
+        if platform() == "tpu":
+            return self, variables, caches
+        c = self.config
+
+        def apart(tree):
+            whole = {name: part for name, part in tree.items() if name not in ("layers", "mm_head_layers")}
+            for name, first in ("layers", 0), ("mm_head_layers", c.num_hidden_layers - c.num_mm_head_layers):
+                for i in range(jax.tree.leaves(tree[name])[0].shape[0] if name in tree else 0):
+                    whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
+            return whole
+
+        layers = lambda cache: [jax.tree.map(lambda x: x[i:i + 1], cache) for i in range(c.num_hidden_layers)]
+        return self.clone(apart=True), {name: apart(tree) for name, tree in variables.items()}, [*map(layers, caches)]
 
 
 def init(config, key):
