@@ -55,10 +55,11 @@ def timeless(work):
 
 
 def disturbed(run, name, times, number):
-    """Sends a signal at random moments to `times` sittings of one run, then lets it end. How each sitting ended."""
+    """Sends a signal at random moments to `times` sittings of one run, then lets it end. How each sitting ended; those
+    that end before their signal comes do not count."""
     config, _, seconds, folder = run
     work, moments, ends = folder / name, random.Random(number), []
-    for _ in range(times):
+    while len(ends) - ends.count(0) < times:
         if (work / "summary.json").exists() and '"after"' in (work / "summary.json").read_text():
             shutil.rmtree(work)                                       # it came to its end: disturb another one
         process = start(config, work)
