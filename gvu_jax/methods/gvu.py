@@ -9,9 +9,7 @@ One training step, for a batch of B prompts with G pictures each (S = B * G samp
     4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps, grpo.py
                 KL to the frozen base move the policy (GRPO)
 
-The backbone is shared, so learning to draw can spoil reading. `gvu.anchor` weighs a second KL term that holds what the
-policy reads in its own pictures to what the frozen base reads there, of the picture's own prompt and of another one,
-for reading is to tell true from false: the same estimator, on the prompts' words.
+The backbone is shared, so learning to draw can spoil reading: `gvu.anchor` weighs a second KL term, see anchor.py.
 """
 import functools
 
@@ -21,11 +19,9 @@ import numpy as np
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.methods import grpo
+from gvu_jax.methods import anchor, grpo
 from gvu_jax.policy import check_trainable, place_state, policy_params
 from gvu_jax.umm import compile_programs
-
-ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
 
 
 class GvU:
@@ -42,10 +38,7 @@ class GvU:
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
         self.check(config)
         sharding.check(umm, mesh, config.gvu, config.gvu.prompts * config.gvu.group)
-        slices = config.gvu.micro_batches * sharding.batch_shards(mesh)
-        if config.gvu.anchor and config.gvu.prompts * config.gvu.group % (ANCHORED * slices):
-            raise ValueError(f"gvu.anchor holds every {ANCHORED}th sample: gvu.prompts x gvu.group must be a multiple "
-                             f"of {ANCHORED * slices} ({ANCHORED} x micro-batches x data x fsdp), or gvu.anchor 0")
+        anchor.check(config.gvu, "gvu", config.gvu.prompts * config.gvu.group, mesh)
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
@@ -117,18 +110,14 @@ class GvU:
         return self.umm.image_logps(policy, rows.prompts, rows.tokens), None
 
     def _hold_reading(self, policy, rows, base):
-        """The KL of what the policy reads in its pictures to what the base reads there, weighed."""
-        seen, texts = rows.held                                                                     # [A], [A, 2]
-        texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                           # [A * 2]
-        words, mask = self.umm.text_logps(policy, seen, texts)                                      # [A * 2, L]
-        read_kl = objectives.token_mean(objectives.k3(words, self.umm.text_logps(base, seen, texts)[0]), mask)
+        read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)
         return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
     def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen):
         """GRPO on S samples. prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as
         `reward` returns them. Returns the state after step + 1 and a dict of scalar metrics."""
         gvu = self.config.gvu
-        held = (seen[::ANCHORED], own_and_other(prompts, gvu.group)) if gvu.anchor else ()
+        held = anchor.held(seen, prompts, gvu.group) if gvu.anchor else ()
         state, metrics = grpo.update(
             state, Drawn(prompts, image_tokens, held), reward, sampler_logps, reference=base,
             policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,
@@ -138,14 +127,7 @@ class GvU:
 
 @struct.dataclass
 class Drawn:
-    """S samples: prompts and image tokens [S, ..]; and, with an anchor, what was seen of A = S / ANCHORED of them
-    [A, r, c] with two prompts each [A, 2, ..]."""
+    """S samples: prompts and image tokens [S, ..]; and, with an anchor, what it holds (see anchor.held)."""
     prompts: object
     tokens: jax.Array
     held: tuple
-
-
-def own_and_other(prompts, group):
-    """Of every ANCHORED-th sample its own prompt and that of the next group: [S / ANCHORED, 2, ..]."""
-    pair = lambda x: jnp.stack([x[::ANCHORED], jnp.roll(x, -group, axis=0)[::ANCHORED]], axis=1)
-    return jax.tree.map(pair, prompts)

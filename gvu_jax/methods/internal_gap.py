@@ -29,6 +29,7 @@ import optax
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
+from gvu_jax.methods import anchor
 from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.policy import State, check_trainable, mean_gradient, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
@@ -41,7 +42,7 @@ class InternalGap:
     umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
     `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of the score; what is above it is accepted),
     `keep` (SFT learns from at most so many accepted candidates of a prompt, the best), `batch` (rows of an update),
-    `micro_batches`, `beta` and `nll` (of DPO), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that
+    `micro_batches`, `beta` and `nll` (of DPO), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that
     is the latest step: every `probe` steps one call of discarded prompts is drawn, and replay begins once the share of
     them that now passes has risen and rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view`
     ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score: "yes" as in the paper, or of
@@ -52,6 +53,7 @@ class InternalGap:
         self.check(config)
         self.settings, self.folder = config.internal_gap, workdir and Path(workdir) / "data"
         sharding.check(umm, mesh, self.settings, self.settings.batch)
+        anchor.check(self.settings, "internal_gap", self.settings.batch, mesh)
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -185,6 +187,10 @@ class InternalGap:
                 chosen, logps(policy, batch.rejected), ref, logps(base, batch.rejected), gap.beta, gap.nll)
         else:
             loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
+        if gap.anchor:
+            seen = batch.chosen.reshape(-1, *self.umm.grid)                # the tokens: their pixels are long forgotten
+            metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *anchor.held(seen, batch.prompts))
+            loss = loss + gap.anchor * metrics["read_kl"]
         away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
         metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
                     "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}

@@ -1,0 +1,34 @@
+"""Holds reading in place while drawing is learned, for methods that train a backbone which does both.
+
+A KL term beside the method's own: what the policy reads in pictures that it is trained on is held to what the frozen
+base reads there, of a picture's own prompt and of another one, for reading is to tell true from false. The same
+estimator as for pictures (objectives.k3), on the prompts' words.
+"""
+import jax
+import jax.numpy as jnp
+
+from gvu_jax import objectives, sharding
+
+ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
+
+
+def check(settings, name, samples, mesh):
+    """Raises ValueError, in one line, where `anchor` of these settings (section `name`) cannot divide the samples."""
+    least = ANCHORED * settings.micro_batches * sharding.batch_shards(mesh)
+    if settings.anchor and samples % least:
+        raise ValueError(f"{name}.anchor holds every {ANCHORED}th sample: the {samples} samples of a step must be a "
+                         f"multiple of {least} ({ANCHORED} x micro-batches x data x fsdp), or {name}.anchor 0")
+
+
+def held(seen, prompts, group=1):
+    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, r, c], and
+    its own prompt beside that of the next group [A, 2, ..]."""
+    pair = lambda x: jnp.stack([x[::ANCHORED], jnp.roll(x, -group, axis=0)[::ANCHORED]], axis=1)
+    return seen[::ANCHORED], jax.tree.map(pair, prompts)
+
+
+def reading_kl(umm, policy, base, seen, texts):
+    """KL of the policy's reading to the base's, nats a word, a scalar. seen, texts: as `held` gives them."""
+    texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                               # [A * 2]
+    words, mask = umm.text_logps(policy, seen, texts)                                               # [A * 2, L]
+    return objectives.token_mean(objectives.k3(words, umm.text_logps(base, seen, texts)[0]), mask)
