@@ -16,10 +16,10 @@ def get_config(preset="normal"):
     config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"](preset)
     del config.gvu, config.reward
     config.method = "uae"
-    config.pictures = dict(told=0.7)
+    config.pictures = dict(told=0.7, most=2)
     # 25 tokens tell five objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
     # differs between equal pictures, the noise they are rendered from, a thousandth: advantage_eps tells them apart.
-    config.uae = dict(prompts=24, group=12, cold=80, stages="caption:10,draw:10", words=28, clip=0.2, beta=0.02,
+    config.uae = dict(prompts=24, group=12, cold=350, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2, beta=0.02,
                       advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
     config.steps = config.uae.cold + 160
     config.eval.update(every=40)

@@ -41,6 +41,8 @@ _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunificati
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _PICTURES = flags.DEFINE_string("pictures", None, "A folder of pictures for unified, instead of rendered scenes.")
+_MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, five.",
+                             lower_bound=1)
 _WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
 _TSV = flags.DEFINE_string("tsv", None, "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
@@ -138,7 +140,7 @@ def unified(model):
     """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions."""
     size, place = model.umm.picture_size, world.World(side=model.umm.grid[0])
     stream = (data.picture_stream(_PICTURES.value, size, _SEED.value) if _PICTURES.value else
-              shapes_suite.picture_stream((_SEED.value, 1), 1.0, place))
+              shapes_suite.picture_stream((_SEED.value, 1), 1.0, place, _MOST.value))
     examples = data.batch(stream, 0, -(-_PROMPTS.value // BATCH) * BATCH)
     originals = np.stack([example["pixels"] for example in examples])
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)

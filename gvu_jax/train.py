@@ -10,7 +10,9 @@ On several hosts the same command runs on each of them, with a DIR that all of t
 know each other (TPU pods, Slurm), else --hosts=ADDRESS:PORT,COUNT,INDEX with the address of process 0. Each process
 encodes the prompts of its own devices; process 0 writes metrics and pictures; checkpoints are written by all.
 """
+import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import shutil
@@ -68,6 +70,12 @@ def train(config, workdir, stop=Stop()):
     cli.check_numbers(config)
     method_of(config).check(config)
     check_checkpoint(config)
+    with alone(workdir):
+        return train_alone(config, workdir, stop)
+
+
+def train_alone(config, workdir, stop):
+    """`train`, when nobody else does in `workdir`."""
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     settings = config[config.method]
     how = How(images_per_prompt=settings.group, **config.sampling)
@@ -208,6 +216,24 @@ def method_of(config):
     return METHODS[config.method]
 
 
+@contextlib.contextmanager
+def alone(workdir):
+    """Keeps other runs out of `workdir` while this one lasts, however it ends. ValueError where another one is there."""
+    if jax.process_index() > 0:                              # process 0 speaks for all of a run
+        yield
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    with open(workdir / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process trains in {workdir}: wait for its end, or give another "
+                             f"--workdir") from error
+        except OSError:
+            pass                                             # a file system without locks
+        yield
+
+
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
 
@@ -274,7 +300,8 @@ def pictures_of(config, umm):
     if config.get("world"):
         from gvu_jax.shapes import suite, world
         place = world.World(**config.world)
-        return tuple(suite.picture_stream((config.seed, held_out), config.pictures.told, place) for held_out in (0, 1))
+        return tuple(suite.picture_stream((config.seed, held_out), config.pictures.told, place, config.pictures.most)
+                     for held_out in (0, 1))
     return tuple(data.picture_stream(folder, umm.picture_size, config.seed)
                  for folder in (config.pictures.folder, config.pictures.held_out))
 

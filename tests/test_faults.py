@@ -18,7 +18,7 @@ from conftest import ROOT, one_device, tiny_config
 from gvu_jax import checkpoint, optim
 from gvu_jax.metrics import read_metrics
 from gvu_jax.stop import STOPPED
-from gvu_jax.train import alarm
+from gvu_jax.train import alarm, alone
 
 PROGRAM = """
 import json, sys
@@ -84,6 +84,14 @@ def test_a_run_that_is_told_to_stop_ends_in_time_with_the_documented_status(run,
     ends, metrics = disturbed(run, "stopped", faults, signal.SIGTERM)
     # Before Python has loaded the package, nothing listens yet and the signal ends it as it ends any program.
     assert set(ends) <= {0, STOPPED, -signal.SIGTERM} and metrics == run[1]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    with alone(tmp_path), pytest.raises(ValueError, match="another process trains in"):
+        with alone(tmp_path):
+            pass
+    with alone(tmp_path):                                                          # the first one has ended
+        pass
 
 
 DAMAGE = {

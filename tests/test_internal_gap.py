@@ -21,7 +21,7 @@ POOL, GROUP = 8, 4        # prompts in two calls of six, the second filled up
 def gap_config(preset="csft", **changes):
     config = tiny_config("shapes_gap", preset)
     config.eval.group = GROUP
-    config.internal_gap.update(pool=POOL, batch=4)
+    config.internal_gap.update(pool=POOL, batch=4, anchor=0.0)
     config.internal_gap.replay = 2 if preset.startswith("c") else 0
     config.update_from_flattened_dict(changes)
     return config
@@ -215,6 +215,19 @@ def test_only_what_the_config_names_is_trained(tiny, tmp_path, threshold, trains
     for name, part in method.base["ar"].items():
         same = all(np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (part, policy["ar"][name]))))
         assert same == (rank > 0 or name not in moved - {"lm_norm"}), name          # which drawing does not go through
+
+
+def test_the_anchor_holds_reading_in_place(tiny, tmp_path, threshold):
+    """A policy that has moved away from the base is drawn back to what the base reads."""
+    method = Method(tiny, gap_config("sft", **{
+        "internal_gap.threshold": threshold, "internal_gap.anchor": 1000.0, "optim.lr": 1e-4, "optim.warmup": 0}),
+        tmp_path)
+    batch = method.rollout(0)
+    method.state = method.state.replace(trainable=jax.tree.map(lambda x: x * 1.05, method.state.trainable))
+    distances = [float(method.update(batch)["read_kl"]) for _ in range(6)]
+    assert 1e-4 < distances[-1] < 0.7 * distances[0], distances
+    with pytest.raises(ValueError, match="internal_gap.anchor holds every 4th sample: the 6 samples"):
+        Method(tiny, gap_config("sft", **{"internal_gap.anchor": 1.0, "internal_gap.batch": 6}), tmp_path)
 
 
 def test_micro_batches_accumulate_to_the_whole_gradient(tiny, tmp_path, threshold):

@@ -7,8 +7,8 @@ there and back is the one objective:
 
 Three stages, each step belonging to one, on B pictures with groups of G:
 
-    cold       both directions are taught by pictures with captions: next-token prediction on B * G pairs. The first
-               `uae.cold` steps; as they leave it, the model is the reference of both KL terms from then on.
+    cold       both directions are taught by pictures with captions: next-token prediction on `uae.pairs` pairs. The
+               first `uae.cold` steps; as they leave it, the model is the reference of both KL terms from then on.
     caption    the captioner is the policy: G captions of each picture, each drawn once             umm.sample_text
     draw       the captions are given, one of each picture, and the drawer is the policy:           umm.sample_image
                G pictures of each caption
@@ -33,7 +33,7 @@ class UAE:
     """The programs of each stage, each compiled once.
 
     umm: a model of `umm.py`. config: under `uae` what grpo.py takes, `prompts` (pictures a step), `waves`, `cold`,
-    `stages` ("caption:10,draw:10") and `words`, the most tokens of a caption with its end; `lora`. how: how captions
+    `pairs`, `stages` ("caption:10,draw:10") and `words`, the most tokens of a caption with its end; `lora`. how: how captions
     and pictures are sampled, with images_per_prompt = group. mesh: see sharding.py.
     """
 
@@ -54,6 +54,9 @@ class UAE:
         grpo.check(config.uae, "uae")
         check_trainable(config)
         stages_of(config.uae.stages)
+        if config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches:
+            raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
+                             f"pairs of a step of the cold start (uae.pairs)")
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
@@ -76,7 +79,7 @@ class UAE:
         """
         uae, stage, loop, keys = self.config.uae, self.stage(step), self.loop, sharding.put(
             tuple(jax.random.split(key)), self.mesh)
-        examples = data.batch(stream, step, uae.prompts * (uae.group if stage == "cold" else 1))
+        examples = data.batch(stream, step, uae.pairs if stage == "cold" else uae.prompts)
         pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
         if stage == "cold":
             captions = [example["prompt"] for example in examples]

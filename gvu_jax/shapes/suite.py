@@ -45,15 +45,17 @@ def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed)
 
 # ---- picture -> caption -> picture -------------------------------------------------------------------------------
 
-def picture_stream(seed, told, place):
+def picture_stream(seed, told, place, most=None):
     """Rendered scenes of the World `place`, an endless dataset: element i is {"pixels" [H, W, 3] float32 in [0, 1],
     "prompt"} and depends on seed (a tuple of ints) and i alone.
 
-    The caption is `world.describe`'s, in which each object is told with probability `told`, and one at least.
+    A scene keeps `most` of its objects (None: all). The caption is `world.describe`'s, in which each object is told with
+    probability `told`, and one at least.
     """
     def example(i):
         rng = np.random.default_rng((*seed, i))
         scene = world.sample_scenes(rng, 1, place)[0]
+        scene[rng.permutation(np.flatnonzero(scene))[len(scene) if most is None else most:]] = 0
         kept = rng.random(len(scene)) < told
         kept[rng.choice(np.flatnonzero(scene))] = True
         return {"pixels": world.render(scene[None], rng)[0], "prompt": world.describe(np.where(kept, scene, 0))}
