@@ -19,10 +19,11 @@ def get_config(preset="normal"):
     config.pictures = dict(told=0.7, most=2)
     # 25 tokens tell five objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
     # differs between equal pictures, the noise they are rendered from, a thousandth: advantage_eps tells them apart.
-    config.uae = dict(prompts=24, group=12, cold=350, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2, beta=0.02,
+    config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2, beta=0.02,
                       advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
     config.steps = config.uae.cold + 160
-    config.eval.update(every=40)
+    config.optim.update(lr=1e-3, schedule="cosine")          # fast while it is taught, slow where it explores
+    config.eval.update(every=80)
     config.checkpoint_every = 40
     config.alarm.update(duplicates=1.0, entropy=0.0)     # who tells all there is tells it in the same words every time
     if preset == "smoke":

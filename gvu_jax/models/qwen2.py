@@ -13,7 +13,8 @@ from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary, spread
 
 @struct.dataclass
 class Cache:
-    """Keys and values of the positions read so far: each [layers, B, K, S, E], S slots allocated up front.
+    """Keys and values of the positions read so far: each [layers, B, K, S, E], S slots allocated up front; or those of
+    one layer by itself, [B, K, S, E], whose `layer` is None.
 
     Heads stand before slots, as the products of attention read them: otherwise every step would move the whole cache.
     """
@@ -30,11 +31,16 @@ class Cache:
         return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), "tensor", axis=1), self)
 
     def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
-        put = lambda slots, new: spread(jax.lax.dynamic_update_slice(
-            slots, new.swapaxes(1, 2)[None], (layer, 0, 0, at, 0)), "tensor", axis=1)
+        def put(slots, new):
+            new, where = new.swapaxes(1, 2), (0, 0, at, 0)
+            if layer is not None:
+                new, where = new[None], (layer, *where)
+            return spread(jax.lax.dynamic_update_slice(slots, new, where), "tensor", axis=slots.ndim - 4)
         return Cache(put(self.k, k), put(self.v, v))
 
     def read(self, layer):                                                            # two of [B, S, K, E]
+        if layer is None:
+            return self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
         take = lambda slots: jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False).swapaxes(1, 2)
         return take(self.k), take(self.v)
 

@@ -124,7 +124,7 @@ class XOmni(nn.Module):
             cache = list(cache)
             for i, layer in enumerate(self.layers[:cut] if text_only else self.layers):
                 _, multimodal, windowed = (flag[i] for flag in per_layer)
-                (x, cache[i]), _ = layer((x, cache[i]), 0, multimodal, windowed, *rest)
+                (x, cache[i]), _ = layer((x, cache[i]), None, multimodal, windowed, *rest)
         else:
             carry, _ = self.layers((x, cache), *(flag[:cut] for flag in per_layer), *rest)
             if self.mm_head_layers is not None and not text_only:
@@ -167,7 +167,7 @@ class XOmni(nn.Module):
                     whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
             return whole
 
-        layers = lambda cache: [jax.tree.map(lambda x: x[i:i + 1], cache) for i in range(c.num_hidden_layers)]
+        layers = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(c.num_hidden_layers)]
         return self.clone(apart=True), {name: apart(tree) for name, tree in variables.items()}, [*map(layers, caches)]
 
 
