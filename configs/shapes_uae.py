@@ -17,12 +17,12 @@ def get_config(preset="normal"):
     del config.gvu, config.reward
     config.method = "uae"
     config.pictures = dict(told=0.7, most=2)
-    # 25 tokens tell five objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
+    # Eleven tokens tell two objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
     # differs between equal pictures, the noise they are rendered from, a thousandth: advantage_eps tells them apart.
-    config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2, beta=0.02,
-                      advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
+    config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2,
+                      beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
     config.steps = config.uae.cold + 160
-    config.optim.update(lr=1e-3, schedule="cosine")          # fast while it is taught, slow where it explores
+    config.optim.update(lr=1e-3, schedule="cosine")      # fast where it is taught; GRPO at this rate comes to nothing
     config.eval.update(every=80)
     config.checkpoint_every = 40
     config.alarm.update(duplicates=1.0, entropy=0.0)     # who tells all there is tells it in the same words every time
