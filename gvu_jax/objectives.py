@@ -21,11 +21,22 @@ def group_advantages(rewards, group, eps):
     return (centred / (jnp.std(grouped, axis=1, ddof=1, keepdims=True) + eps)).reshape(-1)
 
 
+def equal_samples(tokens, group):
+    """Which samples of a group are the same, [S, N] -> bool [S/G, G, G]."""
+    grouped = tokens.reshape(-1, group, tokens.shape[-1])                                           # [S/G, G, N]
+    return jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)
+
+
 def duplicates(tokens, group):
     """Share of samples that equal an earlier one of their group: it nears one when a policy collapses. [S, N] -> []."""
-    grouped = tokens.reshape(-1, group, tokens.shape[-1])                                           # [S/G, G, N]
-    same = jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)                             # [S/G, G, G]
-    return jnp.mean(jnp.any(jnp.tril(same, -1), axis=-1))
+    return jnp.mean(jnp.any(jnp.tril(equal_samples(tokens, group), -1), axis=-1))
+
+
+def pool_equal(rewards, tokens, group):
+    """Gives the samples of a group that are the same the mean of their rewards: E[R | sample] as far as the group
+    tells it, where R is drawn and not a function of the sample. rewards [S], tokens [S, N] -> [S]."""
+    same = equal_samples(tokens, group).astype(rewards.dtype)                                       # [S/G, G, G]
+    return (jnp.einsum("gij,gj->gi", same, rewards.reshape(-1, group)) / jnp.sum(same, axis=2)).reshape(-1)
 
 
 def k3(logps, ref_logps):

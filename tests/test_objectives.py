@@ -121,3 +121,9 @@ def test_against_the_published_trainer(fixtures, case):
         golden["policy_logps"], golden["policy_logps"], golden["ref_logps"], advantages, 0.2, config["beta"])
     np.testing.assert_allclose(loss, golden["loss"], rtol=1e-3)
     np.testing.assert_allclose(metrics["kl"], golden["mean_kl"], rtol=1e-3)
+
+
+def test_equal_samples_share_their_reward():
+    tokens = jnp.array([[1, 2], [3, 4], [1, 2], [5, 6], [1, 2], [1, 2]])
+    rewards = jnp.array([0.0, 1.0, 4.0, 2.0, 3.0, 7.0])
+    np.testing.assert_allclose(objectives.pool_equal(rewards, tokens, 3), [2.0, 1.0, 2.0, 2.0, 5.0, 5.0])

@@ -117,8 +117,13 @@ class UAE:
         return sharding.constrain(state), metrics | skipped(opt_state)
 
     def _caption(self, state, base, seen, asked, words, logps, mask, reward):
-        """GRPO on captions: seen and asked [B], words, logps and mask [S, T], reward [S]."""
+        """GRPO on captions: seen and asked [B], words, logps and mask [S, T], reward [S].
+
+        Each caption was drawn once, so equal captions have unequal rewards. They share their mean: a captioner that
+        has settled on its words would else be moved by the drawer's luck alone, and Adam makes long steps of that.
+        """
         group = self.config.uae.group
+        reward = objectives.pool_equal(reward, words, group)
         said = asked.repeat(group).replace(words=words, words_mask=mask)
         state, metrics = self._grpo(state, base, (jnp.repeat(seen, group, axis=0), said), reward, logps,
                                     lambda policy, rows: self.umm.text_logps(policy, *rows))
