@@ -16,7 +16,7 @@ def get_config():
     del config.gvu, config.reward
     config.method = "uae"
     config.pictures = dict(folder="pictures/train", held_out="pictures/held_out")
-    config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=256, clip=0.2, beta=0.03,
-                      advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
+    config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=256, clip=0.2,
+                      beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
     config.steps = config.uae.cold + 2000
     return config

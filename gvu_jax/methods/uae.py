@@ -33,8 +33,8 @@ class UAE:
     """The programs of each stage, each compiled once.
 
     umm: a model of `umm.py`. config: under `uae` what grpo.py takes, `prompts` (pictures a step), `waves`, `cold`,
-    `pairs`, `stages` ("caption:10,draw:10") and `words`, the most tokens of a caption with its end; `lora`. how: how captions
-    and pictures are sampled, with images_per_prompt = group. mesh: see sharding.py.
+    `pairs`, `stages` ("caption:10,draw:10") and `words`, the most tokens of a caption with its end; `lora`. how: how
+    captions and pictures are sampled, with images_per_prompt = group. mesh: see sharding.py.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):

@@ -95,7 +95,7 @@ class XOmni(nn.Module):
         mask       [B, S] bool, True where the key slot holds a real token; S = T without a cache. Or [B, T, S]: what
                    each position may read, where texts that share a beginning are packed into one row
         positions  [B, T] int for the rotary embedding; None: 0..T-1 counted from the padded start
-        cache, at  keys and values of S slots (of layers that are apart, a list), and the slot that tokens[:, 0] goes to;
+        cache, at  keys and values of S slots (of layers that are apart, a list), and the slot of tokens[:, 0];
                    the int 0 says that rows begin here, which is what splash can read
         text_only  the caller reads text positions alone: the trailing multimodal layers give those back untouched,
                    so they are not run, and the result at image positions means nothing

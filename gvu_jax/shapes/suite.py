@@ -49,8 +49,8 @@ def picture_stream(seed, told, place, most=None):
     """Rendered scenes of the World `place`, an endless dataset: element i is {"pixels" [H, W, 3] float32 in [0, 1],
     "prompt"} and depends on seed (a tuple of ints) and i alone.
 
-    A scene keeps `most` of its objects (None: all). The caption is `world.describe`'s, in which each object is told with
-    probability `told`, and one at least.
+    A scene keeps `most` of its objects (None: all). The caption is `world.describe`'s, in which each object is told
+    with probability `told`, and one at least.
     """
     def example(i):
         rng = np.random.default_rng((*seed, i))
