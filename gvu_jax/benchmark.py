@@ -417,8 +417,8 @@ HEADER = "| phase | peer | ours, s | peer, s | peer / ours | ours / floor |\n|--
 
 
 def row(line):
-    return (f"| {line['phase']} | {line['peer']} | {report.spread(line['ours'], 3)} | {report.spread(line['theirs'], 3)} "
-            f"| {report.spread(line['ratios'], 1)} | {line['over_floor']:.1f} |")
+    spreads = [report.spread(line[name], digits) for name, digits in (("ours", 3), ("theirs", 3), ("ratios", 1))]
+    return (f"| {line['phase']} | {line['peer']} | {' | '.join(spreads)} | {line['over_floor']:.1f} |")
 
 
 def linear(sizes, tokens, rounds, most=8):

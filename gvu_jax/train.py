@@ -218,7 +218,7 @@ def method_of(config):
 
 @contextlib.contextmanager
 def alone(workdir):
-    """Keeps other runs out of `workdir` while this one lasts, however it ends. ValueError where another one is there."""
+    """Keeps other runs out of `workdir` while this one lasts, however it ends. ValueError where one is there."""
     if jax.process_index() > 0:                              # process 0 speaks for all of a run
         yield
         return

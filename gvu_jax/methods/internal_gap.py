@@ -42,10 +42,10 @@ class InternalGap:
     umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
     `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of the score; what is above it is accepted),
     `keep` (SFT learns from at most so many accepted candidates of a prompt, the best), `batch` (rows of an update),
-    `micro_batches`, `beta` and `nll` (of DPO), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for never. With `probe` > 0 that
-    is the latest step: every `probe` steps one call of discarded prompts is drawn, and replay begins once the share of
-    them that now passes has risen and rises no more. `reward.teacher` ("base" | "policy") judges, `reward.view`
-    ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score: "yes" as in the paper, or of
+    `micro_batches`, `beta` and `nll` (of DPO), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for
+    never. With `probe` > 0 that is the latest step: every `probe` steps one call of discarded prompts is drawn, and
+    replay begins once the share of them that now passes has risen and rises no more. `reward.teacher` ("base" |
+    "policy") judges, `reward.view` ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score: "yes" as in the paper, or of
     the prompt's words as in GvU; `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
     """
 
