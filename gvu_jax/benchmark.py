@@ -1,7 +1,7 @@
 """How fast is a GvU step? Each phase, ours against what PyTorch libraries offer, side by side in one run.
 
     pip install ".[test]"
-    python -m gvu_jax.benchmark --size=small [--tokens=256] [--phases=sample,reward] [--rounds=5] [--out=DIR]
+    python -m gvu_jax.benchmark --size=small [--tokens=256] [--phases=sample,reward] [--rounds=5] [--report=DIR]
 
 Both sides carry the same random weights and get the same shapes (benchmark_peers.py says what the peers are), and no
 phase is timed before its outputs were found equal within float32 rounding. Then they take turns, A B A B, so that a
@@ -12,7 +12,7 @@ ratios, and how far ours is from the floor: the larger of
     (bytes of weights and cache that must be read)    / (rate at which it reads arrays as large as those)
 
 both measured at the start. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
-With --out, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
+With --report, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
 """
 import functools
 import json
@@ -443,7 +443,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 256, "Image tokens of a picture, a squa
 _PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of a step.", lower_bound=1)
 _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
-_OUT = flags.DEFINE_string("out", None, "Folder for every timing and the page.")
+_REPORT = flags.DEFINE_string("report", None, "Folder for every timing and the page.")
 
 
 def main(_):
@@ -466,10 +466,10 @@ def main(_):
         for what, line in found["linear"].items():
             costs = ", ".join(f"{n} pictures {s:.2f} s" for n, s in zip(line["pictures"], line["seconds"]))
             print(f"\n{what}: {costs}; seconds ~ pictures^{line['exponent']:.2f}")
-    if _OUT.value:
-        Path(_OUT.value).mkdir(parents=True, exist_ok=True)
-        replace_file(Path(_OUT.value) / "benchmark.json", json.dumps(found, indent=1))
-        print(f"\n{report.write_benchmark(_OUT.value)}")
+    if _REPORT.value:
+        Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(_REPORT.value) / "benchmark.json", json.dumps(found, indent=1))
+        print(f"\n{report.write_benchmark(_REPORT.value)}")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def method(tiny):
     config = uae_config(**{"optim.lr": 1e-3, "optim.warmup": 0})
     _, umm, base = tiny
     built = uae.UAE(umm, config, How(images_per_prompt=4), optim.build(config.optim, 10), one_device())
-    stream = suite.picture_stream((0, 0), 0.7, world.World())
+    stream = suite.picture_stream((0, 0), 0.7, world.World(), most=2)
     return built, jax.device_put(base, sharding.shardings(base, built.mesh)), stream
 
 
