@@ -17,13 +17,13 @@ def get_config(preset="normal"):
     del config.gvu, config.reward
     config.method = "uae"
     config.pictures = dict(told=0.7, most=2)
-    # Captions settle within ten steps. What more of them adds is drift, and drawing, in the same backbone, pays for it.
-    # Eleven tokens tell two objects, with the end. One cell of nine that is wrong costs a tenth of the reward, and what
-    # differs between equal pictures, the noise they are rendered from, a thousandth: advantage_eps tells them apart.
+    # words: eleven tokens tell two objects, with the end. advantage_eps: one wrong cell of nine costs a tenth of the
+    # reward, the noise that equal pictures are rendered from a thousandth. stages: captions settle within ten steps;
+    # more of them is drift, and drawing, which shares the backbone, pays for it.
     config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:5,draw:15", words=12, clip=0.2,
                       beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
     config.steps = config.uae.cold + 160
-    config.optim.update(lr=1e-3, schedule="cosine")      # fast where it is taught; GRPO at this rate comes to nothing
+    config.optim.update(lr=1e-3, schedule="cosine")      # at the rate of the cold start GRPO undoes what that gave
     config.eval.update(every=80)
     config.checkpoint_every = 40
     config.alarm.update(duplicates=1.0, entropy=0.0)     # who tells all there is tells it in the same words every time

@@ -85,7 +85,8 @@ def read_tfds(source):
         raise ValueError(f"{source} needs TensorFlow Datasets ({error}): pip install 'gvu_jax[tfds]'") from error
     try:
         records = tfds.data_source(name, split=split)
-    except (ValueError, AssertionError, NotImplementedError) as error:
+    except (ValueError, AssertionError, NotImplementedError) as error:  # an unknown name or split; files that are not
+                                                                        # there; a format that cannot be read by record
         raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
     texts = []
     for record in records:

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from scipy import stats
 
 import gvu_jax
 from gvu_jax import cli, report, rewards, train
@@ -137,11 +136,8 @@ def measure(arm, summaries):
 
 def interval(values):
     """[mean, low, high]: 95 % of Student's t over the seeds; with one seed there is no interval, but two None."""
-    mean, count = float(np.mean(values)), len(values)
-    if count == 1:
-        return [mean, None, None]
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return [mean, mean - half, mean + half]
+    mean, half = report.mean_interval(values).values()
+    return [mean, None, None] if half is None else [mean, mean - half, mean + half]
 
 
 def measure_words(folders):

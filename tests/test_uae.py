@@ -1,4 +1,4 @@
-"""Picture -> caption -> picture: the three stages on a model too small to learn much, and the checker's view of captions."""
+"""Picture -> caption -> picture: three stages of a model too small to learn much, and the checker's view of captions."""
 import json
 import shutil
 
@@ -122,6 +122,7 @@ def test_captions_of_the_cold_start_leave_things_out_and_add_nothing():
         assert told["complete"]
         shorter += not found["complete"][0]
     assert 10 < shorter < 40
+    np.testing.assert_array_equal(whole[7]["pixels"], whole[7]["pixels"])
     few = suite.picture_stream((3, 0), 1.0, world.World(), most=2)
     assert {few[i]["prompt"].count(",") for i in range(40)} == {0, 1}
 

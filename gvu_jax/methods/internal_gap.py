@@ -45,8 +45,9 @@ class InternalGap:
     `micro_batches`, `beta` and `nll` (of DPO), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for
     never. With `probe` > 0 that is the latest step: every `probe` steps one call of discarded prompts is drawn, and
     replay begins once the share of them that now passes has risen and rises no more. `reward.teacher` ("base" |
-    "policy") judges, `reward.view` ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score: "yes" as in the paper, or of
-    the prompt's words as in GvU; `lora`, `trains`. how, mesh, lengths: as in gvu.py. workdir: of the run.
+    "policy") judges, `reward.view` ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score:
+    "yes" as in the paper, or of the prompt's words as in GvU; `lora`, `trains`. how, mesh, lengths: as in gvu.py.
+    workdir: of the run.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):

@@ -160,15 +160,16 @@ class XOmni(nn.Module):
             return self, variables, caches
         c = self.config
 
-        def apart(tree):
+        def each_layer(tree):
             whole = {name: part for name, part in tree.items() if name not in ("layers", "mm_head_layers")}
             for name, first in ("layers", 0), ("mm_head_layers", c.num_hidden_layers - c.num_mm_head_layers):
                 for i in range(jax.tree.leaves(tree[name])[0].shape[0] if name in tree else 0):
                     whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
             return whole
 
-        layers = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(c.num_hidden_layers)]
-        return self.clone(apart=True), {name: apart(tree) for name, tree in variables.items()}, [*map(layers, caches)]
+        slots = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(c.num_hidden_layers)]
+        weights = {name: each_layer(tree) for name, tree in variables.items()}
+        return self.clone(apart=True), weights, [slots(cache) for cache in caches]
 
 
 def init(config, key):

@@ -55,7 +55,7 @@ def picture_stream(seed, told, place, most=None):
     def example(i):
         rng = np.random.default_rng((*seed, i))
         scene = world.sample_scenes(rng, 1, place)[0]
-        scene[rng.permutation(np.flatnonzero(scene))[len(scene) if most is None else most:]] = 0
+        scene[rng.permutation(np.flatnonzero(scene))[most or place.cells:]] = 0
         kept = rng.random(len(scene)) < told
         kept[rng.choice(np.flatnonzero(scene))] = True
         return {"pixels": world.render(scene[None], rng)[0], "prompt": world.describe(np.where(kept, scene, 0))}
