@@ -9,6 +9,7 @@
     teacher          who judges, the base or the policy, and what it sees, pixels or tokens
     reward           what one number is made of the probabilities of the words
     group            pictures of a prompt, at as many pictures a step
+    cost             what is saved, and lost, by reading image tokens instead of pixels, and by one diffusion step, not two
     beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
     oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
     gap              GvU against learning from accepted pictures (Internal Gap, configs/shapes_gap.py) and the ceiling
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
+from flax import traverse_util
 
 import gvu_jax
 from gvu_jax import cli, report, rewards, train
@@ -43,6 +45,7 @@ ARMS = {                                                         # {} is the con
     "reward": [{}, *({"reward.mean": mean} for mean in ("product", "minimum", "yes"))],
     "group": [{"gvu.group": group, "gvu.prompts": 288 // group} for group in (2, 4, 8, 16)],
     "beta": [{}, *({"gvu.beta": beta} for beta in (0.5, 0.1, 0.004, 0.0)), {"gvu.beta": 0.0} | ALONE],
+    "cost": [{}, {"reward.view": "tokens"}, {"model.override.diffusion_steps": 1}],
     "oracle": [{}, {"reward.mean": "oracle"}],
     "gap": [{}, *({"config": f"configs/shapes_gap.py:{preset}"} for preset in ("sft", "csft", "dpo", "cdpo")),
             {"config": "configs/shapes_gap.py:sft", "internal_gap.group": 2}, {"reward.mean": "oracle"}],
@@ -117,12 +120,15 @@ def configure(config, overrides):
         other.cache = config.cache
         config = other
     config = config.copy_and_resolve_references()
-    config.update_from_flattened_dict(overrides)
+    with config.unlocked():                                            # model.override does not stand in every config
+        config.update(traverse_util.unflatten_dict(overrides, sep="."))
     return config
 
 
 def measure(arm, summaries):
-    """An arm with {"before" | "after" | "change": {measure: [mean, low, high]}} over the summaries of its runs."""
+    """An arm with {"before" | "after" | "change": {measure: [mean, low, high]}} over the summaries of its runs, and
+    "minutes", training and evaluation without the base's pretraining."""
+    minutes = [(summary["timings"]["training"] + summary["timings"]["evaluation"]) / 60 for summary in summaries]
     found = {}
     for moment in ("before", "after"):
         found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
@@ -130,8 +136,9 @@ def measure(arm, summaries):
                                             for name in summary.get(f"{part}_before", {})} for summary in summaries]
     found["change"] = [{name: after[name] - before[name] for name in after}
                        for before, after in zip(found["before"], found["after"])]
-    return arm | {moment: {name: interval([values[name] for values in runs]) for name in runs[0]}
-                  for moment, runs in found.items()}
+    return arm | {"minutes": interval(minutes)} | {
+        moment: {name: interval([values[name] for values in runs]) for name in runs[0]}
+        for moment, runs in found.items()}
 
 
 def interval(values):
@@ -183,6 +190,7 @@ def table(results):
         f"   [{parts[-1][1]:+.3f}, {parts[-1][2]:+.3f}]" if parts[-1][1] is not None else "")
     lines += [row(arm["label"], name, arm["before"][name], arm["after"][name], arm["change"][name])
               for arm in results["arms"] for name in few(arm) if name in arm["after"]]
+    lines += [f"{arm['label']:<44}{'minutes':<24}{'':9}{arm['minutes'][0]:9.1f}" for arm in results["arms"]]
     if "words" in results:
         lines += ["", head("reward of pictures drawn", "without", "full", "removed", "change")]
         lines += [row("", kind, *found.values()) for kind, found in results["words"].items()]

@@ -288,6 +288,8 @@ def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
         "Held-out score": [row for row in scores if row["name"] != "reward"],
         "Understanding": _before_and_after(run, "understanding/", *understanding),
         "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
+        "Judgement of its own pictures": _before_and_after(
+            run, "judgement/", summary.get("judgement_before"), summary.get("judgement_after")),
         "Wall time, seconds": [{"name": name, "before": None, "after": seconds} for name, seconds in
                     summary.get("timings", {}).items()],
     }

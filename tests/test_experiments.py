@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from flax import traverse_util
 
 import gvu_jax
 from conftest import ROOT, one_device, tiny_config
@@ -17,9 +18,12 @@ def test_every_arm_can_be_configured(monkeypatch):
     for arm in experiments.ARMS["all"]:
         config = experiments.configure(tiny_config(), arm)
         train.method_of(config).check(config)
+        known = traverse_util.flatten_dict(experiments.configure(
+            tiny_config(), {key: value for key, value in arm.items() if key == "config"}).to_dict(), sep=".")
+        assert arm.keys() <= known.keys() | {"config", "model.override.diffusion_steps"}
         assert config.cache == tiny_config().cache and config.method == (
             "internal_gap" if "config" in arm else "gvu")
-    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 23
+    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 24
 
 
 def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
@@ -58,11 +62,13 @@ def test_intervals_over_seeds():
     half = 4.3027 * 0.1 / np.sqrt(3)                                      # t of two degrees of freedom at 0.975
     np.testing.assert_allclose([mean, high - mean, mean - low], [0.3, half, half], rtol=1e-4)
     summaries = [{"before": {"overall": 0.5}, "after": {"overall": after}, "understanding_before": {"four_way": 0.9},
-                  "understanding_after": {"four_way": 0.9}} for after in (0.6, 0.8)]
+                  "understanding_after": {"four_way": 0.9},
+                  "timings": {"pretraining": 5.0, "training": 60.0, "evaluation": 30.0}} for after in (0.6, 0.8)]
     arm = experiments.measure({"label": "as given"}, summaries)
     np.testing.assert_allclose(arm["change"]["overall"], [0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1], rtol=1e-3)
     assert arm["change"]["understanding four_way"] == [0, 0, 0]
-    assert "[-1.071, +1.471]" in experiments.table({"arms": [arm]})
+    told = experiments.table({"arms": [arm]})
+    assert "[-1.071, +1.471]" in told and told.splitlines()[-1].split()[-2:] == ["minutes", "1.5"]
 
 
 @pytest.mark.parametrize("kind, prompt, less", [

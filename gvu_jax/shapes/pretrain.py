@@ -36,7 +36,8 @@ STAGES = 1         # to be raised when a stage changes what comes out: no older 
 def base_folder(config):
     """Where the base of this config is cached: <config.cache>/base-<hash of what shapes it>."""
     shaping = {name: config[name].to_dict() for name in ("model", "world", "pretrain")}
-    shaping["model"].pop("remat", None)                                      # changes what it takes, not what comes out
+    for name in ("remat", "override"):                                       # of no effect on what comes out, or later
+        shaping["model"].pop(name, None)
     shaping["version"] = (checkpoint.FORMAT, STAGES)
     digest = hashlib.sha256(json.dumps(shaping, sort_keys=True).encode()).hexdigest()[:16]
     return Path(config.cache).expanduser() / f"base-{digest}"
