@@ -83,7 +83,7 @@ def train_alone(config, workdir, stop):
     train_metas, held_out = prompts_of(config)
     started = time.time()
     jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if first_process:
         claim(workdir, config)
         prepare_base(config, workdir)
