@@ -1,8 +1,9 @@
 """UAE in the shapes world: the base of configs/shapes.py learns to tell what it sees so that it can draw it again.
 
     python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae
-    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae2 --config.uae.stages=caption:1   # stage 2
-    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae3 --config.uae.stages=draw:1      # stage 3
+    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae2 --config.uae.stages=caption:1 \\
+        --config.steps=200                                                                 # captions alone, stage 2
+    python -m gvu_jax.train --config=configs/shapes_uae.py --workdir=runs/uae3 --config.uae.stages=draw:1  # stage 3
 
 Pictures are rendered scenes. The captions of the cold start leave things out, as people do: each object of a scene is
 told with probability `pictures.told`. So the captioner has to find out what a picture takes to be drawn again, and the
