@@ -29,8 +29,8 @@ MOST = 6           # prompts that are read word by word, or shown as the hardest
 def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
     """Writes notes/samples/{moment}.json and hardest.png; moment is "before" or "after".
 
-    policy, base: params, after and before training. drawn: what suite.sample returns. workdir: the run's, which
-    all hosts see and where the second evaluation finds what the first has written; notes: where this process writes.
+    policy: params. base: those of the moment before. drawn: what suite.sample returns. workdir: the run's, which all
+    hosts see and where the second evaluation finds what the first has written; notes: where this process writes.
     """
     (pictures, rewards, right), categories = drawn, rows_by_tag(suite.metas)
     tags = {i: tag for tag, rows in categories.items() for i in np.flatnonzero(rows)}
@@ -66,6 +66,16 @@ def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
     write_picture(notes / "samples" / "hardest.png", image_grid(
         pictures[hardest][:, :MOST], [prompts[i] for i in hardest], max(1, 96 // pictures.shape[2]),
         None if right is None else right[hardest][:, :MOST]))
+
+
+def sample_grid(pictures, metas, marks=None):
+    """Two prompts of each category, up to six pictures of each, framed where something judged them.
+
+    pictures uint8 [prompts, G, H, W, 3], marks bool [prompts, G] or None.
+    """
+    chosen = [i for rows in rows_by_tag(metas).values() for i in np.flatnonzero(rows)[:2]][:2 * MOST]
+    return image_grid(pictures[chosen][:, :MOST], [metas[i]["prompt"] for i in chosen],
+                      max(1, 96 // pictures.shape[2]), None if marks is None else marks[chosen][:, :MOST])
 
 
 def _to_png(picture):

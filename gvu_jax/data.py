@@ -229,5 +229,5 @@ def picture_stream(folder, size, seed):
         fitted = ImageOps.fit(Image.fromarray(read_picture(path)), size[::-1], Image.Resampling.BICUBIC)
         caption = path.with_suffix(".txt")
         return {"pixels": np.asarray(fitted, np.float32) / 255,
-                "prompt": caption.read_text(encoding="utf-8-sig").strip() if caption.exists() else None}
+                "prompt": read_text(caption).strip() if caption.exists() else None}
     return grain.MapDataset.source(paths).seed(seed).shuffle().repeat().map(example)

@@ -24,8 +24,10 @@ from absl import flags
 
 import gvu_jax
 from gvu_jax import cli, data, suite
+from gvu_jax.closeup import sample_grid
 from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import replace_file
+from gvu_jax.models import vae
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 from gvu_jax.shapes import checker, world
@@ -60,6 +62,7 @@ def main(_):
     choices = data.read_choices(_TSV.value) if _TSV.value else None
     metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
     model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
+    check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
     if _SUITE.value == "shapes":
         results, picture = shapes(model)
@@ -76,6 +79,16 @@ def main(_):
         write_picture(out / "samples.png", picture)
 
 
+def check_world(model, given):
+    """Raises ValueError where the suite takes pictures of the shapes world, no others being `given`, and the model is
+    of another one."""
+    instead = {"shapes": "another --suite", "understanding": "--tsv=FILE", "nonunification": "--prompt_file=FILE",
+               "unified": "--pictures=FOLDER"}
+    if _SUITE.value in instead and not given and not isinstance(model.umm.vae, vae.PatchConfig):
+        raise ValueError(f"{_CHECKPOINT.value} is no model of the shapes world, whose pictures --suite={_SUITE.value} "
+                         f"takes: give {instead[_SUITE.value]}")
+
+
 def shapes(model):
     """The results of the shapes world, and a grid of pictures."""
     metas, batched = build_shapes(model)
@@ -86,7 +99,7 @@ def shapes(model):
     results = {"pictures": int(right.size), **with_intervals(suite.by_category(right, metas)),
                "reward": float(rewards.mean()), "auc": areas, "calibration": calibration,
                "understanding": with_intervals({name: share(chosen) for name, chosen in tested.items()})}
-    return results, grid(pictures, metas, right)
+    return results, sample_grid(pictures, metas, right)
 
 
 def build_shapes(model):
@@ -123,7 +136,7 @@ def own_pictures(model, metas):
     if _SUITE.value == "cycle":
         captions, found = suite.cycle(model, pictures, prompts, _QUESTION.value)
         examples = dict(zip(prompts, captions[::_IMAGES.value]))
-        return {**with_intervals(suite.by_category(found, metas)), "captions": examples}, grid(pictures, metas)
+        return {**with_intervals(suite.by_category(found, metas)), "captions": examples}, sample_grid(pictures, metas)
     believed = suite.unify(model, pictures, prompts)
     results = {"yes": float(believed.mean()), **with_intervals(suite.by_category(believed < 0.5, metas))}
     if judged:
@@ -133,7 +146,7 @@ def own_pictures(model, metas):
             name: {"pictures": int(rows.sum()), "share": float((believed[rows] < 0.5).mean()) if rows.any() else None}
             for name, rows in {"wrong": ~right, "right": right}.items()}
         results["auc"] = {"overall": suite.auc(believed, right)}
-    return results, grid(pictures, metas, believed >= 0.5)
+    return results, sample_grid(pictures, metas, believed >= 0.5)
 
 
 def unified(model):
@@ -164,13 +177,6 @@ def with_intervals(found):
     """{name: [mean, low, high]} -> the parts of results.json."""
     return {"scores": {name: mean for name, (mean, *_) in found.items()},
             "intervals": {name: interval for name, (_, *interval) in found.items()}}
-
-
-def grid(pictures, metas, marks=None):
-    """Two prompts of each category with up to six pictures, framed where something judged them."""
-    chosen = [i for rows in suite.rows_by_tag(metas).values() for i in np.flatnonzero(rows)[:2]][:12]
-    return image_grid(pictures[chosen][:, :6], [metas[i]["prompt"] for i in chosen], max(1, 96 // pictures.shape[2]),
-                      None if marks is None else marks[chosen][:, :6])
 
 
 def table(results, heading=""):

@@ -9,7 +9,7 @@
     teacher          who judges, the base or the policy, and what it sees, pixels or tokens
     reward           what one number is made of the probabilities of the words
     group            pictures of a prompt, at as many pictures a step
-    cost             what is saved, and lost, by reading image tokens instead of pixels, and by one diffusion step, not two
+    cost             what reading image tokens instead of pixels, and one diffusion step instead of two, save and lose
     beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
     oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
     gap              GvU against learning from accepted pictures (Internal Gap, configs/shapes_gap.py) and the ceiling
@@ -36,6 +36,7 @@ from gvu_jax.shapes import suite, world
 from gvu_jax.stop import STOPPED, Stop
 
 ALONE = {"reward.teacher": "policy", "gvu.anchor": 0.0}          # the policy judges itself: nothing holds its reading
+SAME_EVALUATION = {"eval.prompts": 24, "eval.group": 12}         # else as many as a step has
 ARMS = {                                                         # {} is the config as given
     "normal": [{}],
     "weak": [{"pretrain.backbone.mismatched": 0.6}],                                          # the preset of this name
@@ -43,7 +44,7 @@ ARMS = {                                                         # {} is the con
     "words": [{}],
     "teacher": [{}, {"gvu.anchor": 0.0}, ALONE, {"reward.view": "tokens"}],
     "reward": [{}, *({"reward.mean": mean} for mean in ("product", "minimum", "yes"))],
-    "group": [{"gvu.group": group, "gvu.prompts": 288 // group} for group in (2, 4, 8, 16)],
+    "group": [{"gvu.group": group, "gvu.prompts": 288 // group} | SAME_EVALUATION for group in (2, 4, 8, 16)],
     "beta": [{}, *({"gvu.beta": beta} for beta in (0.5, 0.1, 0.004, 0.0)), {"gvu.beta": 0.0} | ALONE],
     "cost": [{}, {"reward.view": "tokens"}, {"model.override.diffusion_steps": 1}],
     "oracle": [{}, {"reward.mean": "oracle"}],
@@ -96,7 +97,8 @@ def run(name, config, out, seeds, stop=Stop()):
 
 def label(overrides):
     """What a table calls an arm."""
-    return ", ".join(f"{key}={value}" for key, value in overrides.items()) or "as given"
+    told = [f"{key}={value}" for key, value in overrides.items() if key not in SAME_EVALUATION]
+    return ", ".join(told) or "as given"
 
 
 def finish(config, overrides, folder, stop):
@@ -106,21 +108,24 @@ def finish(config, overrides, folder, stop):
     if summary.exists() and "after" in read_json(summary) and read_json(settings) == json.loads(config.to_json()):
         return True
     print(f"{folder}: training", flush=True)
+    (folder / "words.json").unlink(missing_ok=True)                                   # of what the run was before
     return train.train(config, folder, stop) is not None
 
 
 def configure(config, overrides):
-    """The config of an arm: the given one, or that of the file "config" with the same cache, and what else is said."""
+    """The config of an arm: the given one, or that of the file "config" with the same base and evaluation, and what
+    else is said."""
     overrides = dict(overrides)
     if other := overrides.pop("config", None):
         path, _, preset = other.partition(":")
         if not Path(path).exists():
             raise ValueError(f"there is no {path} here: start the experiments where the folder configs is")
         other = runpy.run_path(path)["get_config"](preset)
-        other.cache = config.cache
+        other.update({name: config[name] for name in ("cache", "mesh", "model", "world", "pretrain")})
+        other.eval.update(batches=config.eval.batches, choices=config.eval.choices)
         config = other
     config = config.copy_and_resolve_references()
-    with config.unlocked():                                            # model.override does not stand in every config
+    with config.unlocked():                                    # model.override and eval.group may be new to a config
         config.update(traverse_util.unflatten_dict(overrides, sep="."))
     return config
 

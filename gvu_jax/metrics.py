@@ -12,8 +12,10 @@ import json
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
 from tqdm import tqdm
@@ -155,6 +157,32 @@ def _open_tensorboard(logdir: Path, resume_step: int | None):
         logging.info("No TensorBoard events: `pip install 'gvu_jax[tensorboard]'` adds them.")
         return None
     return SummaryWriter(str(logdir), purge_step=None if resume_step is None else resume_step + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Seconds
+# ---------------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Seconds of each phase of a step. It waits for the device only when given the state that the step starts from:
+    other steps run asynchronously, and what they left running must not be counted."""
+
+    def __init__(self, state, stopped):
+        self.on, self.laps, self.stopped = state is not None, {}, stopped
+        jax.block_until_ready(state)
+        self.began = time.perf_counter()
+
+    def lap(self, phase, result):
+        if self.on:
+            jax.block_until_ready(result)
+            now = time.perf_counter()
+            self.laps[f"seconds/{phase}"] = self.laps.get(f"seconds/{phase}", 0.0) + now - self.began
+            self.began = now
+        return result
+
+    def seconds(self, pictures):
+        return self.laps | {"images_per_second": pictures / sum(self.laps.values())}
 
 
 # ---------------------------------------------------------------------------------------------------------------

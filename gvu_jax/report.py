@@ -69,7 +69,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         auc=areas,
         calibration=_before_and_after({}, "", *({name: of["error"] for name, of in told.items()} for told in trust)),
         reliability=_reliability_curves(*trust),
-        learning=_learning_curves(run),
+        learning=_learning_curves(run, summary.get("judged", True)),
         health=_health_curves(run),
         not_finite=_count_not_finite(metrics),
         pictures=_pictures(workdir / "samples"),
@@ -430,14 +430,16 @@ LEFT, RIGHT, TOP, BOTTOM = 62, 546, 12, 222  # the frame inside the chart, in SV
 MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are smoothed
 
 
-def _learning_curves(run: dict) -> list[dict]:
+def _learning_curves(run: dict, judged: bool) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
     by_category = {name: [_curve(run, f"eval/{name}")] for name in ["overall", *_categories(run)]}
     reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
     unified = {name: [_curve(run, f"unified/{name}")] for name in ("recovery", "complete", "correct", "language")}
     lengths = {"training": [_curve(run, "caption/length")], "held-out": [_curve(run, "unified/length")]}
     charts = [
-        _chart("Held-out score by category", "share of pictures that the checker calls right", by_category, (0.0,)),
+        _chart("Held-out score by category",
+               "share of pictures that the checker calls right" if judged else "the reward: nothing else judges",
+               by_category, (0.0,)),
         _chart("Reward", "what the method maximises", reward),
         _chart("Picture, caption, picture", "share of captions", unified, (0.0,)),
         _chart("Caption length", "tokens, with the end", lengths, (0.0,)),

@@ -1,6 +1,6 @@
 """How good is a model? Held-out prompts drawn and judged, and understanding measured by likelihood.
 
-    draw         samples pictures for fixed prompts; a judge, where the world has one, says which are right: GenEval's
+    sample, grade    pictures for fixed prompts; a judge, where the world has one, says which are right: GenEval's
                  score by category, and the AUC of the intrinsic reward (does it rank right pictures above wrong ones?).
                  Without a judge the score is the intrinsic reward itself.
     judge_own    what the model itself says of those pictures when asked, against the judge
@@ -38,14 +38,9 @@ class Suite:
         self.mesh = programs.sample.mesh
         self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
-    def draw(self, policy, teacher):
-        """Returns ({"overall", "<category>", "reward"}, {"<category>" | "overall": AUC}, pictures uint8
-        [prompts, G, H, W, 3], right bool [prompts, G] or None). policy draws, teacher scores; both are params."""
-        pictures, scores, right = self.sample(policy, teacher)
-        return *self.grade(scores, right), pictures, right
-
     def grade(self, scores, right):
-        """The first two of `draw`, from the rewards [prompts, G] and right bool [prompts, G] or None."""
+        """Rewards [prompts, G] and right bool [prompts, G] or None, as `sample` returns them -> {"overall",
+        "<category>", "reward"} and {"<category>" | "overall": AUC}."""
         by_tag = rows_by_tag(self.metas)
         drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
         drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
@@ -55,7 +50,8 @@ class Suite:
         return drawn, {tag: area for tag, area in areas.items() if area is not None}
 
     def sample(self, policy, teacher):
-        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and right bool [prompts, G] or None."""
+        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and right bool [prompts, G] or None. policy
+        draws, teacher scores; both are params."""
         pictures, right, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]

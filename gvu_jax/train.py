@@ -29,12 +29,11 @@ from ml_collections import config_flags
 
 import gvu_jax
 from gvu_jax import checkpoint, cli, data, optim, sharding
-from gvu_jax.closeup import write_closeup
+from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
 from gvu_jax.methods.uae import UAE
-from gvu_jax.metrics import MetricsWriter, Progress, read_json, replace_file
-from gvu_jax.pictures import image_grid
+from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
 from gvu_jax.sampling import How
@@ -117,6 +116,11 @@ def train_alone(config, workdir, stop):
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first, start = int(state.step), settings.get("cold", 0)          # a cold start is over before there is a "before"
+    summary["judged"] = suite.judge is not None                      # else the scores are the model's own rewards
+    if first < config.steps:                                         # a longer run continues a finished one
+        for name in [name for name in summary if name.endswith("after")]:
+            del summary[name]
+        replace_file(notes / "summary.json", json.dumps(summary, indent=1))
     # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
     with (MetricsWriter(notes, resume_step=-1 if resumed is None else resumed) as writer,
           Progress(config.steps, "step", config.method, done=first, silent=not first_process) as progress):
@@ -140,7 +144,9 @@ def train_alone(config, workdir, stop):
                 values |= {f"unified/{name}": share for name, share in survived.items()}
             if thorough:
                 understanding = suite.understand(policy)
-                judged = {"": (drawn, right)} | ({"_on_base": suite.sample(base, base)[::2]} if step != start else {})
+                earlier = base if state.reference is None else method.policy(base, state.reference)     # at "before"
+                judged = {"": (drawn, right)} | (
+                    {"_on_base": suite.sample(earlier, base)[::2]} if step != start else {})
                 judgement = judge_pictures(suite, policy, judged, config)
                 values |= {f"understanding/{name}": score for name, score in understanding.items()}
                 values |= {f"judgement/{name}": value for name, value in judgement.items()}
@@ -151,8 +157,8 @@ def train_alone(config, workdir, stop):
                                     f"captions_{moment}": [of_picture[0] for of_picture in captions[:8]]})
                 if step == start:
                     summary["auc"] = areas
-                write_closeup(suite, policy, base, (drawn, rewards, right), moment, workdir, notes)
-            picture = sample_grid(suite, drawn, right)
+                write_closeup(suite, policy, earlier, (drawn, rewards, right), moment, workdir, notes)
+            picture = sample_grid(drawn, suite.metas, right)
             picture.save(notes / "samples" / f"{moment}.png")
             writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
@@ -189,6 +195,8 @@ def train_alone(config, workdir, stop):
             if evaluation_due(step + 1) or (step + 1) % config.checkpoint_every == 0:
                 save(step + 1)               # before the evaluation: whatever ends that one, the step is not lost
             if evaluation_due(step + 1):
+                if stop.requested():
+                    break
                 evaluate(step + 1)
         else:
             step = config.steps
@@ -316,12 +324,13 @@ def build_unified(config, loop, pictures):
 
 
 def build_suite(config, umm, programs, how, held_out, lengths):
-    """The suite of the held-out prompts, with the method's own programs where it draws as many pictures of a prompt."""
+    """The suite of the held-out prompts, with the method's own programs where it draws as much in a call."""
     settings = config[config.method]
-    count, batch = config.eval.batches * settings.prompts, settings.prompts
-    group = config.eval.get("group", settings.group)
-    if group != settings.group:
-        programs = compile_programs(umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh)
+    batch, group = (config.eval.get(name, settings[name]) for name in ("prompts", "group"))
+    count = config.eval.batches * batch
+    if (batch, group) != (settings.prompts, settings.group):
+        programs = compile_programs(
+            umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh, settings.waves)
     if not config.get("world"):
         metas = [held_out[i % len(held_out)] for i in range(count)]
         return Suite(umm, programs, metas, batch, group, lengths, config.seed)
@@ -337,15 +346,6 @@ def judge_pictures(suite, policy, drawn, config):
     judges = {"": None} | ({"_by_words": config.eval.words} if "words" in config.eval else {})
     return {f"{name}{by}{of}": value for by, words in judges.items() for of, (pictures, right) in drawn.items()
             for name, value in suite.judge_own(policy, pictures, right, words).items()}
-
-
-def sample_grid(suite, pictures, right):
-    """Two prompts of each category, six pictures each, framed green or red where something can judge them."""
-    tags = [meta.get("tag") for meta in suite.metas]
-    chosen = [i for tag in dict.fromkeys(tags) for i in [i for i in range(len(tags)) if tags[i] == tag][:2]]
-    captions = [suite.metas[i]["prompt"] for i in chosen]
-    marks = None if right is None else right[chosen][:, :6]
-    return image_grid(pictures[chosen][:, :6], captions, scale=max(1, 96 // pictures.shape[2]), marks=marks)
 
 
 def alarm(config, step, metrics):
@@ -371,31 +371,11 @@ def alarm(config, step, metrics):
         print(f"warning: {warning}", file=sys.stderr)
 
 
-class Stopwatch:
-    """Seconds of each phase of a step. It waits for the device only when given the state that the step starts from:
-    other steps run asynchronously, and what they left running must not be counted."""
-
-    def __init__(self, state, stopped):
-        self.on, self.laps, self.stopped = state is not None, {}, stopped
-        jax.block_until_ready(state)
-        self.began = time.perf_counter()
-
-    def lap(self, phase, result):
-        if self.on:
-            jax.block_until_ready(result)
-            now = time.perf_counter()
-            self.laps[f"seconds/{phase}"] = self.laps.get(f"seconds/{phase}", 0.0) + now - self.began
-            self.began = now
-        return result
-
-    def seconds(self, pictures):
-        return self.laps | {"images_per_second": pictures / sum(self.laps.values())}
-
-
 def table(summary):
     """The before / after table as text."""
     before, after = summary.get("before", {}), summary.get("after", {})
-    lines = [f"{'held-out checker score':<24}{'before':>8}{'after':>8}{'change':>8}"]
+    score = "held-out checker score" if summary["judged"] else "held-out reward"
+    lines = [f"{score:<24}{'before':>8}{'after':>8}{'change':>8}"]
     sections = {"": (before, after)}
     for name in ("understanding", "judgement", "unified"):
         sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})

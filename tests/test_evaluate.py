@@ -1,5 +1,6 @@
 """Intervals, calibration, questions of others; and what a model says of its own pictures."""
 import base64
+import dataclasses
 import io
 import json
 
@@ -11,6 +12,7 @@ from PIL import Image
 import gvu_jax
 from conftest import one_device
 from gvu_jax import data, suite
+from gvu_jax.models import vae
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,15 @@ def test_are_the_words_found_again(evaluate, model, monkeypatch, tmp_path):
     monkeypatch.setattr(model, "answer", answer)
     results, _ = evaluate("cycle", f"--prompt_file={tmp_path}/p.txt", "--images_per_prompt=2")
     assert asked == ["Describe the image in detail."] and results["scores"]["overall"] == (0.5 + 1 + 0.5 + 0) / 4
+
+
+@pytest.mark.parametrize("name, instead", [("shapes", "--suite"), ("understanding", "--tsv"), ("unified", "--pictures"),
+                                           ("nonunification", "--prompt_file")])
+def test_the_shapes_world_is_for_its_own_models(evaluate, model, monkeypatch, name, instead):
+    published = dataclasses.replace(model.umm, vae=vae.Config(4, (8, 8), 1, 4, 1.0, 0.0))
+    monkeypatch.setattr(model, "umm", published)
+    line, _ = evaluate(name)
+    assert "no model of the shapes world" in line and instead in line
 
 
 def test_questions_from_the_command_line(evaluate, tsv):

@@ -10,7 +10,7 @@ from flax import traverse_util
 import gvu_jax
 from conftest import ROOT, one_device, tiny_config
 from gvu_jax import experiments, report, train
-from gvu_jax.shapes import suite
+from gvu_jax.shapes import pretrain, suite
 
 
 def test_every_arm_can_be_configured(monkeypatch):
@@ -20,9 +20,12 @@ def test_every_arm_can_be_configured(monkeypatch):
         train.method_of(config).check(config)
         known = traverse_util.flatten_dict(experiments.configure(
             tiny_config(), {key: value for key, value in arm.items() if key == "config"}).to_dict(), sep=".")
-        assert arm.keys() <= known.keys() | {"config", "model.override.diffusion_steps"}
-        assert config.cache == tiny_config().cache and config.method == (
-            "internal_gap" if "config" in arm else "gvu")
+        assert arm.keys() <= known.keys() | {
+            "config", "model.override.diffusion_steps", *experiments.SAME_EVALUATION}
+        assert config.method == ("internal_gap" if "config" in arm else "gvu")
+        if not any(key.startswith("pretrain.") for key in arm):
+            assert pretrain.base_folder(config) == pretrain.base_folder(tiny_config())
+        assert (config.eval.batches, config.eval.choices) == (1, 6)
     assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 24
 
 

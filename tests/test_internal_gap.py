@@ -13,7 +13,7 @@ from gvu_jax.methods.internal_gap import InternalGap, Round
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
 from gvu_jax.shapes import world
-from gvu_jax.train import Stopwatch, train
+from gvu_jax.train import train
 
 POOL, GROUP = 8, 4        # prompts in two calls of six, the second filled up
 

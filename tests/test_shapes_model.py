@@ -77,7 +77,8 @@ def test_an_untrained_model_scores_at_chance(tiny):
     metas = suite.choose_prompts(held_out, 12, np.random.default_rng(0))
     shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2), one_device()), metas, 6, 2, 60,
                          umm.lengths([meta["prompt"] for meta in held_out]), world.compositions(held_out), 0)
-    scores, areas, pictures, right = shapes.draw(params, params)
+    pictures, rewards, right = shapes.sample(params, params)
+    scores, _ = shapes.grade(rewards, right)
     assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and right.shape == (12, 2)
     understanding = shapes.understand(params)
     assert understanding["four_way"] < 0.5 and 0.25 < understanding["relation"] < 0.75

@@ -14,9 +14,10 @@ from conftest import ROOT, one_device, tiny_config
 from gvu_jax import optim, sharding
 from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
-from gvu_jax.metrics import read_metrics
+from gvu_jax.metrics import read_json, read_metrics
 from gvu_jax.policy import init_state, init_trainable
 from gvu_jax.sampling import How
+from gvu_jax.stop import Stop
 from gvu_jax.train import train
 
 
@@ -79,6 +80,36 @@ def test_giving_the_command_again_continues_a_longer_run(run):
                              read_metrics(path / "metrics.jsonl")]
     broken, unbroken = timeless(work), timeless(work.with_name("unbroken"))
     assert [line for line in broken if "loss" in line] == [line for line in unbroken if "loss" in line]
+
+
+class Nth(Stop):
+    """A stop that comes when the loop asks for the n-th time."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.left = n
+
+    def requested(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_who_is_asked_to_stop_does_not_evaluate_first(tmp_path):
+    """The third question of a step comes between its checkpoint and its evaluation, which the next sitting makes up
+    for. And a finished run that is prolonged is not finished any more."""
+    config, unbroken = tiny_config(), tmp_path / "unbroken"
+    evaluated = lambda work: [line["step"] for line in read_metrics(work / "metrics.jsonl") if "eval/overall" in line]
+    train(config, unbroken)
+    assert train(config, tmp_path / "work", Nth(4)) is None
+    assert (tmp_path / "work/checkpoints/2").exists() and evaluated(tmp_path / "work") == [0]
+    summary = train(config, tmp_path / "work")
+    assert evaluated(tmp_path / "work") == [0, 2, 4]
+    assert {k: v for k, v in summary.items() if k != "timings"} == {
+        k: v for k, v in read_json(unbroken / "summary.json").items() if k != "timings"}
+    config.steps = 6
+    assert train(config, unbroken, Nth(1)) is None
+    assert not any(name.endswith("after") for name in read_json(unbroken / "summary.json"))
+    assert "after" in train(config, unbroken)
 
 
 def test_another_config_is_refused_in_the_same_workdir(run):

@@ -71,7 +71,11 @@ def test_each_stage_moves_the_policy_towards_its_reward(method):
         jax.tree.map(np.testing.assert_array_equal, after.reference, state.reference)
         old, new = (logps_of[stage](built.policy(base, of.trainable), *drawn).sum(axis=1) for of in (state, after))
         assert jnp.sum((new - old) * objectives.group_advantages(reward, 4, 1e-4)) > 0, stage
-    assert 1 <= step_of(built, base, stream, after, 4)[2]["caption/length"] <= 28
+    (_, _, _, words, _, mask, _), _, metrics = step_of(built, base, stream, after, 4)
+    ends = np.asarray(words) == built.umm.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    length = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, built.config.uae.words)
+    np.testing.assert_array_equal(mask.sum(axis=1), length)
+    np.testing.assert_allclose(metrics["caption/length"], length.mean(), rtol=1e-6)
 
 
 def test_kl_is_measured_to_what_the_cold_start_left(method, tmp_path):
@@ -90,7 +94,7 @@ def test_kl_is_measured_to_what_the_cold_start_left(method, tmp_path):
 
 def test_a_caption_that_cannot_be_drawn_is_drawn_as_a_dash(method):
     built, _, _ = method
-    ids = lambda text: built.umm.tokenizer(text, add_special_tokens=False, padding="max_length", max_length=28,
+    ids = lambda text: built.umm.tokenizer(text, add_special_tokens=False, padding="max_length", max_length=12,
                                            padding_side="right")["input_ids"]
     texts = built.loop.texts(jnp.array([ids("top left red circle<|im_end|>"), ids("<|im_end|>"), ids("<MM-Token-3>")]))
     assert texts == ["top left red circle", "-", "-"]

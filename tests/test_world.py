@@ -7,6 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from gvu_jax.rewards import question
 from gvu_jax.shapes import world as w
 from gvu_jax.shapes.tokenizer import build_tokenizer
 
@@ -353,10 +354,6 @@ def test_ask_leaves_held_out_compositions_alone():
                                                     ("How many red circles are there?", "two")}
 
 
-def test_question():
-    assert w.question(find("a photo of a red circle")) == "Does this image describe a photo of a red circle?"
-
-
 # Understanding tests ------------------------------------------------------------------------------------------------
 
 
@@ -404,7 +401,7 @@ def tokenizer():
 def all_texts():
     rng = np.random.default_rng(0)
     texts = [meta["prompt"] for meta in w.all_prompts()]
-    texts += [w.question(meta) for meta in w.all_prompts()[::50]]
+    texts += [question(meta["prompt"]) for meta in w.all_prompts()[::50]]
     texts += [w.describe(one) for side in (2, 3, 4, 5) for one in w.sample_scenes(rng, 100, w.World(side, 4))]
     texts += [text for one in w.sample_scenes(rng, 300) for text in w.ask(one, rng)]
     return texts + [*w.INSTRUCTIONS, *w.ANSWERS, "nothing"]

@@ -14,7 +14,6 @@ The backbone is shared, so learning to draw can spoil reading: `gvu.anchor` weig
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 

@@ -25,13 +25,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.methods import anchor
+from gvu_jax.methods import anchor, grpo
 from gvu_jax.metrics import read_json, replace_file
-from gvu_jax.policy import State, check_trainable, mean_gradient, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import compile_programs
 
@@ -204,12 +203,10 @@ class InternalGap:
         base. Returns the state after step + 1 and a dict of scalar metrics, `facts` among them.
         """
         batches = sharding.split_rows(Batch(prompts, chosen, rejected, logp, by_base), self.settings.micro_batches)
-        grads, (metrics, _) = mean_gradient(
-            lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, batches)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.trainable)
-        metrics = jax.tree.map(jnp.mean, metrics) | facts | skipped(opt_state) | {"grad_norm": optax.tree.norm(grads)}
-        state = State(state.step + 1, optax.apply_updates(state.trainable, updates), opt_state)
-        return sharding.constrain(state), metrics
+        trainable, opt_state, metrics, _ = grpo.descend(
+            lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, state.opt_state, batches,
+            self.optimizer)
+        return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics | facts | skipped(opt_state)
 
 
 @struct.dataclass

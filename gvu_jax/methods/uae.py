@@ -79,6 +79,7 @@ class UAE:
         """
         uae, stage, loop, keys = self.config.uae, self.stage(step), self.loop, sharding.put(
             tuple(jax.random.split(key)), self.mesh)
+        self.pictures = uae.pairs if stage == "cold" else uae.prompts * uae.group
         examples = data.batch(stream, step, uae.pairs if stage == "cold" else uae.prompts)
         pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
         if stage == "cold":
@@ -87,6 +88,8 @@ class UAE:
                 raise ValueError("the cold start needs a caption beside each picture (ID.txt for ID.png): write them, "
                                  "or set uae.cold=0")
             seen = clock.lap("sample", self.programs.see(base, pixels))
+            for phase in ("render", "reward"):
+                clock.lap(phase, None)                                          # nothing is drawn, and a step says so
             return stage, seen, sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
         policy = self.policy(base, state.trainable)
         telling, drawing = (loop.groups, loop.singles) if stage == "caption" else (loop.singles, loop.groups)

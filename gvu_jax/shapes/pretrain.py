@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from gvu_jax import checkpoint, cli, objectives
+from gvu_jax import checkpoint, cli, objectives, rewards
 from gvu_jax.metrics import Progress
 from gvu_jax.models import flux, siglip_vq, vae, xomni
 from gvu_jax.shapes import world
@@ -283,7 +283,7 @@ def write_texts(scenes, rng, forbidden, captions_per_scene):
         texts["descriptions"].append((i, world.INSTRUCTIONS[1], world.describe(scene)))
         for make, answer in ((world.true_prompt, "yes"), (world.false_prompt, "no")):
             if meta := make(scene, rng, forbidden):
-                texts["questions"].append((i, world.question(meta), answer))
+                texts["questions"].append((i, rewards.question(meta["prompt"]), answer))
         texts["details"] += [(i, *asked) for _ in range(2) if (asked := world.ask(scene, rng, forbidden))]
     return texts
 

@@ -404,11 +404,6 @@ def false_prompt(scene: np.ndarray, rng: np.random.Generator, forbidden: frozens
     return None if spec is None else _write(spec)
 
 
-def question(meta: dict) -> str:
-    """The yes/no question about a prompt; its answer is one of ANSWERS."""
-    return f"Does this image describe {meta['prompt']}?"
-
-
 def ask(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> tuple | None:
     """Draws a question about one kind of object in a scene [cells], and its answer: where the only one is
     ("Where is the red circle?", "top left") or how many there are ("How many circles are there?", "three").
