@@ -13,6 +13,9 @@ them. B images, N image tokens, L prompt words. Those that take `params` are pur
     answer(params, seen, question, key)         -> texts
     features(params, pixels)                    -> [B, N, D] float32: what the frozen vision encoder makes of pictures
 
+Besides these, a model says what its arrays are like: `lengths(texts)`, `grid`, `image_tokens`, `picture_size`,
+`tokenizer` and `ar`, whose heads and channels a mesh divides (sharding.check).
+
 `params` is a nested dict: "ar", "vision", "flux", "vae", "t5" and "clip" where the diffusion head reads the prompt,
 and, in a policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
 """
