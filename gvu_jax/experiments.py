@@ -32,7 +32,7 @@ from flax import traverse_util
 import gvu_jax
 from gvu_jax import cli, report, rewards, train
 from gvu_jax.metrics import read_json, replace_file
-from gvu_jax.shapes import suite, world
+from gvu_jax.shapes import checker, suite, world
 from gvu_jax.stop import STOPPED, Stop
 
 ALONE = {"reward.teacher": "policy", "gvu.anchor": 0.0}          # the policy judges itself: nothing holds its reading
@@ -164,24 +164,30 @@ def measure_words(folders):
 
 
 def drop_words(policy, teacher):
-    """What numbers, colors and relations are worth: {kind: {"full", "removed", "change": mean reward}}.
+    """What numbers, colors and relations are worth: {kind: {"full", "removed", "change"}}, mean rewards, and the same
+    under "kind (checker)", shares of right pictures.
 
     The policy draws held-out prompts as they are, and again without their words of one kind; the teacher (both are
-    gvu_jax.Model) scores all pictures for the full prompts. What a word did for the picture is what its loss costs.
+    gvu_jax.Model) and the checker judge all pictures by the full prompts. What a word did for the picture is what its
+    loss costs.
     """
     rng, held_out, rows = np.random.default_rng(0), world.split_prompts()[1], []
     for kind in suite.WORDS:
-        pairs = [(meta["prompt"], suite.remove_words(meta["prompt"], kind)) for meta in held_out]
-        pairs = [(kind, full, less) for full, less in pairs if less != full]
+        pairs = [(kind, meta, suite.remove_words(meta["prompt"], kind)) for meta in held_out]
+        pairs = [(kind, meta, less) for kind, meta, less in pairs if less != meta["prompt"]]
         rows += [pairs[i] for i in rng.permutation(len(pairs))[:PROMPTS]]
-    kinds, full, less = map(list, zip(*rows))
-    pictures = policy.generate(full + less, images_per_prompt=GROUP)
-    asked = [prompt for prompt in full + full for _ in range(GROUP)]
-    reward = rewards.geometric_mean(*teacher.read(pictures.reshape(-1, *pictures.shape[2:]), asked))
-    reward, kinds, found = np.asarray(reward).reshape(2, len(rows), GROUP).mean(axis=2), np.array(kinds), {}
-    for kind in suite.WORDS:
-        drawn, without = reward[:, kinds == kind].mean(axis=1).tolist()
-        found[kind] = {"full": drawn, "removed": without, "change": without - drawn}
+    kinds, metas, less = map(list, zip(*rows))
+    pictures = policy.generate([meta["prompt"] for meta in metas] + less, images_per_prompt=GROUP)
+    pictures = pictures.reshape(-1, *pictures.shape[2:])
+    asked = [meta for meta in metas + metas for _ in range(GROUP)]
+    reward = rewards.geometric_mean(*teacher.read(pictures, [meta["prompt"] for meta in asked]))
+    right = checker.judge(pictures.astype(np.float32) / 255, asked)
+    kinds, found = np.array(kinds), {}
+    for name, values in ("{}", reward), ("{} (checker)", right):
+        values = np.asarray(values, np.float64).reshape(2, len(rows), GROUP).mean(axis=2)
+        for kind in suite.WORDS:
+            drawn, without = values[:, kinds == kind].mean(axis=1).tolist()
+            found[name.format(kind)] = {"full": drawn, "removed": without, "change": without - drawn}
     return found
 
 
@@ -197,7 +203,7 @@ def table(results):
               for arm in results["arms"] for name in few(arm) if name in arm["after"]]
     lines += [f"{arm['label']:<44}{'minutes':<24}{'':9}{arm['minutes'][0]:9.1f}" for arm in results["arms"]]
     if "words" in results:
-        lines += ["", head("reward of pictures drawn", "without", "full", "removed", "change")]
+        lines += ["", head("reward of pictures, share of right ones", "drawn without", "full", "removed", "change")]
         lines += [row("", kind, *found.values()) for kind, found in results["words"].items()]
     return "\n".join(lines)
 
