@@ -195,15 +195,17 @@ def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
         "overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words"]
-    head = lambda first, second, *names: f"{first:<44}{second:<24}" + "".join(f"{n:>9}" for n in names) + "   95 %"
+    wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
+    start = lambda first, second: f"{first:<{wide}}{second:<38}"
+    head = lambda first, second, *names: start(first, second) + "".join(f"{n:>9}" for n in names) + "   95 %"
     lines = [head("arm", "measure", "before", "after", "change")]
-    row = lambda first, second, *parts: f"{first:<44}{second:<24}" + "".join(f"{p[0]:9.3f}" for p in parts) + (
+    row = lambda first, second, *parts: start(first, second) + "".join(f"{p[0]:9.3f}" for p in parts) + (
         f"   [{parts[-1][1]:+.3f}, {parts[-1][2]:+.3f}]" if parts[-1][1] is not None else "")
     lines += [row(arm["label"], name, arm["before"][name], arm["after"][name], arm["change"][name])
               for arm in results["arms"] for name in few(arm) if name in arm["after"]]
-    lines += [f"{arm['label']:<44}{'minutes':<24}{'':9}{arm['minutes'][0]:9.1f}" for arm in results["arms"]]
+    lines += [start(arm["label"], "minutes") + f"{arm['minutes'][0]:18.1f}" for arm in results["arms"]]
     if "words" in results:
-        lines += ["", head("reward of pictures, share of right ones", "drawn without", "full", "removed", "change")]
+        lines += ["", head("reward of pictures, share of right", "drawn without", "full", "removed", "change")]
         lines += [row("", kind, *found.values()) for kind, found in results["words"].items()]
     return "\n".join(lines)
 
