@@ -128,7 +128,8 @@ class Bench:
 
     def state(self):
         adapter = jax.tree.map(jnp.copy, self.adapter)                        # an update takes its state with it
-        return State(jnp.zeros((), jnp.int32), {"adapter": adapter}, self.optimizer.init({"adapter": adapter}))
+        state = State(jnp.zeros((), jnp.int32), {"adapter": adapter}, self.optimizer.init({"adapter": adapter}))
+        return jax.device_put(state, sharding.shardings(state, self.mesh))      # where an update leaves it
 
     # ---- phases ----
 
