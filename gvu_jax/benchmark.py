@@ -422,11 +422,11 @@ def row(line):
     return (f"| {line['phase']} | {line['peer']} | {' | '.join(spreads)} | {line['over_floor']:.1f} |")
 
 
-def linear(sizes, tokens, rounds, most=8):
-    """Median seconds of our step for 2, 4 .. `most` pictures, one prompt with growing groups and groups of two of
-    growing number; and the exponent e of seconds ~ pictures^e, 1 where the cost is linear."""
+def linear(sizes, tokens, rounds, least, times=(1, 2, 4, 8)):
+    """Median seconds of our step for `least` pictures and so many times more, one prompt with growing groups and groups
+    of two of growing number; and the exponent e of seconds ~ pictures^e, 1 where the cost is linear."""
     found = {}
-    counts = [2 ** i for i in range(1, most.bit_length())]
+    counts = [least * n for n in times]
     for what, shapes in {"G": [(1, n) for n in counts], "prompts": [(n // 2, 2) for n in counts]}.items():
         runs = {}
         for count, (prompts, group) in zip(counts, shapes):
@@ -463,7 +463,7 @@ def main(_):
                  machine=machine._asdict(),
                  phases=measure(bench, names, _ROUNDS.value, machine, functools.partial(print, flush=True)))
     if "linear" in _PHASES.value:
-        found["linear"] = linear(sizes, _TOKENS.value, _ROUNDS.value)
+        found["linear"] = linear(sizes, _TOKENS.value, _ROUNDS.value, bench.samples)
         for what, line in found["linear"].items():
             costs = ", ".join(f"{n} pictures {s:.2f} s" for n, s in zip(line["pictures"], line["seconds"]))
             print(f"\n{what}: {costs}; seconds ~ pictures^{line['exponent']:.2f}")

@@ -78,7 +78,7 @@ def test_the_exponent_of_the_cost(monkeypatch, power):
 
     monkeypatch.setattr(benchmark, "Bench", Costly)
     monkeypatch.setattr(benchmark, "seconds", lambda run: run())
-    for line in benchmark.linear(NANO, 4, rounds=3, most=8).values():
+    for line in benchmark.linear(NANO, 4, 3, 2, times=(1, 2, 4)).values():
         assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power)
 
 
