@@ -10,7 +10,7 @@ from conftest import load_config, one_device, tiny_config
 from gvu_jax import data, optim, sharding
 from gvu_jax.methods import internal_gap
 from gvu_jax.methods.internal_gap import InternalGap, Round
-from gvu_jax.metrics import read_metrics
+from gvu_jax.metrics import Stopwatch, read_metrics
 from gvu_jax.sampling import How
 from gvu_jax.shapes import world
 from gvu_jax.train import train
