@@ -13,8 +13,7 @@ def flatten(config):
 
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
 AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "eval.choices", "eval.group",
-                "eval.prompts", "gvu.prompts", "uae.prompts",
-                "uae.words", "alarm.skipped")
+                "eval.prompts", "gvu.prompts", "uae.prompts", "uae.words", "alarm.skipped")
 
 
 def check_numbers(config):
