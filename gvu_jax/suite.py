@@ -1,8 +1,8 @@
 """How good is a model? Held-out prompts drawn and judged, and understanding measured by likelihood.
 
     sample       pictures for fixed prompts, which a judge, where the world has one, calls right or wrong
-    grade        what that comes to: GenEval's score by category, and the AUC of the intrinsic reward (does it rank right pictures above wrong ones?).
-                 Without a judge the score is the intrinsic reward itself.
+    grade        what that comes to: GenEval's score by category, and the AUC of the intrinsic reward (does it rank
+                 right pictures above wrong ones?). Without a judge the score is the intrinsic reward itself.
     judge_own    what the model itself says of those pictures when asked, against the judge
     understand   pictures with several captions each: how often does the model find the true one most probable?
     Unified      picture -> caption -> picture: what comes back, and was it said or guessed?
