@@ -199,14 +199,24 @@ class Model:
         """(height, width) to which a picture of this (height, width) is fitted."""
         return size if self.umm.transform is None else siglip_vq.fitted_size(*size[::-1], self.umm.transform)
 
+    def refusal(self, size):
+        """Why a picture of this (height, width) cannot be read, in one line; None where it can."""
+        try:
+            self._fitted_size(size)
+        except ValueError as error:
+            return str(error)
+        height, width = self.umm.picture_size
+        return None if self.umm.transform is not None or size == (height, width) else (
+            f"a picture of {' x '.join(map(str, size))} pixels given; this model reads {height} x {width} pixels "
+            f"(height x width) in RGB")
+
     def _fit(self, image):
         image = np.asarray(image)
         if self.umm.transform is not None:
             image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
             return siglip_vq.fit_image(Image.fromarray(image), self.umm.transform)
-        height, width = self.umm.picture_size
-        if image.shape != (height, width, 3):
-            given = " x ".join(map(str, image.shape[:2]))
-            raise ValueError(f"a picture of {given} pixels given; this model reads {height} x {width} pixels (height x "
-                             f"width) in RGB")
+        if refusal := self.refusal(image.shape[:2]):
+            raise ValueError(refusal)
+        if image.shape[2:] != (3,):
+            raise ValueError(f"a picture of shape {image.shape} given; this model reads RGB, [H, W, 3]")
         return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -27,12 +28,10 @@ from typing import Callable, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
 from absl import flags
 from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
-from gvu_jax import benchmark_peers as peers
 from gvu_jax import checkpoint, cli, lora, objectives, optim, report, sampling, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import replace_file
@@ -41,6 +40,13 @@ from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.shapes.world import vocabulary
 from gvu_jax.umm import XOmni
+
+try:
+    import torch
+
+    from gvu_jax import benchmark_peers as peers
+except ImportError as error:
+    sys.exit(f"error: the peers are not installed ({error}): pip install '.[test]' in a clone of the repository")
 
 WORDS = 36                                             # tokens of a prompt
 SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M

@@ -2,6 +2,7 @@
 import os
 import sys
 
+import jax
 from absl import app, flags, logging
 from flax import traverse_util
 
@@ -28,8 +29,8 @@ def check_numbers(config):
 def run(main):
     """Runs main(argv) under absl. A user's mistake ends in one line on stderr and exit status 1.
 
-    Mistakes are what our code raises as ValueError or OSError (a missing file, an empty prompt, a wrong setting);
-    anything else is a defect and keeps its stack trace. GVU_TRACEBACK=1 shows the stack for those too.
+    Mistakes are what our code raises as ValueError or OSError (a missing file, an empty prompt, a wrong setting), and
+    more than fits into a device; anything else is a defect and keeps its stack trace. GVU_TRACEBACK=1 shows the stack for those too.
     """
     def parse(argv):
         try:
@@ -45,5 +46,10 @@ def run(main):
             if os.environ.get("GVU_TRACEBACK"):
                 raise
             sys.exit(f"error: {' '.join(str(error).split())}")
+        except jax.errors.JaxRuntimeError as error:
+            if os.environ.get("GVU_TRACEBACK") or not str(error).startswith("RESOURCE_EXHAUSTED"):
+                raise
+            sys.exit(f"error: the device has too little memory ({str(error).splitlines()[0]}). What takes less: a "
+                     f"smaller --batch; in training waves, micro_batches, model.remat, or a mesh of more devices")
 
     app.run(guarded, flags_parser=parse)

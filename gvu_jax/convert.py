@@ -140,7 +140,7 @@ def _groups(folder):
 def _heads(encoder, folder):
     if (folder / "config.json").is_file():
         described = Described(folder / "config.json")
-        heads = described.get("heads") or described.get("siglip_config", {}).get("heads")
+        heads = described.get("heads") or (described.get("siglip_config") or {}).get("heads")
         if heads:
             return heads
     name = encoder.a(str, "siglip_name").lower()
@@ -151,9 +151,11 @@ def _heads(encoder, folder):
                      f'{folder / "config.json"}: {{"siglip_config": {{"heads": N}}}}')
 
 
-def flux_config(described):
-    """The decoder's config.json -> flux.Config."""
+def flux_config(described, z_channels):
+    """The decoder's config.json -> flux.Config. z_channels: of the image tokenizer's latents, which it reads."""
     described.insist(patch_size=1, out_channels=None)
+    # What FLUX.1-dev's own config leaves unsaid, and what the published loader passes by hand.
+    described.values = {"axes_dims_rope": (16, 56, 56), "siglip_channels": z_channels} | described.values
     return described.numbers(flux.Config)
 
 
@@ -249,6 +251,7 @@ def read_source(src, flux_folder=None, image_size=None):
     described = Described(src / "config.json")
     vision, ar = described.a(dict, "vision_config"), ar_config(described)
     encoder, decoder, transform = (vision.a(dict, part) for part in ("encoder", "decoder", "transform"))
+    transform.insist(filtering=True, random_ratio=None)
     fitted = transform.numbers(siglip_vq.Transform)
     if decoder["cfg_scale_2"] != decoder["cfg_scale"]:
         raise ValueError(f"{decoder.path} says cfg_scale = {decoder['cfg_scale']} and cfg_scale_2 = "
@@ -281,15 +284,27 @@ def read_source(src, flux_folder=None, image_size=None):
     umm = XOmni(
         ar=ar, vision=vision_config(encoder, transform, siglip["vision/vit"].parent,
                                     *(weights[part][0].specs for part in siglip)),
-        flux=flux_config(of_file("flux")), vae=vae_of_it,
+        flux=flux_config(of_file("flux"), encoder["z_channels"]), vae=vae_of_it,
         schedule=schedule_config(Described(base / "scheduler" / "scheduler_config.json")),
         transform=fitted,
         t5=of_file("t5").numbers(text_encoders.T5Config), clip=of_file("clip").numbers(text_encoders.ClipConfig),
         grid=(image_size // upscale,) * 2, diffusion_steps=decoder.a(int, "num_inference_steps"),
         diffusion_guidance=float(decoder.a(float, "cfg_scale")),
         **{name: read_tokenizer(folder, name) for name, folder in tokenizers.items()})
-    checkpoint.check_tokenizer(umm.tokenizer, ar, described.get("mm_special_tokens", ()))
+    checkpoint.check_tokenizer(umm.tokenizer, ar, described.get("mm_special_tokens") or ())
+    _set_end(umm.tokenizer, src / "generation_config.json")
     return Source(umm, weights, *_export_paths(src, head, base, weights, siglip.values()))
+
+
+def _set_end(tokenizer, path):
+    """Makes what generation_config.json, if there is one, says to end a turn the tokenizer's end, where that is none of
+    it: it is where the published model stops."""
+    ends = Described(path).get("eos_token_id") if path.is_file() else None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(type(end) is int and 0 <= end < len(tokenizer) for end in ends):
+        raise ValueError(f"{path} says eos_token_id = {ends}, which is no id of the tokenizer's {len(tokenizer)}")
+    if ends and tokenizer.eos_token_id not in ends:
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ends[0])
 
 
 def _export_paths(src, head, base, weights, siglip):

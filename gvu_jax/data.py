@@ -69,6 +69,8 @@ def check_prompt(place, meta):
         raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word")
     if not isinstance(tag, str):
         raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
+    if tag in ("overall", "reward"):
+        raise ValueError(f"{place} has the \"tag\" {tag!r}, which is what results are called that are of no tag")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
         raise ValueError(f"{place} holds NUL or half a character (is the file UTF-16?)")
 
@@ -87,7 +89,8 @@ def read_tfds(source):
         records = tfds.data_source(name, split=split)
     except (ValueError, AssertionError, NotImplementedError) as error:  # an unknown name or split; files that are not
                                                                         # there; a format that cannot be read by record
-        raise ValueError(f"{source} cannot be read: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(f"{source} cannot be read: {said[0]}") from error
     texts = []
     for record in records:
         for key in feature.split("/"):

@@ -16,6 +16,7 @@ Nonunification and cycle draw held-out prompts of the shapes world, or those of 
 tfds:..). Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %:
 a bootstrap over prompts, questions or pictures.
 """
+import hashlib
 import json
 from pathlib import Path
 
@@ -50,8 +51,8 @@ _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding
 _TSV = flags.DEFINE_string("tsv", None, "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
 _QUESTION = flags.DEFINE_string("question", "Describe the image in detail.", "What cycle asks about each picture.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and of the pictures.", 0, 2**31 - 1)
-
-BATCH = 24           # prompts of a call of the shapes suite
+_BATCH = flags.DEFINE_integer("batch", 24, "Prompts, or pictures of unified, at a time: fewer where memory is short.",
+                              lower_bound=1)
 
 
 def main(_):
@@ -59,6 +60,8 @@ def main(_):
         raise ValueError("--tsv goes with --suite=understanding")
     if _PROMPT_FILE.value and _SUITE.value not in ("nonunification", "cycle"):
         raise ValueError("--prompt_file goes with --suite=nonunification and --suite=cycle")
+    if _PICTURES.value and _SUITE.value != "unified":
+        raise ValueError("--pictures goes with --suite=unified")
     choices = data.read_choices(_TSV.value) if _TSV.value else None
     metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
     model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
@@ -106,11 +109,11 @@ def build_shapes(model):
     """The prompts and the Suite (see shapes/suite.py)."""
     train, held_out = world.split_prompts()
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
-    metas = shapes_suite.choose_prompts(held_out, -(-_PROMPTS.value // BATCH) * BATCH,
-                                        np.random.default_rng(_SEED.value))
+    metas = shapes_suite.choose_prompts(held_out, whole_batches(), np.random.default_rng(_SEED.value))
     lengths = model.umm.lengths([meta["prompt"] for meta in train + held_out])
-    return metas, shapes_suite.build(model.umm, compile_programs(model.umm, how, model.mesh), metas, BATCH,
-                                     _IMAGES.value, _CHOICES.value, lengths, world.compositions(held_out), _SEED.value)
+    return metas, shapes_suite.build(
+        model.umm, compile_programs(model.umm, how, model.mesh), metas, _BATCH.value, _IMAGES.value, _CHOICES.value,
+        lengths, world.compositions(held_out), _SEED.value)
 
 
 def understanding(model, choices):
@@ -118,10 +121,15 @@ def understanding(model, choices):
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})
+    refusals = [model.refusal(data.decode_choice(choice).shape[:2]) for choice in choices]
+    asked = [choice for choice, refusal in zip(choices, refusals) if refusal is None]
+    if not asked:
+        raise ValueError(f"{choices[0]['name']} and all others: {refusals[0]}")
+    refused, choices = len(choices) - len(asked), asked
     right = suite.choose(model, choices)
     metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in choices]
     found = {"overall": share(right)} | {tag: share(right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
-    return {"questions": len(choices), **with_intervals(found)}
+    return {"questions": len(choices), "refused": refused, **with_intervals(found)}
 
 
 def own_pictures(model, metas):
@@ -132,7 +140,7 @@ def own_pictures(model, metas):
         metas = shapes_suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value,
                                             np.random.default_rng(_SEED.value))
     prompts, how = [meta["prompt"] for meta in metas], How(temperature=_TEMPERATURE.value)
-    pictures = model.generate(prompts, _SEED.value, _IMAGES.value, how)
+    pictures = model.generate(prompts, _SEED.value, _IMAGES.value, how, _BATCH.value)
     if _SUITE.value == "cycle":
         captions, found = suite.cycle(model, pictures, prompts, _QUESTION.value)
         examples = dict(zip(prompts, captions[::_IMAGES.value]))
@@ -151,21 +159,27 @@ def own_pictures(model, metas):
 
 def unified(model):
     """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions."""
-    size, place = model.umm.picture_size, world.World(side=model.umm.grid[0])
+    size = model.umm.picture_size
     stream = (data.picture_stream(_PICTURES.value, size, _SEED.value) if _PICTURES.value else
-              shapes_suite.picture_stream((_SEED.value, 1), 1.0, place, _MOST.value))
-    examples = data.batch(stream, 0, -(-_PROMPTS.value // BATCH) * BATCH)
+              shapes_suite.picture_stream((_SEED.value, 1), 1.0, shapes_suite.place_of(model.umm), _MOST.value))
+    examples = data.batch(stream, 0, whole_batches())
     originals = np.stack([example["pixels"] for example in examples])
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
     found, captions, pictures = suite.Unified(
-        Loop(model.umm, how, model.mesh, _WORDS.value), originals, BATCH, _SEED.value,
+        Loop(model.umm, how, model.mesh, _WORDS.value), originals, _BATCH.value, _SEED.value,
         None if _PICTURES.value else shapes_suite.judge_captions).measure(model.params, model.params)
     texts = [of_picture[0] for of_picture in captions]
-    each = [{"prompt": str(i)} for i in range(len(originals))]
+    # A folder of few pictures is gone through more than once: a picture goes with all of its repetitions.
+    each = [{"prompt": hashlib.sha256(original.tobytes()).hexdigest()} for original in originals]
     results = with_intervals({name: suite.by_category(values, each)["overall"] for name, values in found.items()})
     shown = np.concatenate([np.round(originals[:, None] * 255).astype(np.uint8), pictures], axis=1)[:12, :7]
-    return ({"pictures": len(originals), **results, "captions": texts},
+    return ({"pictures": len({meta["prompt"] for meta in each}), **results, "captions": texts},
             image_grid(shown, texts[:12], max(1, 96 // size[0])))
+
+
+def whole_batches():
+    """--prompts, rounded up to whole batches."""
+    return -(-_PROMPTS.value // _BATCH.value) * _BATCH.value
 
 
 def share(right):
@@ -187,6 +201,8 @@ def table(results, heading=""):
         low, high = results["intervals"][name]
         area = f"{areas[name]:8.3f}" if areas.get(name) is not None else ""
         lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{area}")
+    if results.get("refused"):
+        lines.append(f"left out: {results['refused']} questions whose pictures the model's tokenizer refuses")
     if "understanding" in results:
         lines += ["", table(results["understanding"], "understanding")]
     for name, found in results.get("rejected_of", {}).items():

@@ -15,6 +15,7 @@ is drawn twice, and differently. Given again, the command goes on where it stopp
 drawn, and what is there whole and was drawn so is not drawn again.
 """
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from PIL import Image, PngImagePlugin
 
 import gvu_jax
 from gvu_jax import cli
+from gvu_jax.checkpoint import DIGEST
 from gvu_jax.data import read_picture, read_prompts
 from gvu_jax.metrics import Progress, replace_file, replacing
 from gvu_jax.pictures import image_grid, write_picture
@@ -38,6 +40,8 @@ _PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl 
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
                                lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", gvu_jax.BATCH, "Prompts drawn at a time: fewer where memory is short, the same "
+                              "pictures.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed draws the same pictures.", 0, 2**31 - 1)
 _LAYOUT = flags.DEFINE_enum("layout", "flat", list(LAYOUTS), "How the files are named.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
@@ -53,15 +57,20 @@ def main(_):
     how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)
     out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
     files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
+    check_folder(layout, out, files)
     model = gvu_jax.load(_CHECKPOINT.value)
-    origin = {"model": Path(_CHECKPOINT.value).resolve().name, "step": model.step, "seed": _SEED.value,
+    origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
               **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
     records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
     places = [i for i in range(len(metas)) if not all(is_drawn(file, records[i]) for file in files[i])]
+    if layout == "geneval":
+        for row, meta in zip(files, metas):                             # of what is drawn already, too
+            row[0].parent.mkdir(parents=True, exist_ok=True)
+            replace_file(row[0].parent.parent / "metadata.jsonl", json.dumps(meta) + "\n")
     with Progress(len(metas), "prompt", "drawing", done=len(metas) - len(places)) as progress:
-        for batch in model.draw(prompts, _SEED.value, count, how, places=places):
+        for batch in model.draw(prompts, _SEED.value, count, how, batch=_BATCH.value, places=places):
             for i, pictures in zip(places, batch):                      # each is on disk before the next batch begins
-                write(files[i], pictures, records[i], layout, metas[i])
+                write(files[i], pictures, records[i], layout)
             places = places[len(batch):]
             progress.update(len(batch))
     if layout == "flat":
@@ -90,6 +99,29 @@ def name_files(layout, out, i, meta, count):
     return [out / "samples" / name for name in names]
 
 
+def check_folder(layout, out, files):
+    """ValueError where two pictures would be one file, or where `out` holds pictures of something else, which the
+    layout's evaluator would grade with these: they take whatever lies there."""
+    expected = [file for row in files for file in row]
+    if len(set(expected)) < len(expected):
+        twice = next(file for i, file in enumerate(expected) if file in expected[:i])
+        raise ValueError(f"two prompts would be drawn into {twice}: give each an \"id\" of its own")
+    if layout != "flat":
+        strays = sorted({file for kind in ("*.png", "*.jpg") for file in out.rglob(kind) if file.name != "grid.png"}
+                        - set(expected))
+        if strays:
+            raise ValueError(f"{strays[0]}, one of {len(strays)}, is no picture of these prompts and would be graded "
+                             f"with them: remove {'it' if len(strays) == 1 else 'them'}, or choose another --out")
+
+
+def identify(checkpoint, step):
+    """The model's name and what its files are: a name alone may have been another model's."""
+    told = [checkpoint / DIGEST, checkpoint / "source" / "manifest.json", checkpoint / "base" / DIGEST,
+            checkpoint / "checkpoints" / str(step) / DIGEST]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in told if path.exists()))
+    return f"{checkpoint.resolve().name} {digest.hexdigest()[:16]}"
+
+
 def is_drawn(file, record):
     """Whether the file is a whole picture that carries this record."""
     try:
@@ -101,13 +133,11 @@ def is_drawn(file, record):
     return said in (record, record.encode())
 
 
-def write(files, pictures, record, layout, meta):
+def write(files, pictures, record, layout):
     """Pictures uint8 [G, H, W, 3] of one prompt into its files, and before them what its layout wants beside them."""
     files[0].parent.mkdir(parents=True, exist_ok=True)
     if layout == "geneval":
-        folder = files[0].parent.parent
-        replace_file(folder / "metadata.jsonl", json.dumps(meta) + "\n")
-        write_picture(folder / "grid.png", image_grid(pictures[None]))
+        write_picture(files[0].parent.parent / "grid.png", image_grid(pictures[None]))
     if layout == "dpg":
         pictures = np.concatenate(np.concatenate(pictures.reshape(2, 2, *pictures.shape[1:]), axis=1), axis=1)[None]
     for file, picture in zip(files, pictures):

@@ -250,9 +250,7 @@ class XOmni:
 
     def see(self, params, pixels):
         """Pixels [B, H, W, 3] in [0, 1] -> the SigLIP-VQ tokens [B, r, c] that the understanding branch reads."""
-        dtype = params["vision"]["codebook"].dtype
-        tokens = siglip_vq.SiglipVQ(self.vision).apply(
-            {"params": params["vision"]}, pixels.astype(dtype), method="encode")                    # [B, N]
+        tokens = siglip_vq.SiglipVQ(self.vision).apply({"params": params["vision"]}, pixels, method="encode")  # [B, N]
         return tokens.reshape(len(pixels), *(side // self.vision.patch_size for side in pixels.shape[1:3]))
 
     def _asked(self, seen, prompts):
@@ -321,7 +319,6 @@ class XOmni:
 
     def features(self, params, pixels):
         """Pixels [B, H, W, 3] in [0, 1] -> [B, N, D] float32: the vision encoder's output, before quantisation."""
-        pixels = pixels.astype(params["vision"]["codebook"].dtype)
         return siglip_vq.SiglipVQ(self.vision).apply(
             {"params": params["vision"]}, pixels, method="features").astype(jnp.float32)
 

@@ -443,6 +443,8 @@ def unnamed_tower(src):
     (damage_base("decoder_transformer/config.json", siglip_channels=lambda n: n + 1),
      "tokenizer and decoder differ"),
     (damage_base("base/text_encoder_2/config.json", feed_forward_proj="swish"), "text_encoder_2.*'swish'"),
+    (damage_config(vision_config__transform__filtering=False), "filtering = False; implemented is True"),
+    (lambda src: edit(src / "generation_config.json", eos_token_id=[10 ** 7]), "generation_config.json says eos_token"),
 ])
 def test_a_damaged_source_is_refused_in_one_line(golden_copy, damage, message):
     damage(golden_copy)
@@ -459,6 +461,21 @@ def test_settings_that_follow_the_files(golden_copy):
     assert umm.ar.sliding_window == 9 and umm.grid == (576 // umm.vision.patch_size,) * 2 and umm.vision.heads == 16
     with pytest.raises(ValueError, match="image_size=1024"):
         convert.read_source(golden_copy, image_size=1024)
+
+
+def test_settings_that_the_published_loader_takes_from_elsewhere(golden_copy):
+    decoder = golden_copy / "../flux/decoder_transformer/config.json"
+    described = json.loads(decoder.read_text())
+    silent = {name: value for name, value in described.items() if name not in ("siglip_channels", "axes_dims_rope")}
+    decoder.unlink()                                                        # it may be a link
+    decoder.write_text(json.dumps(silent | {"attention_head_dim": 128}))
+    umm = convert.read_source(golden_copy).umm
+    assert umm.flux.siglip_channels == umm.vision.z_channels and umm.flux.axes_dims_rope == (16, 56, 56)
+    other = next(i for i in range(len(umm.tokenizer)) if i != umm.tokenizer.eos_token_id)
+    edit(golden_copy / "generation_config.json", eos_token_id=[other])
+    assert convert.read_source(golden_copy).umm.tokenizer.eos_token_id == other
+    edit(golden_copy / "generation_config.json", eos_token_id=[other, umm.tokenizer.eos_token_id])
+    assert convert.read_source(golden_copy).umm.tokenizer.eos_token_id == umm.tokenizer.eos_token_id
 
 
 def test_index_files_are_not_trusted(tmp_path):

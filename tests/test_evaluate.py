@@ -174,9 +174,19 @@ def test_the_shapes_world_is_for_its_own_models(evaluate, model, monkeypatch, na
     assert "no model of the shapes world" in line and instead in line
 
 
+def test_questions_whose_pictures_cannot_be_read_are_left_out(evaluate, tsv):
+    path, rows, _ = tsv
+    rows[1][-1] = encoded(np.zeros((48, 96, 3), np.uint8))
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    results, printed = evaluate("understanding", f"--tsv={path}")
+    assert (results["questions"], results["refused"]) == (1, 2), "the third row shows the picture of the first"
+    assert "left out: 2 questions" in printed
+
+
 def test_questions_from_the_command_line(evaluate, tsv):
     results, printed = evaluate("understanding", f"--tsv={tsv[0]}")
     assert results["questions"] == 3 and set(results["scores"]) == {"overall", "count", "place"}
     assert "place" in printed
     assert "--suite=understanding" in evaluate("cycle", f"--tsv={tsv[0]}")[0]
+    assert "--suite=unified" in evaluate("shapes", f"--pictures={tsv[0].parent}")[0]
     assert "--prompt_file" in evaluate("understanding", "--prompt_file=x.txt")[0]

@@ -20,7 +20,7 @@ class Noise:
     """A model that draws at once, and whose pictures depend on what those of a Model depend on."""
     step = None
 
-    def draw(self, prompts, seed, images_per_prompt, how, places=None):
+    def draw(self, prompts, seed, images_per_prompt, how, batch, places=None):
         self.drawn = list(range(len(prompts)) if places is None else places)
         for i in self.drawn:
             yield np.stack([[np.random.default_rng([seed, i, j]).integers(0, 256, (48, 48, 3), np.uint8)
@@ -79,6 +79,22 @@ def test_what_is_there_whole_is_not_drawn_again(generate):
     assert generate("p.txt", "--seed=1")[2] == [1]
 
 
+def test_what_lies_in_the_folder_is_of_these_prompts_and_this_model(generate, tmp_path):
+    os.makedirs("a/x")
+    os.makedirs("b/x")
+    for name in "ab":
+        (tmp_path / f"{name}/x/sha256.json").write_text(f'{{"params": "{name}"}}')
+    _, first, drawn = generate("p.jsonl", "--layout=geneval", "--checkpoint=a/x")
+    assert drawn == [0, 1, 2] and generate("p.jsonl", "--layout=geneval", "--checkpoint=a/x")[2] == []
+    assert generate("p.jsonl", "--layout=geneval", "--checkpoint=b/x")[2] == [0, 1, 2], "another model of the same name"
+    corrected = [{**meta, "include": []} for meta in METAS]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(meta) + "\n" for meta in corrected))
+    _, files, drawn = generate("p.jsonl", "--layout=geneval", "--checkpoint=b/x")
+    assert not drawn and [json.loads(files[f"0000{i}/metadata.jsonl"]) for i in range(3)] == corrected
+    end, after, drawn = generate("p.jsonl", "--layout=geneval", "--checkpoint=b/x", "--images_per_prompt=2")
+    assert "00000/samples/0002.png" in end and "one of 6" in end and after == files and not drawn
+
+
 def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(tiny):
     model, everywhere = (gvu_jax.Model(*tiny[1:], mesh) for mesh in (one_device(), sharding.make_mesh()))
     alone = model.generate(PROMPTS, seed=5, images_per_prompt=2)
@@ -91,7 +107,7 @@ def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(tiny):
 def test_dpg_cuts_four_pictures_out_of_one(generate):
     _, files, _ = generate("dpg", "--layout=dpg", "--seed=5")
     assert list(files) == ["COCOval2014000000000241.png", "midjourney32.png", "partiprompts7.png"]
-    for content, [four] in zip(files.values(), Noise().draw(PROMPTS, 5, 4, None)):
+    for content, [four] in zip(files.values(), Noise().draw(PROMPTS, 5, 4, None, 16)):
         corners = [(0, 0), (48, 0), (0, 48), (48, 48)]                     # left, top, as its evaluator crops them
         crops = [Image.open(io.BytesIO(content)).crop((x, y, x + 48, y + 48)) for x, y in corners]
         np.testing.assert_array_equal([np.asarray(crop) for crop in crops], four)
@@ -115,10 +131,13 @@ def test_t2icompbench_finds_the_prompt_in_the_name(generate):
 @pytest.mark.parametrize("arguments, words", [
     (("p.txt", "--layout=dpg"), "ID.txt"), (("dpg", "--layout=dpg", "--images_per_prompt=2"), "4 pictures"),
     (("p.txt", "--layout=genevalpp", "--images_per_prompt=4"), "1 pictures"), (("p.txt", "--layout=coco"), "coco"),
-    (("slash.txt", "--layout=t2icompbench"), "holds _ or /"), (("empty",), "no prompts")])
+    (("slash.txt", "--layout=t2icompbench"), "holds _ or /"), (("empty",), "no prompts"),
+    (("twice.jsonl", "--layout=dpg"), "an \"id\" of its own")])
 def test_a_mistake_ends_in_one_line_before_anything_is_drawn(generate, arguments, words):
     os.mkdir("empty")
     with open("slash.txt", "w") as file:
         file.write("a red/blue cross")
+    with open("twice.jsonl", "w") as file:
+        file.write('{"prompt": "a cross", "id": "x"}\n{"prompt": "a circle", "id": "x"}\n')
     end, files, drawn = generate(*arguments)
     assert words in end and not files and not drawn

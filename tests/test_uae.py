@@ -161,7 +161,7 @@ def test_a_mistake_ends_in_one_line(changes, said, tmp_path):
         train(uae_config(**changes), tmp_path)
 
 
-def test_a_run_goes_on_where_it_was_killed(tmp_path, command):
+def test_a_run_goes_on_where_it_was_killed(tmp_path, command, monkeypatch):
     """Its last two steps lost, a run writes them again, to the last digit; and its report, its table and the suite."""
     config, work = uae_config(), tmp_path / "work"
     summary = train(config, work)
@@ -184,3 +184,12 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, command):
     results = json.loads((tmp_path / "out/results.json").read_text())
     assert set(results["scores"]) == {"similarity", "length", "language", "correct", "complete", "recovery"}
     assert results["scores"]["length"] <= 8 and (tmp_path / "out/samples.png").exists()
+
+    (tmp_path / "mine").mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((60, 50, 3), 100 * i, np.uint8)).save(tmp_path / f"mine/{i}.png")
+    monkeypatch.setattr(world, "World", None)                 # a picture of somebody's may have any grid
+    assert not command("evaluate", f"--checkpoint={work}", "--suite=unified", f"--out={tmp_path}/out", "--prompts=6",
+                       f"--pictures={tmp_path}/mine", "--batch=2", "--images_per_prompt=2", "--words=8")
+    results = json.loads((tmp_path / "out/results.json").read_text())
+    assert results["pictures"] == 2 and set(results["scores"]) == {"similarity", "length"}

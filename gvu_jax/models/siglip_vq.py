@@ -117,7 +117,8 @@ class SiglipVQ(nn.Module):
         if pixels.shape[1] % self.config.patch_size or pixels.shape[2] % self.config.patch_size:
             raise ValueError(f"picture of {pixels.shape[1:3]} pixels: sides must be multiples of the patch size "
                              f"{self.config.patch_size}")
-        return self.vit((pixels - 0.5) / 0.5)
+        centred = (pixels - 0.5) / 0.5                                      # in float32: bfloat16 is finest at 0
+        return self.vit(centred.astype(self.codebook.dtype))
 
     def project(self, pixels):
         """pixels [B, H, W, 3] in [0, 1] -> [B, rows, cols, codebook_dim], before normalisation and quantisation."""

@@ -32,9 +32,15 @@ def remove_words(prompt, kind):
     return " ".join(less.split())
 
 
+def place_of(umm):
+    """The World whose scenes test a model: as wide as its pictures, five objects at most."""
+    side = umm.grid[0]
+    return world.World(side, min(5, side * side))
+
+
 def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed):
     """The suite for prompts `metas`, with `choices` questions in each test; four_way mentions nothing `forbidden`."""
-    rng, place = np.random.default_rng(seed), world.World(side=umm.grid[0])
+    rng, place = np.random.default_rng(seed), place_of(umm)
     tests = {"four_way": world.four_way(rng, world.sample_scenes(rng, 4096, place), choices, forbidden)}
     tests |= {kind: world.hard_pairs(rng, kind, choices, place) for kind in world.HARD_KINDS}
     tests = {name: (world.render(np.stack([choice.scene for choice in test]), rng),
