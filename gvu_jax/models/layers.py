@@ -74,7 +74,7 @@ def widen(x, b):
     """x [..., r] @ b [r, out], the wide half of an adapter, with a rule of its own for the gradient of b.
 
     That gradient is a product over all tokens, of whose two sides XLA on a CPU rewrites the left one, transposed. JAX
-    puts the gradient of the output there, which is wide (a fifth of the time of an update); here it is x.
+    puts the gradient of the output there, which is wide (a sixth of the time of an update); here it is x.
     """
     return x @ b
 
