@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from gvu_jax import sampling
-from gvu_jax.models import torch_keys, xomni
+from gvu_jax.models import layers, torch_keys, xomni
 
 TINY = xomni.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=50, mm_vocab_size=12, image_vocab_size=8, num_mm_adap_layers=1,
@@ -166,3 +166,18 @@ def test_text_can_do_without_the_trailing_multimodal_layers():
     whole, cut = (model.apply({"params": params}, tokens, jnp.ones_like(tokens, bool), text_only=t)[0] for t in (0, 1))
     np.testing.assert_array_equal(whole[0, 3:], cut[0, 3:])
     assert not np.allclose(whole[0, 1:3], cut[0, 1:3])
+
+
+@pytest.mark.parametrize("causal, mask_rows", [(True, 600), (False, 600), (False, 1), (False, None)])
+def test_long_rows_in_blocks_are_the_rows_at_once(causal, mask_rows):
+    """600 positions go in three blocks, the last of them shorter; values and gradients."""
+    rng, T = np.random.default_rng(0), 600
+    q, k, v, g = (jnp.asarray(rng.standard_normal((2, T, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
+    mask = None
+    if mask_rows:
+        mask = jnp.asarray(rng.random((2, mask_rows, T)) < 0.5) | jnp.eye(T, dtype=bool)[:mask_rows]
+        mask = mask & jnp.tril(jnp.ones((T, T), bool)) if causal else mask
+    whole, back = jax.vjp(lambda q, k, v: layers.attend(q, k, v, mask), q, k, v)
+    parts, back_parts = jax.vjp(lambda q, k, v: layers.attention(q, k, v, mask, causal), q, k, v)
+    for expected, found in zip((whole, *back(g)), (parts, *back_parts(g))):
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

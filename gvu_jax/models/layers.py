@@ -143,13 +143,30 @@ def rotary(x, positions, theta):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def attention(q, k, v, mask=None):
+def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(E)) v with grouped heads: every H/K query heads share one key/value head.
 
     q [B, T, H, E], k and v [B, S, K, E], mask bool broadcastable to [B, T, S] (True = may be read) or None.
-    Returns [B, T, H, E]. Scores and softmax are float32. A row that may read nothing gets the plain mean of v: its
-    value means nothing, but it is finite.
+    causal: T = S and the mask lets no position read a later one, so that half of the scores need not be computed.
+    Returns [B, T, H, E]. Scores and softmax are float32. A row that may read nothing gets the plain mean of the v that
+    it was compared with: its value means nothing, but it is finite.
+
+    Long rows go in up to eight blocks of queries, whose scores the backward pass computes again: together they would
+    take most of the memory. Not on a TPU, where splash reads long rows.
     """
+    T, size = q.shape[1], max(256, -(-q.shape[1] // 8))
+    if T < 2 * size or platform() == "tpu":
+        return attend(q, k, v, mask)
+    blocks = []
+    for start in range(0, T, size):
+        rows, reach = slice(start, start + size), min(start + size, T) if causal else k.shape[1]
+        seen = mask if mask is None else mask[:, rows if mask.shape[1] > 1 else slice(None), :reach]
+        blocks.append(jax.checkpoint(attend)(q[:, rows], k[:, :reach], v[:, :reach], seen))
+    return jnp.concatenate(blocks, axis=1)
+
+
+def attend(q, k, v, mask):
+    """`attention` of one block."""
     (B, T, H, E), (S, K) = q.shape, k.shape[1:3]
     # Batch dimensions first and nothing to transpose behind either product: other layouts are copied around on a CPU.
     q = q.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, E)                 # [B, K, G T, E]

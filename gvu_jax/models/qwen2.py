@@ -61,7 +61,7 @@ class Attention(nn.Module):
             y = splash.attention(q, k, v, mask, causal=True)                                        # [B, T, H, E]
         else:
             k, v = (k, v) if cache is None else cache.read(layer)                                   # [B, S, K, E]
-            y = attention(q, k, v, mask)                                                            # [B, T, H, E]
+            y = attention(q, k, v, mask, causal=cache is None)                                      # [B, T, H, E]
         y = y.reshape(B, T, c.num_attention_heads * c.head_dim)
         return Dense(c.hidden_size, divided=0, name="o_proj")(y), cache
 
