@@ -477,7 +477,7 @@ def quick(tiny, monkeypatch):
         umm, params = tiny[1:]
         mesh, step = one_device(), None
 
-        def draw(self, prompts, *_, places):
+        def draw(self, prompts, *_, batch, places):
             for start in range(0, len(places), 4):                          # noise: 5 kB a picture
                 yield np.stack([np.random.default_rng(i).integers(0, 256, (1, 40, 40, 3), np.uint8)
                                 for i in places[start:start + 4]])
