@@ -181,9 +181,9 @@ def test_a_prompts_text_is_encoded_once_for_its_pictures(model, key):
 
 def test_the_facade_reads_pictures_of_any_size(fixtures, converted):
     model = gvu_jax.load(converted)
-    side = model.umm.transform.short_size
-    small = np.random.default_rng(0).integers(256, size=(side + 6, side + 36, 3)).astype(np.uint8)
-    large = np.random.default_rng(1).integers(256, size=(3 * side, 2 * side, 3)).astype(np.uint8)
+    side, wider = model.umm.transform.short_size, min(1.5, model.umm.transform.max_aspect_ratio)
+    small = np.random.default_rng(0).integers(256, size=(side + 6, int((side + 6) * wider), 3)).astype(np.uint8)
+    large = np.random.default_rng(1).integers(256, size=(int(2 * side * wider), 2 * side, 3)).astype(np.uint8)
     scores = model.score([small, large, small], ["a red cube"] * 3)
     assert scores[0].reward == pytest.approx(scores[2].reward, rel=1e-5) and scores[0].reward != scores[1].reward
     assert len(scores[0].tokens) == len(scores[0].token_probabilities) >= len(scores[0].words) == 3

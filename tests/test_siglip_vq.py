@@ -54,7 +54,7 @@ def test_picture_to_latents(golden, folder):
         return model.features(pixels), projected, tokens, model.decode(tokens, projected.shape[1:3])
 
     run = jax.jit(lambda pixels: model.apply({"params": params}, pixels, method=everything))
-    pictures = sorted((folder / "images").glob("image_*.png"))
+    pictures = sorted((folder / "images").glob("image_*.png"), key=lambda path: int(path.stem.split("_")[1]))
     assert pictures
     for i, picture in enumerate(pictures):
         fitted = siglip_vq.fit_image(Image.open(picture), transform_of(described))
