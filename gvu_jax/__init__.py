@@ -200,7 +200,7 @@ class Model:
         return size if self.umm.transform is None else siglip_vq.fitted_size(*size[::-1], self.umm.transform)
 
     def refusal(self, size):
-        """Why a picture of this (height, width) cannot be read, in one line; None where it can."""
+        """Why a picture of `size` (height, width) pixels cannot be read, in one line (str); None where it can."""
         try:
             self._fitted_size(size)
         except ValueError as error:

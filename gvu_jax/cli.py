@@ -30,7 +30,8 @@ def run(main):
     """Runs main(argv) under absl. A user's mistake ends in one line on stderr and exit status 1.
 
     Mistakes are what our code raises as ValueError or OSError (a missing file, an empty prompt, a wrong setting), and
-    more than fits into a device; anything else is a defect and keeps its stack trace. GVU_TRACEBACK=1 shows the stack for those too.
+    more than fits into a device; anything else is a defect and keeps its stack trace. GVU_TRACEBACK=1 shows the stack
+    for those too.
     """
     def parse(argv):
         try:

@@ -121,6 +121,7 @@ def understanding(model, choices):
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})
+    # All are decoded before any is read: a broken picture ends the command at once, not after an hour.
     refusals = [model.refusal(data.decode_choice(choice).shape[:2]) for choice in choices]
     asked = [choice for choice, refusal in zip(choices, refusals) if refusal is None]
     if not asked:

@@ -71,7 +71,7 @@ class Dense(nn.Module):
 
 @jax.custom_vjp
 def widen(x, b):
-    """x [..., r] @ b [r, out], the wide half of an adapter, with a rule of its own for the gradient of b.
+    """x [..., r] @ b [r, out] -> [..., out], the wide half of an adapter, with a rule of its own for the gradient of b.
 
     That gradient is a product over all tokens, of whose two sides XLA on a CPU rewrites the left one, transposed. JAX
     puts the gradient of the output there, which is wide (a sixth of the time of an update); here it is x.
@@ -166,7 +166,7 @@ def attention(q, k, v, mask=None, causal=False):
 
 
 def attend(q, k, v, mask):
-    """`attention` of one block."""
+    """`attention` of all queries at once: q [B, T, H, E], k and v [B, S, K, E], mask -> [B, T, H, E]."""
     (B, T, H, E), (S, K) = q.shape, k.shape[1:3]
     # Batch dimensions first and nothing to transpose behind either product: other layouts are copied around on a CPU.
     q = q.reshape(B, T, K, H // K, E).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, E)                 # [B, K, G T, E]
