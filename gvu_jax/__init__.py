@@ -36,19 +36,22 @@ class Score:
     probabilities: np.ndarray          # [words] float32: the product over a word's tokens
 
 
-def load(path, mesh=None):
+def load(path, mesh=None, **override):
     """A `Model` from a model folder, or from the newest checkpoint of a run's folder.
 
-    mesh: sharding.make_mesh(..); None spreads the parameters over all devices.
+    mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). override: fields of the umm.XOmni that are
+    to have other values than those stored or trained with, such as diffusion_steps=28.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
-    path, mesh = Path(path), mesh or sharding.make_mesh()
+    path = Path(path)
     if (path / "metadata.json").exists():
-        return Model(*checkpoint.load_model(path, mesh), mesh)
+        umm, params = checkpoint.load_model(path, mesh, override)
+        return Model(umm, params, sharding.mesh_under(params))
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is neither a model folder (metadata.json) nor a run (config.json)")
     config = read_run_config(path)
-    umm, base = checkpoint.load_model(base_of_run(path, config), mesh, config.model.get("override", {}))
+    umm, base = checkpoint.load_model(base_of_run(path, config), mesh, {**config.model.get("override", {}), **override})
+    mesh = sharding.mesh_under(base)
     checkpoints = checkpoint.Checkpoints(path, mesh)
     try:
         step = checkpoints.newest_whole()
@@ -137,6 +140,8 @@ class Model:
         K, left = divmod(len(texts), len(images))
         if left or not K:
             raise ValueError(f"{len(images)} pictures cannot be read with {len(texts)} texts")
+        if questions and len(questions) != len(images):
+            raise ValueError(f"{len(images)} pictures cannot be asked {len(questions)} questions")
         questions = [question for question in questions or [self.umm.instruction] * len(images) for _ in range(K)]
         lengths = lengths or self.umm.lengths(texts, questions)
         logps, mask = np.zeros((len(texts), lengths.words), np.float32), np.zeros((len(texts), lengths.words), bool)
@@ -163,6 +168,8 @@ class Model:
     def believes(self, images, prompts):
         """The model's probability of yes, against no, when asked of each picture "Does this image describe ..?" with
         its prompt: [B] float32."""
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} pictures cannot be asked about {len(prompts)} prompts")
         asked = [rewards.question(prompt) for prompt in prompts]
         return np.asarray(rewards.yes(*self.read(images, rewards.ANSWERS * len(asked), asked)))
 

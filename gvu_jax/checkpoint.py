@@ -187,11 +187,11 @@ def describe_model(folder, override=()):
 def load_model(folder, mesh=None, override=()):
     """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh.
 
-    A model too large for one device is never whole in one place. mesh: None takes all devices. override and errors as
-    in `describe_model`.
+    A model too large for one device is never whole in one place. mesh: None takes all devices, see `sharding.mesh_of`.
+    override and errors as in `describe_model`.
     """
     umm, found = describe_model(folder, override)
-    found = sharding.place(found, mesh or sharding.make_mesh())
+    found = sharding.place(found, mesh or sharding.mesh_of(umm))
     try:
         return umm, ocp.load(Path(folder).absolute() / "params", found)
     except ValueError as error:

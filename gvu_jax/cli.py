@@ -15,6 +15,7 @@ def flatten(config):
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
 AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "eval.choices", "eval.group",
                 "eval.prompts", "gvu.prompts", "uae.prompts", "uae.words", "alarm.skipped")
+NOT_ZERO = ("optim.clip_norm", "gvu.advantage_eps", "uae.advantage_eps")        # both divide: nothing would be learned
 
 
 def check_numbers(config):
@@ -24,6 +25,9 @@ def check_numbers(config):
         least = 1 if name in AT_LEAST_ONE else -1 if name in REST else 0
         if isinstance(value, (int, float)) and not least <= value < 2 ** 31:                # nan fails every comparison
             raise ValueError(f"{name} is {value}; it must be a number from {least} to {2 ** 31 - 1}")
+        if name in NOT_ZERO and value == 0:
+            raise ValueError(f"{name} is 0; it must be above" + (
+                " (a large one, as 1e9, clips nothing)" if name == "optim.clip_norm" else ""))
 
 
 def run(main):
@@ -41,6 +45,8 @@ def run(main):
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)        # libraries are talkative; ours prints what it has to say
+        if len(argv) > 1:
+            sys.exit(f"error: {argv[1]!r} is no flag: give --name=value, and settings as --config.name=value")
         try:
             return main(argv)
         except (ValueError, OSError, FloatingPointError) as error:

@@ -213,24 +213,42 @@ def decode_choice(choice):
     return decode_picture(file, choice["name"])
 
 
-def picture_stream(folder, size, seed):
-    """The pictures of a folder in a shuffled, endless grain dataset, as `prompt_stream`'s: dicts of "pixels" [H, W, 3]
-    float32 in [0, 1], cut at the sides and resized to `size` (height, width), and "prompt", what the file ID.txt beside
-    ID.png says, or None.
-
-    Raises FileNotFoundError where there is no such folder, ValueError where it holds no picture; a picture that cannot
-    be read raises `read_picture`'s when its turn comes.
-    """
+def picture_files(folder):
+    """The pictures of a folder, sorted. FileNotFoundError where there is no such folder, ValueError where it has none."""
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of pictures {folder}")
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
+    return paths
 
+
+def check_captions(folder, encode):
+    """Raises ValueError, naming the file, where a picture of a folder has no ID.txt beside ID.png, or one of which
+    encode([text]) raises ValueError: before a run that needs all captions, and not when their turn comes."""
+    for path in picture_files(folder):
+        caption = path.with_suffix(".txt")
+        if not caption.exists():
+            raise ValueError(f"the cold start needs a caption beside each picture, but there is no {caption}: write it, "
+                             f"or set uae.cold=0")
+        try:
+            encode([read_text(caption).strip()])
+        except ValueError as error:
+            raise ValueError(f"{caption} is no caption for the cold start, which takes uae.words tokens: "
+                             f"{error}") from error
+
+
+def picture_stream(folder, size, seed):
+    """The pictures of a folder in a shuffled, endless grain dataset, as `prompt_stream`'s: dicts of "pixels" [H, W, 3]
+    float32 in [0, 1], cut at the sides and resized to `size` (height, width), and "prompt", what the file ID.txt beside
+    ID.png says, or None.
+
+    Raises what `picture_files` raises; a picture that cannot be read raises `read_picture`'s when its turn comes.
+    """
     def example(path):
         fitted = ImageOps.fit(Image.fromarray(read_picture(path)), size[::-1], Image.Resampling.BICUBIC)
         caption = path.with_suffix(".txt")
         return {"pixels": np.asarray(fitted, np.float32) / 255,
                 "prompt": read_text(caption).strip() if caption.exists() else None}
-    return grain.MapDataset.source(paths).seed(seed).shuffle().repeat().map(example)
+    return grain.MapDataset.source(picture_files(folder)).seed(seed).shuffle().repeat().map(example)

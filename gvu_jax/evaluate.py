@@ -109,7 +109,7 @@ def build_shapes(model):
     """The prompts and the Suite (see shapes/suite.py)."""
     train, held_out = world.split_prompts()
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
-    metas = shapes_suite.choose_prompts(held_out, whole_batches(), np.random.default_rng(_SEED.value))
+    metas = suite.choose_prompts(held_out, whole_batches(), np.random.default_rng(_SEED.value))
     lengths = model.umm.lengths([meta["prompt"] for meta in train + held_out])
     return metas, shapes_suite.build(
         model.umm, compile_programs(model.umm, how, model.mesh), metas, _BATCH.value, _IMAGES.value, _CHOICES.value,
@@ -138,8 +138,7 @@ def own_pictures(model, metas):
     prompts of the shapes world, whose checker then says which pictures it should have rejected."""
     judged = metas is None
     if judged:
-        metas = shapes_suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value,
-                                            np.random.default_rng(_SEED.value))
+        metas = suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value, np.random.default_rng(_SEED.value))
     prompts, how = [meta["prompt"] for meta in metas], How(temperature=_TEMPERATURE.value)
     pictures = model.generate(prompts, _SEED.value, _IMAGES.value, how, _BATCH.value)
     if _SUITE.value == "cycle":

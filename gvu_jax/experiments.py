@@ -13,6 +13,7 @@
     beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
     oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
     gap              GvU against learning from accepted pictures (Internal Gap, configs/shapes_gap.py) and the ceiling
+    uae              picture -> caption -> picture (configs/shapes_uae.py): both stages in turn, and each alone
     all              all of these
 
 Runs lie in OUT/runs and serve every experiment that has their settings; all share the base in config.cache. Given
@@ -37,6 +38,7 @@ from gvu_jax.stop import STOPPED, Stop
 
 ALONE = {"reward.teacher": "policy", "gvu.anchor": 0.0}          # the policy judges itself: nothing holds its reading
 SAME_EVALUATION = {"eval.prompts": 24, "eval.group": 12}         # else as many as a step has
+UAE = {"config": "configs/shapes_uae.py"}
 ARMS = {                                                         # {} is the config as given
     "normal": [{}],
     "weak": [{"pretrain.backbone.mismatched": 0.6}],                                          # the preset of this name
@@ -50,6 +52,7 @@ ARMS = {                                                         # {} is the con
     "oracle": [{}, {"reward.mean": "oracle"}],
     "gap": [{}, *({"config": f"configs/shapes_gap.py:{preset}"} for preset in ("sft", "csft", "dpo", "cdpo")),
             {"config": "configs/shapes_gap.py:sft", "internal_gap.group": 2}, {"reward.mean": "oracle"}],
+    "uae": [UAE, UAE | {"uae.stages": "draw:1"}, UAE | {"uae.stages": "caption:1", "steps": 200}],
 }
 ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in ARMS.values() for arm in arms)]
 PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
@@ -120,7 +123,7 @@ def configure(config, overrides):
         path, _, preset = other.partition(":")
         if not Path(path).exists():
             raise ValueError(f"there is no {path} here: start the experiments where the folder configs is")
-        other = runpy.run_path(path)["get_config"](preset)
+        other = runpy.run_path(path)["get_config"](*[preset] * bool(preset))
         other.update({name: config[name] for name in ("cache", "mesh", "model", "world", "pretrain")})
         other.eval.update(batches=config.eval.batches, choices=config.eval.choices)
         config = other
@@ -137,7 +140,7 @@ def measure(arm, summaries):
     found = {}
     for moment in ("before", "after"):
         found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
-                                            for part in ("understanding", "judgement")
+                                            for part in ("understanding", "judgement", "unified")
                                             for name in summary.get(f"{part}_before", {})} for summary in summaries]
     found["change"] = [{name: after[name] - before[name] for name in after}
                        for before, after in zip(found["before"], found["after"])]
@@ -194,7 +197,8 @@ def drop_words(policy, teacher):
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
-        "overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words"]
+        "overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words",
+        *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"
     head = lambda first, second, *names: start(first, second) + "".join(f"{n:>9}" for n in names) + "   95 %"

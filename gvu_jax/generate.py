@@ -47,6 +47,8 @@ _LAYOUT = flags.DEFINE_enum("layout", "flat", list(LAYOUTS), "How the files are 
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens less probable than this share of the likeliest one's.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k most probable tokens; 0 keeps all.")
+_STEPS = flags.DEFINE_integer("diffusion_steps", None, "Of the decoder; without it, as many as the model's or the run's.",
+                              lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance scale; 1 is none.")
 
 
@@ -58,8 +60,9 @@ def main(_):
     out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
     files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
     check_folder(layout, out, files)
-    model = gvu_jax.load(_CHECKPOINT.value)
+    model = gvu_jax.load(_CHECKPOINT.value, **({"diffusion_steps": _STEPS.value} if _STEPS.value else {}))
     origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
+              "diffusion_steps": model.umm.diffusion_steps,
               **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
     records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
     places = [i for i in range(len(metas)) if not all(is_drawn(file, records[i]) for file in files[i])]

@@ -290,6 +290,8 @@ def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
         "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
         "Judgement of its own pictures": _before_and_after(
             run, "judgement/", summary.get("judgement_before"), summary.get("judgement_after")),
+        "Picture, caption, picture": _before_and_after(
+            run, "unified/", summary.get("unified_before"), summary.get("unified_after")),
         "Wall time, seconds": [{"name": name, "before": None, "after": seconds} for name, seconds in
                     summary.get("timings", {}).items()],
     }

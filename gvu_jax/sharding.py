@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import traceback
 
 import jax
 import numpy as np
@@ -77,6 +78,19 @@ def make_mesh(sizes="fsdp:-1", devices=None):
                          devices=devices[:math.prod(shape)])
 
 
+def mesh_of(umm):
+    """All devices, for drawing and reading without training: over `tensor` as far as the backbone's heads and channels
+    divide, so that each holds a share of it while it draws, and the rest over `fsdp`."""
+    ar = umm.ar
+    tensor = math.gcd(len(jax.devices()), ar.num_attention_heads, ar.num_key_value_heads, ar.intermediate_size)
+    return make_mesh({"fsdp": -1, "tensor": tensor})
+
+
+def mesh_under(params):
+    """The mesh on which parameters lie."""
+    return jax.tree.leaves(params)[0].sharding.mesh
+
+
 def join_hosts(how):
     """Joins the processes of a run; before anything asks for a device.
 
@@ -96,12 +110,16 @@ def join_hosts(how):
 
 @contextlib.contextmanager
 def one_fails_all_fail():
-    """With several processes, ends this one with one line at any error, its own or that another one is gone."""
+    """With several processes, ends this one with one line at any error, its own or that another one is gone; and with
+    the stack trace where it is a defect, or GVU_TRACEBACK is set."""
     try:
         yield
     except Exception as error:
         if jax.process_count() == 1:
             raise
+        foreseen = (ValueError, OSError, FloatingPointError, jax.errors.JaxRuntimeError)   # the last: another is gone
+        if os.environ.get("GVU_TRACEBACK") or not isinstance(error, foreseen):
+            traceback.print_exc()
         what = (str(error).splitlines() or [type(error).__name__])[0]
         print(f"error: process {jax.process_index()} of {jax.process_count()} ends: {what} - where another process has "
               f"ended first, start all of them again: they go on from the newest state", file=sys.stderr, flush=True)

@@ -148,8 +148,8 @@ def choose(model, choices):
         texts = [(choice["options"] * most)[:most] for choice in chunk]             # filled up with options again
         logps, mask = model.read([data.decode_choice(choice) for choice in chunk], sum(texts, []),
                                  [choice["question"] for choice in chunk], lengths)
-        best = np.asarray(rewards.geometric_mean(logps, mask)).reshape(-1, most).argmax(axis=1)   # the first of equals
-        right += [found == choice["answer"] for found, choice in zip(best, chunk)]
+        best = np.asarray(rewards.geometric_mean(logps, mask)).reshape(-1, most).argmax(axis=1)
+        right += [found % len(choice["options"]) == choice["answer"] for found, choice in zip(best, chunk)]
     return np.array(right)
 
 
@@ -178,6 +178,15 @@ def cycle(model, pictures, prompts, question):
 
 
 # ---- many yes and no -----------------------------------------------------------------------------------------------
+
+def choose_prompts(metas, count, rng):
+    """`count` prompts, category by category, as many of each (with repetition where a category has too few)."""
+    chosen, by_tag = [], rows_by_tag(metas)
+    for i, rows in enumerate(by_tag.values()):
+        of_tag, need = np.flatnonzero(rows), count // len(by_tag) + (i < count % len(by_tag))
+        chosen += [metas[of_tag[j]] for k in range(-(-need // len(of_tag))) for j in rng.permutation(len(of_tag))][:need]
+    return chosen
+
 
 def rows_by_tag(metas):
     """{category: which of the metas are of it, bool [prompts]}; those without a "tag" are one category."""

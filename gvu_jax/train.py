@@ -34,11 +34,12 @@ from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
 from gvu_jax.methods.uae import UAE
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
+from gvu_jax.models import siglip_vq
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
-from gvu_jax.suite import Suite, Unified
+from gvu_jax.suite import Suite, Unified, choose_prompts
 from gvu_jax.umm import compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
@@ -113,6 +114,8 @@ def train_alone(config, workdir, stop):
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
     unified = pictures and build_unified(config, method.loop, pictures)
+    if unified and settings.cold and not config.get("world"):
+        data.check_captions(config.pictures.folder, method.loop.encode)
 
     # ---- the loop -----------------------------------------------------------------------------------------------
     first, start = int(state.step), settings.get("cold", 0)          # a cold start is over before there is a "before"
@@ -285,9 +288,18 @@ def prepare_base(config, workdir):
 
 def load_base(config, workdir, mesh):
     """(umm, params) of the model that training starts from: the run's own copy of a tiny base, or a converted
-    checkpoint, which stays where config.model.checkpoint says."""
+    checkpoint, which stays where config.model.checkpoint says.
+
+    Raises ValueError where the model would not read the pictures that it draws at their own size: training reads them
+    as they are, and score and evaluate would read others.
+    """
     folder = gvu_jax.base_of_run(workdir, config)
     umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}))
+    size = umm.picture_size
+    if umm.transform is not None and (read := siglip_vq.fitted_size(*size[::-1], umm.transform)) != size:
+        raise ValueError(f"this model draws {size[0]} x {size[1]} pixels but reads such a picture at {read[0]} x "
+                         f"{read[1]}: set config.model.override.grid to what it reads, e.g. "
+                         f"({read[0] // umm.vision.patch_size}, {read[1] // umm.vision.patch_size})")
     remat = config.model.get("remat", "nothing")
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 
@@ -331,11 +343,10 @@ def build_suite(config, umm, programs, how, held_out, lengths):
     if (batch, group) != (settings.prompts, settings.group):
         programs = compile_programs(
             umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh, settings.waves)
+    metas = choose_prompts(held_out, count, np.random.default_rng(config.seed))
     if not config.get("world"):
-        metas = [held_out[i % len(held_out)] for i in range(count)]
         return Suite(umm, programs, metas, batch, group, lengths, config.seed)
     from gvu_jax.shapes import suite, world
-    metas = suite.choose_prompts(held_out, count, np.random.default_rng(config.seed))
     return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed)
 

@@ -168,7 +168,7 @@ class XOmni:
                 (len(rows), width), bool)
             for i, row in enumerate(rows):
                 if len(row) > width:
-                    raise ValueError(f"the {name} of {texts[i]!r} has {len(row)} tokens, more than the {width} "
+                    raise ValueError(f"the {name} of {texts[i][:40]!r} has {len(row)} tokens, more than the {width} "
                                      f"this run is padded to")
                 where = slice(width - len(row), None) if left else slice(0, len(row))
                 ids[i, where], mask[i, where] = row, True

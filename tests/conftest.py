@@ -101,6 +101,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def fixtures():
     if not FIXTURES.is_dir():
+        assert "GVU_FIXTURES" not in os.environ, f"GVU_FIXTURES names {FIXTURES}, which is no folder"
         pytest.skip(f"no golden data at {FIXTURES} (set GVU_FIXTURES)")
     return FIXTURES
 
@@ -110,8 +111,9 @@ def converted(fixtures, tmp_path_factory):
     """The golden checkpoint as a model folder."""
     from gvu_jax import convert
     folder = tmp_path_factory.mktemp("converted") / "model"
-    told = json.loads((fixtures / "xomni/config.json").read_text())
-    convert.convert(fixtures / "xomni", folder, image_size=told["vision_config"]["transform"]["short_size"])
+    told = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]
+    step = told["decoder"]["upscale_factor"]
+    convert.convert(fixtures / "xomni", folder, image_size=-(-told["transform"]["short_size"] // step) * step)
     return folder
 
 

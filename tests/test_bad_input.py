@@ -220,6 +220,7 @@ def test_any_override_is_taken_or_refused(chosen):
         return                                                          # cli.run makes a line of each of these
     try:
         cli.check_numbers(config)
+        assert config.optim.clip_norm > 0 and config.gvu.advantage_eps > 0
         GvU.check(config)
         How(images_per_prompt=config.gvu.group, **config.sampling)
         optim.build(config.optim, config.steps)

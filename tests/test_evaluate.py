@@ -3,6 +3,7 @@ import base64
 import dataclasses
 import io
 import json
+import types
 
 import jax
 import numpy as np
@@ -127,6 +128,29 @@ def test_reading_in_batches_is_reading_one_by_one(model, monkeypatch):
     assert mask.sum(axis=1).tolist() == [3, 2] * 5
     with pytest.raises(ValueError, match="5 pictures cannot be read with 7 texts"):
         model.read(pictures, texts[:7])
+    with pytest.raises(ValueError, match="5 pictures cannot be asked 2 questions"):
+        model.read(pictures, texts, ["which?"] * 2)
+    with pytest.raises(ValueError, match="5 pictures cannot be asked about 10 prompts"):
+        model.believes(pictures, texts)
+
+
+def test_of_questions_with_few_options_every_copy_of_the_right_one_counts(monkeypatch):
+    """Fewer options than others have are filled up by themselves; a copy may come out a rounding more probable."""
+    told = np.log([[.2, .5, .2, .51], [.1, .2, .3, .4]]).reshape(-1, 1)                   # four of either question
+    model = types.SimpleNamespace(umm=types.SimpleNamespace(lengths=lambda *texts: None),
+                                  read=lambda *given: (told, np.ones(told.shape, bool)))
+    monkeypatch.setattr(data, "decode_choice", lambda choice: None)
+    few, many = (dict(question="?", options=list("abcd")[:count], answer=answer) for count, answer in ((2, 1), (4, 2)))
+    assert suite.choose(model, [few, many]).tolist() == [True, False]
+
+
+def test_prompts_are_chosen_evenly_over_the_categories():
+    """A file may be sorted by them, as GenEval's is."""
+    metas = [{"prompt": f"{tag} {i}", "tag": tag} for tag, count in (("a", 80), ("b", 1), ("c", 9)) for i in range(count)]
+    chosen = suite.choose_prompts(metas, 8, np.random.default_rng(0))
+    assert [meta["tag"] for meta in chosen] == list("aaabbbcc") and len({meta["prompt"] for meta in chosen}) == 6
+    plain = suite.choose_prompts([{"prompt": str(i)} for i in range(9)], 9, np.random.default_rng(0))
+    assert sorted(meta["prompt"] for meta in plain) == list("012345678")
 
 
 @pytest.fixture

@@ -22,11 +22,12 @@ def test_every_arm_can_be_configured(monkeypatch):
             tiny_config(), {key: value for key, value in arm.items() if key == "config"}).to_dict(), sep=".")
         assert arm.keys() <= known.keys() | {
             "config", "model.override.diffusion_steps", *experiments.SAME_EVALUATION}
-        assert config.method == ("internal_gap" if "config" in arm else "gvu")
+        assert config.method == {"": "gvu", "gap.py": "internal_gap", "uae.py": "uae"}[
+            arm.get("config", "").partition(":")[0].partition("_")[2]]
         if not any(key.startswith("pretrain.") for key in arm):
             assert pretrain.base_folder(config) == pretrain.base_folder(tiny_config())
         assert (config.eval.batches, config.eval.choices) == (1, 6)
-    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 24
+    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 27
 
 
 def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):

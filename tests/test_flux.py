@@ -188,12 +188,16 @@ def test_intermediate_values(golden):
     close(flux.modulated_norm(x[:, 10:], shift, scale), "dbg_norm_out")
 
 
+def schedule_of(fixtures):
+    scheduler = json.loads((fixtures / "flux/base/scheduler/scheduler_config.json").read_text())
+    return flux.Schedule(*(scheduler[name] for name in
+                           ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")))
+
+
 def test_guided_loop(golden, fixtures):
     """Noise levels, every single step from the recorded latents, and the whole loop from the noise."""
     config, params, call, expected = golden
-    scheduler = json.loads((fixtures / "flux/base/scheduler/scheduler_config.json").read_text())
-    schedule = flux.Schedule(*(scheduler[name] for name in
-                               ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")))
+    schedule = schedule_of(fixtures)
     noise, siglip, steps = expected["loop_init_latents"], expected["loop_siglip"], call["num_inference_steps"]
     levels = flux.sigmas(steps, noise.shape[1], schedule)
     np.testing.assert_allclose(levels, expected["loop_sigmas"], atol=1e-6)
@@ -241,7 +245,7 @@ def test_from_tokens_to_the_picture(golden, fixtures):
     siglip = tokenizer_latents(fixtures / "siglip_vq", grid)
     np.testing.assert_allclose(siglip, expected["loop_siglip"], atol=5e-4)
     final = flux.sample(bound(config, params, grid), expected["loop_init_latents"], siglip, context, pooled,
-                        call["num_inference_steps"], call["true_cfg_scale"], negative)
+                        call["num_inference_steps"], call["true_cfg_scale"], negative, schedule_of(fixtures))
     raw = vae.AutoencoderKL(vae_config).apply({"params": vae_params}, method="decode",
                                               latents=vae.from_latents(flux.unpack(final, grid), vae_config))
     pixels = np.asarray(vae.to_pixels(raw))

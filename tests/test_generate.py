@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import types
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ class Noise:
     """A model that draws at once, and whose pictures depend on what those of a Model depend on."""
     step = None
 
+    def with_steps(self, diffusion_steps):
+        self.umm = types.SimpleNamespace(diffusion_steps=diffusion_steps)
+        return self
+
     def draw(self, prompts, seed, images_per_prompt, how, batch, places=None):
         self.drawn = list(range(len(prompts)) if places is None else places)
         for i in self.drawn:
@@ -36,7 +41,7 @@ def generate(command, monkeypatch, tmp_path):
     for name, prompt in zip(("COCOval2014000000000241", "midjourney32", "partiprompts7"), PROMPTS):
         (tmp_path / f"dpg/{name}.txt").write_text(prompt + "\n")
     model = Noise()
-    monkeypatch.setattr(gvu_jax, "load", lambda path: model)
+    monkeypatch.setattr(gvu_jax, "load", lambda path, diffusion_steps=2: model.with_steps(diffusion_steps))
     monkeypatch.chdir(tmp_path)
 
     def run(prompts, *arguments):
@@ -74,6 +79,8 @@ def test_what_is_there_whole_is_not_drawn_again(generate):
     assert generate("p.txt")[2] == []
     _, other, drawn = generate("p.txt", "--seed=1")
     assert drawn == [0, 1, 2] and other["00000_0.png"] != whole["00000_0.png"], "other pictures are not taken for these"
+    assert generate("p.txt", "--seed=1", "--diffusion_steps=9")[2] == [0, 1, 2]
+    assert generate("p.txt", "--seed=1", "--diffusion_steps=9")[2] == [] and generate("p.txt", "--seed=1")[2] == [0, 1, 2]
     with open("p.txt", "w") as file:
         file.write("\n".join([PROMPTS[0], "a photo of two circles", PROMPTS[2]]))
     assert generate("p.txt", "--seed=1")[2] == [1]
@@ -96,7 +103,7 @@ def test_what_lies_in_the_folder_is_of_these_prompts_and_this_model(generate, tm
 
 
 def test_a_picture_does_not_depend_on_how_many_are_drawn_nor_where(tiny):
-    model, everywhere = (gvu_jax.Model(*tiny[1:], mesh) for mesh in (one_device(), sharding.make_mesh()))
+    model, everywhere = (gvu_jax.Model(*tiny[1:], mesh) for mesh in (one_device(), sharding.mesh_of(tiny[1])))
     alone = model.generate(PROMPTS, seed=5, images_per_prompt=2)
     assert not np.array_equal(alone[0], alone[2]), "the same prompt at another place"
     third, = model.draw(PROMPTS, 5, 2, places=[2])

@@ -228,18 +228,23 @@ def test_training_on_the_published_model(converted, tmp_path):
     model = gvu_jax.load(tmp_path / "run")
     assert model.umm.grid == config.model.override.grid and set(model.params) >= {"adapter", "t5", "clip"}
     assert (tmp_path / "run/report.html").stat().st_size > 0
+    with config.unlocked():                        # drawn so small, its pictures would be enlarged to be read
+        config.model.override.grid = tuple(side - 1 for side in model.umm.grid)
+    with pytest.raises(ValueError, match="override.grid|refused"):
+        train(config, tmp_path / "small")
 
 
 def test_eight_devices_draw_and_score_as_one_does(converted):
     """Parameters spread over devices: the same pictures up to a byte, the same reward up to rounding."""
     prompts, found = ["a red cube", "two dogs"], []
-    for mesh in (one_device(), sharding.make_mesh("fsdp:8")):
+    for mesh in (one_device(), sharding.make_mesh("fsdp:8"), None):                # None: by its heads, then fsdp
         model = gvu_jax.load(converted, mesh)
         spread = [x for x in jax.tree.leaves(model.params) if not x.sharding.is_fully_replicated]
-        assert bool(spread) == (mesh.size == 8)
+        assert bool(spread) == (mesh != one_device()) and model.mesh.size == (8 if spread else 1)
         side = model.umm.transform.short_size
         given = np.random.default_rng(0).integers(256, size=(2, side, side + 16, 3)).astype(np.uint8)
         found.append((model.generate(prompts, seed=3)[:, 0].astype(int),
                       [score.reward for score in model.score(given, prompts)]))
-    assert np.abs(found[0][0] - found[1][0]).max() <= 1
-    np.testing.assert_allclose(found[0][1], found[1][1], rtol=1e-4)
+    for pictures, rewards_of in found[1:]:
+        assert np.abs(found[0][0] - pictures).max() <= 1
+        np.testing.assert_allclose(found[0][1], rewards_of, rtol=1e-4)

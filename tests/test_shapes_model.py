@@ -8,7 +8,7 @@ from gvu_jax.models import vae
 from gvu_jax.shapes import pretrain, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
-from gvu_jax.suite import auc
+from gvu_jax.suite import auc, choose_prompts
 
 
 def test_principal_components_keep_pictures_readable():
@@ -67,14 +67,14 @@ def test_auc(scores, right, expected):
 
 def test_prompts_are_chosen_evenly():
     _, held_out = world.split_prompts()
-    tags = [meta["tag"] for meta in suite.choose_prompts(held_out, 24, np.random.default_rng(0))]
+    tags = [meta["tag"] for meta in choose_prompts(held_out, 24, np.random.default_rng(0))]
     assert {tag: tags.count(tag) for tag in world.TAGS} == dict.fromkeys(world.TAGS, 4)
 
 
 def test_an_untrained_model_scores_at_chance(tiny):
     config, umm, params = tiny
     _, held_out = world.split_prompts()
-    metas = suite.choose_prompts(held_out, 12, np.random.default_rng(0))
+    metas = choose_prompts(held_out, 12, np.random.default_rng(0))
     shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2), one_device()), metas, 6, 2, 60,
                          umm.lengths([meta["prompt"] for meta in held_out]), world.compositions(held_out), 0)
     pictures, rewards, right = shapes.sample(params, params)

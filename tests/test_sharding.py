@@ -91,6 +91,29 @@ def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, chan
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
 
 
+def test_without_training_the_backbone_is_divided_by_its_heads(divisible):
+    assert dict(sharding.mesh_of(divisible[1]).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
+
+
+def test_pictures_that_hold_reading_need_not_divide(divisible):
+    """Of 24 samples on eight devices six hold reading in place."""
+    ours, theirs = (a_step(divisible, mesh, **{"gvu.group": 6})[0] for mesh in ("data:8", one_device()))
+    assert theirs["metrics"]["read_kl"] >= 0
+    assert_same_step(ours, theirs)
+
+
+def test_of_several_processes_a_defect_keeps_its_stack_trace(monkeypatch, capsys):
+    def fail(error):
+        with pytest.raises(SystemExit), sharding.one_fails_all_fail():
+            raise error
+        return capsys.readouterr().err
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    assert "Traceback" in fail(KeyError("ar")) and "Traceback" not in fail(ValueError("no such folder"))
+    monkeypatch.setenv("GVU_TRACEBACK", "1")
+    assert "Traceback" in fail(ValueError("no such folder"))
+
+
 @pytest.mark.parametrize("sizes, shape", [
     ({"data": -1}, (8, 1, 1)), ("fsdp:-1", (1, 8, 1)), ("data:2, tensor:2", (2, 1, 2)),
     ("fsdp:-1,tensor:4", (1, 2, 4))])

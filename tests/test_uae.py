@@ -147,9 +147,13 @@ def test_pictures_of_a_folder(tmp_path, method):
     for example in examples:
         assert example["pixels"].shape == (48, 48, 3) and example["pixels"].dtype == np.float32
         np.testing.assert_allclose(example["pixels"].mean((0, 1)), [1, 0, 0], atol=0.1)     # the middle of it
-    built, base, _ = method                                                       # the cold start needs all captions
-    with pytest.raises(ValueError, match="uae.cold=0"):
-        step_of(built, base, stream, built.init(base, jax.random.key(0)), 0)
+    with pytest.raises(ValueError, match="no .*b.txt: write it, or set uae.cold=0"):       # the cold start needs all
+        data.check_captions(tmp_path, method[0].loop.encode)
+    (tmp_path / "b.txt").write_text("a red circle " * 20)
+    with pytest.raises(ValueError, match="b.txt is no caption .* has 64 tokens"):
+        data.check_captions(tmp_path, method[0].loop.encode)
+    (tmp_path / "b.txt").write_text("a red circle")
+    data.check_captions(tmp_path, method[0].loop.encode)
 
 
 @pytest.mark.parametrize("changes, said", [

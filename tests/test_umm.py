@@ -1,4 +1,7 @@
 """The interface, on an untrained model: sampler, trainer and reward must agree on every number."""
+import copy
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -170,8 +173,13 @@ def test_rendering_is_blind_to_the_prompt_and_rounded_to_bytes(tiny, key):
 def test_answers_end_at_the_end_of_turn(tiny, key):
     _, umm, params = tiny
     seen = jnp.zeros((2, *umm.grid), jnp.int32)
-    answers = umm.answer(params, seen, "Does this image describe a photo of a red circle?", key, max_words=5)
-    assert len(answers) == 2 and all(isinstance(answer, str) and "<|im_end|>" not in answer for answer in answers)
+    ask = lambda umm: umm.answer(params, seen, "Does this image describe a photo of a red circle?", key, max_words=5)
+    first, *rest = umm.tokenizer(ask(umm)[0])["input_ids"]
+    assert set(rest) - {first}                                                      # it goes on where nothing ends it
+    ending = copy.deepcopy(umm.tokenizer)
+    ending.eos_token = ending.convert_ids_to_tokens(first)
+    told = ending(ask(dataclasses.replace(umm, tokenizer=ending)))["input_ids"]     # a row repeats what has ended it
+    assert [set(ids) for ids in told] == [{first}, {first}]
 
 
 @pytest.mark.parametrize("texts, word", [(["a circle", "  "], "prompt 1 is empty"), (["a circle " * 20], "padded")])

@@ -14,10 +14,12 @@ ANCHORED = 4         # every fourth picture holds reading in place: enough, at a
 
 def check(settings, name, samples, mesh):
     """Raises ValueError, in one line, where `anchor` of these settings (section `name`) cannot divide the samples."""
-    least = ANCHORED * settings.micro_batches * sharding.batch_shards(mesh)
+    # Micro-batches are cut from what each device has; whole, a number that does not divide is held by several alike.
+    least = ANCHORED * (settings.micro_batches * sharding.batch_shards(mesh) if settings.micro_batches > 1 else 1)
     if settings.anchor and samples % least:
         raise ValueError(f"{name}.anchor holds every {ANCHORED}th sample: the {samples} samples of a step must be a "
-                         f"multiple of {least} ({ANCHORED} x micro-batches x data x fsdp), or {name}.anchor 0")
+                         f"multiple of {least} ({ANCHORED}, and with micro-batches x micro-batches x data x fsdp), or "
+                         f"{name}.anchor 0")
 
 
 def held(seen, prompts, group=1):

@@ -83,10 +83,7 @@ class UAE:
         examples = data.batch(stream, step, uae.pairs if stage == "cold" else uae.prompts)
         pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
         if stage == "cold":
-            captions = [example["prompt"] for example in examples]
-            if None in captions:
-                raise ValueError("the cold start needs a caption beside each picture (ID.txt for ID.png): write them, "
-                                 "or set uae.cold=0")
+            captions = [example["prompt"] for example in examples]                    # see data.check_captions
             seen = clock.lap("sample", self.programs.see(base, pixels))
             for phase in ("render", "reward"):
                 clock.lap(phase, None)                                          # nothing is drawn, and a step says so
@@ -175,6 +172,10 @@ class Loop:
         asked = sharding.place_prompts(self.umm, ["-"] * len(pixels), self.lengths, self.mesh)
         seen = programs.see(base, pixels)
         return seen, asked, *programs.say(policy, seen, asked, key)
+
+    def encode(self, captions):
+        """Captions as the cold start learns them, with their end: Prompts. ValueError for one that cannot be learned."""
+        return self.umm.encode_prompts(captions, self.lengths, end=True)
 
     def texts(self, words):
         """Captions, words [S, T], as S texts. One that cannot be a prompt (it is empty, or spells a piece of a picture)

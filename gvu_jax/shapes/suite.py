@@ -16,16 +16,6 @@ from gvu_jax.suite import Suite
 WORDS = {"numbers": world.NUMBERS, "colors": world.COLORS, "relations": world.RELATIONS}
 
 
-def choose_prompts(metas, count, rng):
-    """`count` prompts, category by category, as many of each (with repetition where a category has too few)."""
-    chosen = []
-    for i, tag in enumerate(world.TAGS):
-        of_tag = [meta for meta in metas if meta["tag"] == tag]
-        need = count // len(world.TAGS) + (i < count % len(world.TAGS))
-        chosen += [of_tag[j] for k in range(-(-need // len(of_tag))) for j in rng.permutation(len(of_tag))][:need]
-    return chosen
-
-
 def remove_words(prompt, kind):
     """The prompt without its words of one kind of WORDS; a relation leaves "and" behind."""
     less = re.sub(rf"\b({'|'.join(WORDS[kind])})\b", "and" if kind == "relations" else "", prompt)
