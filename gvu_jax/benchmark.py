@@ -38,7 +38,7 @@ from gvu_jax.metrics import replace_file
 from gvu_jax.models import flux, siglip_vq, vae, xomni
 from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.tokenizer import build_tokenizer
-from gvu_jax.shapes.world import vocabulary
+from gvu_jax.shapes.sentences import vocabulary
 from gvu_jax.umm import XOmni
 
 try:

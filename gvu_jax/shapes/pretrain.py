@@ -26,7 +26,7 @@ from flax import struct
 from gvu_jax import checkpoint, cli, objectives, rewards
 from gvu_jax.metrics import Progress
 from gvu_jax.models import flux, siglip_vq, vae, xomni
-from gvu_jax.shapes import world
+from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.umm import XOmni
 
@@ -142,17 +142,20 @@ def train_tokenizer(umm, params, scenes, settings, rng, key):
         pictures = batch["pictures"]
         vectors = unit(model.apply({"params": trained["vision"]}, pictures["pixels"], method="project"))
         noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)                               # [B, r, c, C]
-        named = optax.softmax_cross_entropy_with_integer_labels(
-            (noisy @ trained["name"]).reshape(-1, NAMES), pictures["scenes"].ravel()).mean()
+        named = sum(optax.softmax_cross_entropy_with_integer_labels(noisy @ trained[what], pictures[what]).mean()
+                    for what in ("name", "row", "column"))
         target = vae.space_to_depth(pictures["canonical"], patch)                                   # [B, r, c, 3pp]
         drawn = jnp.mean((noisy @ trained["draw"]["kernel"] + trained["draw"]["bias"] - target) ** 2)
         return named + DRAWING * drawn, {"naming": named, "drawing": drawn}
 
     size, C = 3 * patch * patch, umm.vision.codebook_dim
-    heads = {"name": jax.random.normal(key, (C, NAMES)),
+    rows, columns = umm.grid
+    heads = {"name": jax.random.normal(key, (C, NAMES)), "row": jax.random.normal(key, (C, rows)), "column": jax.random.normal(key, (C, columns)),
              "draw": {"kernel": jax.random.normal(key, (C, size)) * 0.1, "bias": jnp.zeros(size)}}
     data = {"pictures": {"pixels": world.render(scenes, rng), "canonical": world.render(scenes),
-                         "scenes": scenes.astype(np.int32)}}
+                         "name": scenes.astype(np.int32).reshape(-1, rows, columns),
+                         "row": np.broadcast_to(np.arange(rows)[:, None], (len(scenes), rows, columns)),
+                         "column": np.broadcast_to(np.arange(columns), (len(scenes), rows, columns))}}
     trained = fit("tokenizer", loss, {"vision": params["vision"], **heads}, data, settings, key)
 
     vectors = unit(jax.jit(lambda p, x: model.apply({"params": p}, x, method="project"))(

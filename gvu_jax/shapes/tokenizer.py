@@ -12,7 +12,7 @@ An image in a text is "<SOM>3 3<IMAGE><MM-Token-5>...<EOM>": its rows and column
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from gvu_jax.shapes.world import vocabulary
+from gvu_jax.shapes.sentences import vocabulary
 
 PAD, UNKNOWN, USER, ASSISTANT, END = SPECIALS = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|im_end|>")
 START_OF_IMAGE, END_OF_IMAGE, IMAGE = IMAGE_MARKS = ("<SOM>", "<EOM>", "<IMAGE>")
