@@ -38,7 +38,7 @@ def test_intervals_hold_what_they_promise():
 
 
 def test_what_pictures_come_to():
-    """Means over the pictures of a category, and over categories; and what the model's own word is held against."""
+    """Means over the pictures of a category, and over categories; the AUC by counting pairs."""
     metas = [{"prompt": f"{tag}{i}", "tag": tag} for tag in "ab" for i in range(2)]
     of_a, of_b = [[1, 1], [1, 0]], [[0, 0], [1, 0]]
     verdicts = suite.Verdicts(np.array(of_a + of_b, bool), np.array([[1, 0], [0, 0]] + of_b, bool),
@@ -50,7 +50,7 @@ def test_what_pictures_come_to():
     assert found["exact"] == {"overall": 0.25, "a": 0.25, "b": 0.25}
     assert found["objects"] == {"overall": (1.5 + 3.25) / 2, "a": 1.5, "b": 3.25}
     assert found["asked"] == {"overall": 1.25, "a": 1.0, "b": 1.5}
-    assert found["auc"] == {"overall": 5 / 16, "a": 0.0, "b": 2 / 3}
+    assert found["auc"] == {"overall": 3 / 16, "a": 0.0, "b": 2 / 3}
     assert verdicts.marks.tolist() == [[1, 0.5], [0.5, 0], [0, 0], [1, 0]]
     scores, found = suite.Suite.grade(graded, rewards, None)
     assert scores == {"overall": 3.5 / 8, "a": 1.5 / 8, "b": 5.5 / 8, "reward": 3.5 / 8} and found == {"auc": {}}
