@@ -462,9 +462,8 @@ MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are sm
 
 def _learning_curves(run: dict, judged: bool) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
-    by_category, exact, objects = (
-        {name: [_curve(_evaluated(run, measure), name)] for name in ["overall", *_categories(run)]}
-        for measure in ("", *MEASURES))
+    curves = lambda of: {name: [_curve(of, name)] for name in ["overall", *_categories(run)]}
+    by_category, exact, objects = (curves(_evaluated(run, measure)) for measure in ("", *MEASURES))
     reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
     unified = {name: [_curve(run, f"unified/{name}")] for name in ("recovery", "complete", "correct", "language")}
     lengths = {"training": [_curve(run, "caption/length")], "held-out": [_curve(run, "unified/length")]}
