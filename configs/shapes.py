@@ -60,8 +60,9 @@ def get_config(preset="normal"):
     config.optim = dict(lr=6e-4, warmup=10, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
     config.eval = dict(every=100, batches=4, choices=1152, words=0.45)  # words: their least mean in what is accepted
-    # When to warn that the policy collapses, or (stop) to end; how many steps in a row may be skipped as not finite.
-    config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
+    # When to warn that the policy collapses or (objects a picture above what is asked, more than before) makes spam, or
+    # (stop) to end; how many steps in a row may be skipped as not finite.
+    config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, objects=0.5, stop=False, skipped=10)
     config.log_every = 5
     config.checkpoint_every = 60
 

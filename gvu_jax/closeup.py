@@ -6,8 +6,8 @@ samples/before.json and samples/after.json hold
                   training, or after it, is `read` by the model of before and by that of after:
                   [{"prompt", "tag", "drawn", "read", "reward", "words", "probabilities"}]
     pictures      those pictures, PNG in base64, in the same order: how the second evaluation finds those of the first
-    prompts       every held-out prompt, the hardest first: [{"prompt", "tag", "score", "reward"}], means over its
-                  pictures; score, the share that are right, is null where nothing judges them
+    prompts       every held-out prompt, the hardest first: [{"prompt", "tag", "score", "exact", "reward"}], means over
+                  its pictures; score, the share that are right, and exact are null where nothing judges them
     reliability   how far the reward says how often pictures are right: {category: see suite.reliability}
 
 and samples/hardest.png shows the hardest prompts of the last evaluation.
@@ -32,7 +32,8 @@ def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
     policy: params. base: those of the moment before. drawn: what suite.sample returns. workdir: the run's, which all
     hosts see and where the second evaluation finds what the first has written; notes: where this process writes.
     """
-    (pictures, rewards, right), categories = drawn, rows_by_tag(suite.metas)
+    (pictures, rewards, verdicts), categories = drawn, rows_by_tag(suite.metas)
+    right, exact, marks = (verdicts.right, verdicts.exact, verdicts.marks) if verdicts else (None, None, None)
     tags = {i: tag for tag, rows in categories.items() for i in np.flatnonzero(rows)}
     prompts = [meta["prompt"] for meta in suite.metas]
     groups = [np.flatnonzero(rows) for rows in categories.values()]
@@ -54,8 +55,9 @@ def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
         readings += read(policy, "after", shown)
 
     rows_of = {prompt: [i for i, other in enumerate(prompts) if other == prompt] for prompt in prompts}
-    means = [{"prompt": prompt, "tag": tags[rows[0]], "score": None if right is None else float(right[rows].mean()),
-              "reward": float(rewards[rows].mean())} for prompt, rows in rows_of.items()]
+    mean = lambda values, rows: None if values is None else float(values[rows].mean())
+    means = [{"prompt": prompt, "tag": tags[rows[0]], "score": mean(right, rows), "exact": mean(exact, rows),
+              "reward": mean(rewards, rows)} for prompt, rows in rows_of.items()]
     means.sort(key=lambda of: (of["score"] or 0.0, of["reward"]))
     hardest = [rows_of[of["prompt"]][0] for of in means[:MOST]]
     curves = {} if right is None else {"overall": reliability(rewards, right)} | {
@@ -65,13 +67,13 @@ def write_closeup(suite, policy, base, drawn, moment, workdir, notes):
          "prompts": means, "reliability": curves}))
     write_picture(notes / "samples" / "hardest.png", image_grid(
         pictures[hardest][:, :MOST], [prompts[i] for i in hardest], max(1, 96 // pictures.shape[2]),
-        None if right is None else right[hardest][:, :MOST]))
+        None if marks is None else marks[hardest][:, :MOST]))
 
 
 def sample_grid(pictures, metas, marks=None):
     """Two prompts of each category, up to six pictures of each, framed where something judged them.
 
-    pictures uint8 [prompts, G, H, W, 3], marks bool [prompts, G] or None.
+    pictures uint8 [prompts, G, H, W, 3], marks [prompts, G] as image_grid takes them, or None.
     """
     chosen = [i for rows in rows_by_tag(metas).values() for i in np.flatnonzero(rows)[:2]][:2 * MOST]
     return image_grid(pictures[chosen][:, :MOST], [metas[i]["prompt"] for i in chosen],

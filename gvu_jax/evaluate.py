@@ -2,8 +2,9 @@
 
     python -m gvu_jax.evaluate --checkpoint=DIR --suite=shapes --out=DIR [--prompts=192] [--images_per_prompt=4]
 
-    shapes           held-out prompts of the shapes world judged by its exact checker; AUC and calibration of the
-                     intrinsic reward; understanding by likelihood
+    shapes           held-out prompts of the shapes world judged by its exact checker: pictures that are right, those
+                     that show nothing else besides (exact), and objects a picture; AUC and calibration of the intrinsic
+                     reward; understanding by likelihood
     understanding    multiple choice by likelihood: the tests of the shapes world, or those of a TSV file of VLMEvalKit
                      (--tsv=MMT-Bench_VAL.tsv)
     nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"
@@ -95,14 +96,16 @@ def check_world(model, given):
 def shapes(model):
     """The results of the shapes world, and a grid of pictures."""
     metas, batched = build_shapes(model)
-    pictures, rewards, right = batched.sample(model.params, model.params)
-    (_, areas), tested = batched.grade(rewards, right), batched.choices(model.params)
+    pictures, rewards, verdicts = batched.sample(model.params, model.params)
+    (_, found), tested, right = batched.grade(rewards, verdicts), batched.choices(model.params), verdicts.right
     calibration = {"overall": suite.reliability(rewards, right)} | {
         tag: suite.reliability(rewards[rows], right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
     results = {"pictures": int(right.size), **with_intervals(suite.by_category(right, metas)),
-               "reward": float(rewards.mean()), "auc": areas, "calibration": calibration,
+               "exact": with_intervals(suite.by_category(verdicts.exact, metas)),
+               "objects": with_intervals(suite.by_category(verdicts.objects, metas)) | {"asked": found["asked"]},
+               "reward": float(rewards.mean()), "auc": found["auc"], "calibration": calibration,
                "understanding": with_intervals({name: share(chosen) for name, chosen in tested.items()})}
-    return results, sample_grid(pictures, metas, right)
+    return results, sample_grid(pictures, metas, verdicts.marks)
 
 
 def build_shapes(model):
@@ -149,10 +152,11 @@ def own_pictures(model, metas):
     results = {"yes": float(believed.mean()), **with_intervals(suite.by_category(believed < 0.5, metas))}
     if judged:
         each = [meta for meta in metas for _ in range(_IMAGES.value)]
-        right = checker.judge(pictures.reshape(-1, *pictures.shape[2:]) / np.float32(255), each).reshape(believed.shape)
+        verdicts = checker.judge(pictures.reshape(-1, *pictures.shape[2:]) / np.float32(255), each)
+        right, exact = (of.reshape(believed.shape) for of in (verdicts.right, verdicts.exact))
         results["rejected_of"] = {
             name: {"pictures": int(rows.sum()), "share": float((believed[rows] < 0.5).mean()) if rows.any() else None}
-            for name, rows in {"wrong": ~right, "right": right}.items()}
+            for name, rows in {"wrong": ~right, "right": right, "exact": exact}.items()}
         results["auc"] = {"overall": suite.auc(believed, right)}
     return results, sample_grid(pictures, metas, believed >= 0.5)
 
@@ -194,17 +198,20 @@ def with_intervals(found):
 
 
 def table(results, heading=""):
-    """The results as text: a line for each score, with its interval and, where there is one, its AUC."""
-    areas = results.get("auc", {})
-    lines = [f"{heading:<28}{'score':>8}{'95 %':>17}{'AUC':>8}"[:None if areas else -8]]
+    """The results as text: a line for each score, with its interval and, where there is one, its AUC, or what was asked
+    for."""
+    last, beside = ("asked", results["asked"]) if "asked" in results else ("AUC", results.get("auc", {}))
+    lines = [f"{heading:<28}{'score':>8}{'95 %':>17}{last:>8}"[:None if beside else -8]]
     for name, score in results["scores"].items():
         low, high = results["intervals"][name]
-        area = f"{areas[name]:8.3f}" if areas.get(name) is not None else ""
-        lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{area}")
+        other = f"{beside[name]:8.3f}" if beside.get(name) is not None else ""
+        lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{other}")
     if results.get("refused"):
         lines.append(f"left out: {results['refused']} questions whose pictures the model's tokenizer refuses")
-    if "understanding" in results:
-        lines += ["", table(results["understanding"], "understanding")]
+    for part, title in (("exact", "right and nothing else"), ("objects", "objects a picture"),
+                        ("understanding", "understanding")):
+        if part in results:
+            lines += ["", table(results[part], title)]
     for name, found in results.get("rejected_of", {}).items():
         if found["pictures"]:
             lines.append(f"of {found['pictures']} {name} ones".ljust(28) + f"{found['share']:8.3f}")

@@ -140,7 +140,7 @@ def measure(arm, summaries):
     found = {}
     for moment in ("before", "after"):
         found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
-                                            for part in ("understanding", "judgement", "unified")
+                                            for part in ("exact", "objects", "understanding", "judgement", "unified")
                                             for name in summary.get(f"{part}_before", {})} for summary in summaries]
     found["change"] = [{name: after[name] - before[name] for name in after}
                        for before, after in zip(found["before"], found["after"])]
@@ -168,7 +168,7 @@ def measure_words(folders):
 
 def drop_words(policy, teacher):
     """What numbers, colors and relations are worth: {kind: {"full", "removed", "change"}}, mean rewards, and the same
-    under "kind (checker)", shares of right pictures.
+    under "kind (checker)", shares of right pictures, and "kind (exact)", shares of exact ones.
 
     The policy draws held-out prompts as they are, and again without their words of one kind; the teacher (both are
     gvu_jax.Model) and the checker judge all pictures by the full prompts. What a word did for the picture is what its
@@ -184,9 +184,9 @@ def drop_words(policy, teacher):
     pictures = pictures.reshape(-1, *pictures.shape[2:])
     asked = [meta for meta in metas + metas for _ in range(GROUP)]
     reward = rewards.geometric_mean(*teacher.read(pictures, [meta["prompt"] for meta in asked]))
-    right = checker.judge(pictures.astype(np.float32) / 255, asked)
+    verdicts = checker.judge(pictures.astype(np.float32) / 255, asked)
     kinds, found = np.array(kinds), {}
-    for name, values in ("{}", reward), ("{} (checker)", right):
+    for name, values in ("{}", reward), ("{} (checker)", verdicts.right), ("{} (exact)", verdicts.exact):
         values = np.asarray(values, np.float64).reshape(2, len(rows), GROUP).mean(axis=2)
         for kind in suite.WORDS:
             drawn, without = values[:, kinds == kind].mean(axis=1).tolist()
@@ -197,7 +197,7 @@ def drop_words(policy, teacher):
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
-        "overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words",
+        "overall", "exact overall", "objects overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words",
         *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from gvu_jax.metrics import replacing
 
 GAP, BORDER, FONT_SIZE, LINE_HEIGHT = 8, 3, 14, 18  # pixels
-RIGHT_COLOR, WRONG_COLOR = (0, 158, 115), (213, 40, 40)  # a green and a red that the colour-blind can tell apart
+# A red, an amber and a green that the colour-blind can tell apart: frames of what is wrong, in between and right.
+WRONG_COLOR, MIDDLE_COLOR, RIGHT_COLOR = (213, 40, 40), (240, 170, 20), (0, 158, 115)
 
 
 def image_grid(
@@ -23,8 +24,9 @@ def image_grid(
       rows: [R, C, H, W, 3], uint8 or float in [0, 1].
       captions: R texts, mostly the prompts, or None. A caption longer than two lines is cut short.
       scale: each picture is enlarged this many times, a pixel becoming a square of pixels.
-      marks: bool [R, C] or None: a thin border round each picture, green where True (the checker says that it shows
-        what the prompt asks for), red where False. The border lies outside the picture and covers none of it.
+      marks: [R, C], bool or in (0, 0.5, 1), or None: a thin border round each picture, green where 1 (it shows what
+        the prompt asks for), red where 0, amber in between (it shows that, and more than was asked). The border lies
+        outside the picture and covers none of it.
     """
     rows = _to_uint8(np.asarray(rows)).repeat(scale, axis=2).repeat(scale, axis=3)  # [R, C, scale H, scale W, 3]
     count, columns, height, width = rows.shape[:4]
@@ -48,7 +50,7 @@ def image_grid(
             left = GAP + c * (width + GAP)
             if marks is not None:
                 box = (left - BORDER, top - BORDER, left + width + BORDER - 1, top + height + BORDER - 1)
-                pen.rectangle(box, fill=RIGHT_COLOR if marks[r][c] else WRONG_COLOR)
+                pen.rectangle(box, fill=(WRONG_COLOR, MIDDLE_COLOR, RIGHT_COLOR)[int(2 * marks[r][c])])
             canvas.paste(Image.fromarray(rows[r, c]), (left, top))
         top += height
     return canvas

@@ -29,7 +29,9 @@ from gvu_jax.metrics import METRICS_FILE, read_json, read_metrics, replace_file
 from gvu_jax.pictures import HEATMAP_COLORS, probability_color, text_color
 
 PHASES = ("sample", "render", "reward", "update")
-NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts
+NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts,
+MEASURES = ("exact", "objects")  # nor are these, or these with a category behind them: `eval/exact_counting`
+EXACT = "share of pictures that are right and show nothing else"
 MOST_STEP_PICTURES = 6
 MOST_HARDEST = 10
 
@@ -48,7 +50,8 @@ def write_report(workdir: str | os.PathLike) -> Path:
     metrics = read_metrics(workdir / METRICS_FILE) if (workdir / METRICS_FILE).exists() else []
     run = _merge_steps(metrics)
 
-    scores = _before_and_after(run, "eval/", summary.get("before"), summary.get("after"))
+    scores, exact, objects = _evaluated_rows(run, summary)
+    asked = summary.get("asked_before", {})
     understanding = _before_and_after(
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
     )
@@ -59,8 +62,11 @@ def write_report(workdir: str | os.PathLike) -> Path:
     html = _page("report.html.j2").render(
         name=workdir.resolve().name,
         steps=max(run, default=0),
-        headline=_headline(run, scores),
-        scores=[row for row in scores if row["name"] != "reward"],
+        headline=_headline(run, scores, exact),
+        scores=scores,
+        exact=exact,
+        objects=[row | {"asked": asked.get(row["name"])} for row in objects],
+        spam=summary.get("spam"),
         understanding=understanding,
         unified=unified,
         closeups=_closeups(before, after),
@@ -173,7 +179,15 @@ def _curve(run: dict[int, dict[str, float]], name: str) -> Points:
 def _categories(run: dict[int, dict[str, float]]) -> list[str]:
     """The categories of the held-out prompts, in the order in which the run first names them."""
     names = {name.removeprefix("eval/"): None for values in run.values() for name in values if name.startswith("eval/")}
-    return [name for name in names if name not in NOT_CATEGORIES]
+    others = {*NOT_CATEGORIES, *MEASURES, *(f"{measure}_{name}" for measure in MEASURES for name in names)}
+    return [name for name in names if name not in others]
+
+
+def _evaluated(run: dict[int, dict[str, float]], measure: str = "") -> dict[int, dict[str, float]]:
+    """Of the held-out pictures their score, or one of MEASURES: {step: {"overall" | category: value}}."""
+    names = {f"eval/{measure}_{tag}" if measure else f"eval/{tag}": tag for tag in _categories(run)}
+    names |= {f"eval/{measure or 'overall'}": "overall"}
+    return {step: {tag: values[name] for name, tag in names.items() if name in values} for step, values in run.items()}
 
 
 def _before_and_after(run: dict, prefix: str, before: dict | None, after: dict | None) -> list[dict]:
@@ -194,14 +208,22 @@ def _before_and_after(run: dict, prefix: str, before: dict | None, after: dict |
     return sorted(rows, key=lambda row: row["name"] != "overall")
 
 
-def _headline(run: dict, scores: list[dict]) -> dict:
+def _evaluated_rows(run: dict, summary: dict) -> list[list[dict]]:
+    """`_before_and_after` of the score of the held-out pictures and of each of MEASURES."""
+    return [_before_and_after(_evaluated(run, measure), "", summary.get(f"{part}before"), summary.get(f"{part}after"))
+            for measure, part in (("", ""), *((measure, f"{measure}_") for measure in MEASURES))]
+
+
+def _headline(run: dict, scores: list[dict], exact: list[dict]) -> dict:
     """What the top of the page says; see the template for the keys."""
-    overall = next((row for row in scores if row["name"] == "overall"), {"before": None, "after": None})
+    overall, exact = (next((row for row in rows if row["name"] == "overall"), {"before": None, "after": None})
+                      for rows in (scores, exact))
     rewards = _curve(run, "reward/mean")
     few = max(1, len(rewards) // 20)  # one step's reward is noisy: compare the first and the last twentieth
     ends = [sum(value for _, value in part) / few for part in (rewards[:few], rewards[-few:])] if rewards else []
     return overall | {
         "half_way": _half_way(_curve(run, "eval/overall")),
+        "exact": exact,
         "reward": ends if len(rewards) > 1 else [],
     }
 
@@ -282,10 +304,14 @@ def _read_arm(folder: Path, label: str, overrides: dict, runs: list[str]) -> dic
 
 def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
     """{section: rows {name, before, after}} of one run."""
-    scores = _before_and_after(run, "eval/", summary.get("before"), summary.get("after"))
+    scores, exact, objects = _evaluated_rows(run, summary)
     understanding = summary.get("understanding_before"), summary.get("understanding_after")
     return {
-        "Held-out score": [row for row in scores if row["name"] != "reward"],
+        "Held-out score": scores,
+        "Exact: right, and nothing else": exact,
+        "Objects a picture": objects,
+        "Objects asked for": [{"name": name, "before": None, "after": count} for name, count in
+                              summary.get("asked_before", {}).items()],
         "Understanding": _before_and_after(run, "understanding/", *understanding),
         "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
         "Judgement of its own pictures": _before_and_after(
@@ -334,11 +360,13 @@ def mean_interval(values: list[float]) -> dict | None:
 
 
 def _comparison_curves(arms: list[dict]) -> list[dict]:
-    """Scores by category, reward, KL and entropy: one thin line a seed, a thick one for the mean of an arm."""
+    """Scores, exact pictures, reward, KL and entropy: one thin line a seed, a thick one for the mean of an arm."""
     categories = dict.fromkeys(name for arm in arms for run in arm["runs"] for name in _categories(run))
     of = lambda name: {arm["label"]: [_curve(run, name) for run in arm["runs"]] for arm in arms}
     charts = [
         _chart("Held-out score", "share of pictures that the checker calls right", of("eval/overall")),
+        _chart("Exact", EXACT, of("eval/exact")),
+        _chart("Objects a picture", "held-out prompts", of("eval/objects")),
         _chart("Reward", "training prompts", of("reward/mean")),
         *(_chart(name.replace("_", " "), "held-out score", of(f"eval/{name}"), (0.0,)) for name in categories
           if name != "overall"),
@@ -401,11 +429,11 @@ def _css(color: tuple[int, int, int]) -> str:
 
 
 def _hardest(before: list[dict], after: list[dict]) -> list[dict]:
-    """The hardest prompts of the last evaluation: {prompt, score, reward}, the numbers as {before, after}."""
+    """The hardest prompts of the last evaluation: {prompt, score, exact, reward}, the numbers as {before, after}."""
     told = [{row["prompt"]: row for row in rows} for rows in (before, after)]
     pair = lambda prompt, name: dict(zip(("before", "after"), (rows.get(prompt, {}).get(name) for rows in told)))
     return [
-        {"prompt": row["prompt"], "score": pair(row["prompt"], "score"), "reward": pair(row["prompt"], "reward")}
+        {"prompt": row["prompt"]} | {name: pair(row["prompt"], name) for name in ("score", "exact", "reward")}
         for row in (after or before)[:MOST_HARDEST]
     ]
 
@@ -434,7 +462,8 @@ MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are sm
 
 def _learning_curves(run: dict, judged: bool) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
-    by_category = {name: [_curve(run, f"eval/{name}")] for name in ["overall", *_categories(run)]}
+    curves = lambda of: {name: [_curve(of, name)] for name in ["overall", *_categories(run)]}
+    by_category, exact, objects = (curves(_evaluated(run, measure)) for measure in ("", *MEASURES))
     reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
     unified = {name: [_curve(run, f"unified/{name}")] for name in ("recovery", "complete", "correct", "language")}
     lengths = {"training": [_curve(run, "caption/length")], "held-out": [_curve(run, "unified/length")]}
@@ -442,6 +471,8 @@ def _learning_curves(run: dict, judged: bool) -> list[dict]:
         _chart("Held-out score by category",
                "share of pictures that the checker calls right" if judged else "the reward: nothing else judges",
                by_category, (0.0,)),
+        _chart("Exact by category", EXACT, exact, (0.0,)),
+        _chart("Objects a picture", "more than was asked for is the sign of spam", objects, (0.0,)),
         _chart("Reward", "what the method maximises", reward),
         _chart("Picture, caption, picture", "share of captions", unified, (0.0,)),
         _chart("Caption length", "tokens, with the end", lengths, (0.0,)),

@@ -1,8 +1,9 @@
 """How good is a model? Held-out prompts drawn and judged, and understanding measured by likelihood.
 
     sample       pictures for fixed prompts, which a judge, where the world has one, calls right or wrong
-    grade        what that comes to: GenEval's score by category, and the AUC of the intrinsic reward (does it rank
-                 right pictures above wrong ones?). Without a judge the score is the intrinsic reward itself.
+    grade        what that comes to: GenEval's score by category, the share of pictures that are right and show nothing
+                 else, the objects a picture, and the AUC of the intrinsic reward (does it rank right pictures above
+                 wrong ones?). Without a judge the score is the intrinsic reward itself.
     judge_own    what the model itself says of those pictures when asked, against the judge
     understand   pictures with several captions each: how often does the model find the true one most probable?
     Unified      picture -> caption -> picture: what comes back, and was it said or guessed?
@@ -13,6 +14,7 @@ made of many yes and no: `by_category` (means with intervals), `auc`, `reliabili
 """
 import collections
 import re
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,12 +22,32 @@ import numpy as np
 from gvu_jax import data, rewards, sharding
 
 
+class Verdicts(NamedTuple):
+    """What a judge says of pictures: arrays of one shape, one value a picture.
+
+    right     bool: it shows what its prompt asks for, whatever else it shows
+    exact     bool: it is right, and shows nothing that was not asked for
+    objects   int: how many objects stand in it
+    asked     int: how many its prompt asks for
+    """
+    right: np.ndarray
+    exact: np.ndarray
+    objects: np.ndarray
+    asked: np.ndarray
+
+    @property
+    def marks(self):
+        """For the frames of pictures.image_grid: 1 for exact, 0.5 for right with more than was asked, 0 for wrong."""
+        return (self.right.astype(float) + self.exact) / 2
+
+
 class Suite:
     """Fixed prompts, pictures and tests, and the compiled programs that a run already has.
 
     umm, programs (umm.Programs): the model. metas: prompts to draw, dicts with "prompt" and perhaps "tag"; their number
-    is a multiple of `batch`, the prompts of one call. group: pictures of each. lengths: umm.Lengths. judge: (pixels,
-    metas) -> bool [B], or None. tests: {name: (pictures [M, H, W, 3], M tuples of captions, the true one first)}.
+    is a multiple of `batch`, the prompts of one call. group: pictures of each. lengths: umm.Lengths. judge: (pixels
+    [B, H, W, 3] in [0, 1], B metas) -> Verdicts of [B], or None. tests: {name: (pictures [M, H, W, 3], M tuples of
+    captions, the true one first)}.
     """
 
     def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=()):
@@ -38,21 +60,28 @@ class Suite:
         self.mesh = programs.sample.mesh
         self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
-    def grade(self, scores, right):
-        """Rewards [prompts, G] and right bool [prompts, G] or None, as `sample` returns them -> {"overall",
-        "<category>", "reward"} and {"<category>" | "overall": AUC}."""
+    def grade(self, scores, verdicts):
+        """Rewards [prompts, G] and Verdicts of [prompts, G] or None, as `sample` returns them -> {"overall",
+        "<category>", "reward"}, and what else the judge finds: {"auc": .., "exact": share, "objects" and "asked": means
+        a picture}, each {"overall" | "<category>": value}; {"auc": {}} without a judge."""
         by_tag = rows_by_tag(self.metas)
-        drawn = {tag: float((scores if right is None else right)[rows].mean()) for tag, rows in by_tag.items()}
-        drawn = {"overall": float(np.mean(list(drawn.values()))), **drawn, "reward": float(scores.mean())}
-        if right is None:
-            return drawn, {}
+
+        def means(values):
+            found = {tag: float(values[rows].mean()) for tag, rows in by_tag.items()}
+            return {"overall": float(np.mean(list(found.values()))), **found}
+
+        reward = {"reward": float(scores.mean())}
+        if verdicts is None:
+            return means(scores) | reward, {"auc": {}}
+        right = verdicts.right
         areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
-        return drawn, {tag: area for tag, area in areas.items() if area is not None}
+        return means(right) | reward, {"auc": {tag: area for tag, area in areas.items() if area is not None}} | {
+            name: means(getattr(verdicts, name)) for name in ("exact", "objects", "asked")}
 
     def sample(self, policy, teacher):
-        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and right bool [prompts, G] or None. policy
-        draws, teacher scores; both are params."""
-        pictures, right, scores = [], [], []
+        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and Verdicts of [prompts, G] or None.
+        policy draws, teacher scores; both are params."""
+        pictures, verdicts, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
             prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
@@ -64,15 +93,16 @@ class Suite:
             reward, pixels = sharding.fetch((self.mean(logps, mask), pixels))
             scores.append(reward)
             if self.judge:
-                right.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
+                verdicts.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
             pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
-        return np.concatenate(pictures), in_groups(scores), in_groups(right) if self.judge else None
+        verdicts = Verdicts(*map(in_groups, zip(*verdicts))) if self.judge else None
+        return np.concatenate(pictures), in_groups(scores), verdicts
 
-    def judge_own(self, params, pictures, right, words=None):
+    def judge_own(self, params, pictures, verdicts, words=None):
         """What the understanding branch of `params` says of the pictures that `sample` returned: {"non_unification":
-        share that it rejects} and, with the verdicts `right`, "accuracy" (share on which both agree) and
-        "false_positives" (share of the wrong ones that it accepts).
+        share that it rejects} and, with Verdicts, "accuracy" (share on which both agree: accepted here, right there)
+        and "false_positives" (share of the wrong ones that it accepts).
 
         It accepts what it answers with "yes" rather than "no" when asked whether the picture shows its prompt; or, with
         `words`, what gives the prompt's words a geometric mean above that.
@@ -87,7 +117,8 @@ class Suite:
             accepted.append(sharding.fetch(scores).reshape(-1, self.group) > least)
         accepted = np.concatenate(accepted)
         found = {"non_unification": float(1 - accepted.mean())}
-        if right is not None:
+        if verdicts is not None:
+            right = verdicts.right
             found |= {"accuracy": float((accepted == right).mean()),
                       "false_positives": float(accepted[~right].mean()) if not right.all() else 0.0}
         return found

@@ -14,9 +14,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import math
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -28,7 +26,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import checkpoint, cli, data, optim, sharding
+from gvu_jax import alarms, checkpoint, cli, data, optim, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
@@ -137,33 +135,38 @@ def train_alone(config, workdir, stop):
             """Held-out pictures judged; at the start and the end also understanding and the reward's AUC."""
             began, thorough = time.time(), step in (start, config.steps)
             policy = method.policy(base, state.trainable)
-            drawn, rewards, right = suite.sample(policy, base)
-            scores, areas = suite.grade(rewards, right)
-            values = {f"eval/{name}": score for name, score in scores.items()}
+            drawn, rewards, verdicts = suite.sample(policy, base)
+            scores, found = suite.grade(rewards, verdicts)
+            values = {f"eval/{name}": score for name, score in scores.items()} | {
+                f"eval/{part}" + f"_{tag}" * (tag != "overall"): value
+                for part in ("exact", "objects") for tag, value in found.get(part, {}).items()}
             moment = "before" if step == start else "after" if step == config.steps else f"step_{step:06d}"
             if unified:
-                found, captions, _ = unified.measure(policy, base)
-                survived = {name: float(of_each.mean()) for name, of_each in found.items()}
+                measured, captions, _ = unified.measure(policy, base)
+                survived = {name: float(of_each.mean()) for name, of_each in measured.items()}
                 values |= {f"unified/{name}": share for name, share in survived.items()}
             if thorough:
                 understanding = suite.understand(policy)
                 earlier = base if state.reference is None else method.policy(base, state.reference)     # at "before"
-                judged = {"": (drawn, right)} | (
+                judged = {"": (drawn, verdicts)} | (
                     {"_on_base": suite.sample(earlier, base)[::2]} if step != start else {})
                 judgement = judge_pictures(suite, policy, judged, config)
                 values |= {f"understanding/{name}": score for name, score in understanding.items()}
                 values |= {f"judgement/{name}": value for name, value in judgement.items()}
-                summary.update({moment: {k: v for k, v in scores.items() if k != "reward"}, f"auc_{moment}": areas,
+                summary.update({moment: {k: v for k, v in scores.items() if k != "reward"},
                                 f"understanding_{moment}": understanding, f"judgement_{moment}": judgement})
+                summary.update({f"{part}_{moment}": of for part, of in found.items()})
                 if unified:
                     summary.update({f"unified_{moment}": survived,
                                     f"captions_{moment}": [of_picture[0] for of_picture in captions[:8]]})
                 if step == start:
-                    summary["auc"] = areas
-                write_closeup(suite, policy, earlier, (drawn, rewards, right), moment, workdir, notes)
-            picture = sample_grid(drawn, suite.metas, right)
+                    summary["auc"] = found["auc"]
+                write_closeup(suite, policy, earlier, (drawn, rewards, verdicts), moment, workdir, notes)
+            picture = sample_grid(drawn, suite.metas, verdicts and verdicts.marks)
             picture.save(notes / "samples" / f"{moment}.png")
             writer.image(step, "samples", np.asarray(picture))
+            if spam := alarms.spam(config.alarm, step, found, summary.get("objects_before", {})):
+                summary["spam"] = spam
             timings["evaluation"] += time.time() - began
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             writer.write(step, values)                                       # last: it says that the rest is there
@@ -192,7 +195,7 @@ def train_alone(config, workdir, stop):
                 writer.write(step + 1, metrics | clock.seconds(method.pictures))
                 shown = {name: metrics[of] for name, of in (("loss", "loss"), ("reward", "reward/mean"), ("kl", "kl"))
                          if of in metrics}
-                alarm(config.alarm, step + 1, metrics)
+                alarms.collapse(config.alarm, step + 1, metrics)
             progress.update(1, **shown)
             timings["training"] += time.time() - began
             if evaluation_due(step + 1) or (step + 1) % config.checkpoint_every == 0:
@@ -352,34 +355,11 @@ def build_suite(config, umm, programs, how, held_out, lengths):
 
 
 def judge_pictures(suite, policy, drawn, config):
-    """Suite.judge_own of {suffix: (pictures, right)}, by asking and, with config.eval.words, by the prompt's words: the
-    policy's own pictures change as it learns, those of the base remain."""
+    """Suite.judge_own of {suffix: (pictures, verdicts)}, by asking and, with config.eval.words, by the prompt's words:
+    the policy's own pictures change as it learns, those of the base remain."""
     judges = {"": None} | ({"_by_words": config.eval.words} if "words" in config.eval else {})
-    return {f"{name}{by}{of}": value for by, words in judges.items() for of, (pictures, right) in drawn.items()
-            for name, value in suite.judge_own(policy, pictures, right, words).items()}
-
-
-def alarm(config, step, metrics):
-    """Says when a run goes wrong in a way that its reward does not show, and ends it where the config wants that.
-
-    Raises FloatingPointError after `skipped` steps in a row whose numbers were not finite, and with `stop` at the other
-    signs: KL to the base above `kl`, entropy below `entropy` (nats a token), more than `duplicates` of a group's
-    pictures drawn twice: a policy that has collapsed onto what pleases its teacher.
-    """
-    metrics = {"kl": 0.0, "entropy": math.inf, "duplicates": 0.0} | metrics           # a supervised step has none
-    if metrics["skipped_in_a_row"] >= config.skipped:
-        raise FloatingPointError(f"step {step}: {int(metrics['skipped_in_a_row'])} steps in a row had rewards, losses "
-                                 f"or gradients that are not finite and were skipped: lower optim.lr, or raise "
-                                 f"alarm.skipped")
-    signs = [f"kl {metrics['kl']:.3g} is above {config.kl}"] * bool(metrics["kl"] > config.kl)
-    signs += [f"entropy {metrics['entropy']:.3g} is below {config.entropy}"] * bool(metrics["entropy"] < config.entropy)
-    signs += [f"{metrics['duplicates']:.0%} of the pictures repeat another of their group"] * bool(
-        metrics["duplicates"] > config.duplicates)
-    if signs:
-        warning = f"step {step}: {', '.join(signs)}: the policy may be collapsing"
-        if config.stop:
-            raise FloatingPointError(f"{warning} (alarm.stop is set)")
-        print(f"warning: {warning}", file=sys.stderr)
+    return {f"{name}{by}{of}": value for by, words in judges.items() for of, (pictures, verdicts) in drawn.items()
+            for name, value in suite.judge_own(policy, pictures, verdicts, words).items()}
 
 
 def table(summary):
@@ -388,11 +368,12 @@ def table(summary):
     score = "held-out checker score" if summary["judged"] else "held-out reward"
     lines = [f"{score:<24}{'before':>8}{'after':>8}{'change':>8}"]
     sections = {"": (before, after)}
-    for name in ("understanding", "judgement", "unified"):
+    for name in ("exact", "objects", "understanding", "judgement", "unified"):
         sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})
     for section, (old, new) in sections.items():
+        asked = summary.get("asked_after", {}) if section == "objects " else {}
         lines += [f"{section + name:<24}{old[name]:8.3f}{new[name]:8.3f}{new[name] - old[name]:+8.3f}"
-                  for name in new if name in old]
+                  + (f"   {asked[name]:.3f} asked for" if name in asked else "") for name in new if name in old]
     lines += [f"{'reward AUC ' + name:<24}{area:8.3f}" for name, area in summary.get("auc", {}).items()]
     return "\n".join(lines)
 

@@ -30,6 +30,7 @@ from gvu_jax.pictures import image_grid, word_heatmap
 from gvu_jax.policy import init_state
 from gvu_jax.sampling import How
 from gvu_jax.shapes import pretrain
+from gvu_jax.suite import Verdicts
 
 EXAMPLES = int(os.environ.get("GVU_EXAMPLES", 0))
 some = settings(max_examples=EXAMPLES or 60, derandomize=not EXAMPLES, deadline=None, database=None,
@@ -522,8 +523,9 @@ def test_score_on_a_disk_that_refuses(command, quick, disk, tmp_path, capsys):
 def test_evaluate_on_a_disk_that_refuses(command, quick, disk, monkeypatch, capsys):
     """The table is on the screen all the same, and the results of before are not lost."""
     class Suite:
-        sample = lambda self, *_: (np.zeros((192, 1, 8, 8, 3), np.uint8), np.zeros((192, 1)), np.zeros((192, 1), bool))
-        grade = lambda self, *_: ({}, {})
+        sample = lambda self, *_: (np.zeros((192, 1, 8, 8, 3), np.uint8), np.zeros((192, 1)),
+                                   Verdicts(*np.zeros((2, 192, 1), bool), *np.zeros((2, 192, 1), int)))
+        grade = lambda self, *_: ({}, {"auc": {}, "asked": {}})
         choices = lambda self, *_: {"long name": np.array([True, True, True, False])} | {
             f"{i}": np.array([True, False]) for i in range(200)}
     monkeypatch.setattr("gvu_jax.shapes.suite.build", lambda *_: Suite())

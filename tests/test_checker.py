@@ -109,10 +109,26 @@ def test_judge_follows_the_scene(scenes, pictures):
     rng = np.random.default_rng(0)
     true = [w.true_prompt(scene, rng) for scene in scenes]
     false = [w.false_prompt(scene, rng) for scene in scenes]
-    assert checker.judge(pictures, true).all()
-    assert not checker.judge(pictures, false).any()
-    assert not checker.judge(np.ones_like(pictures), true).any()
-    assert checker.judge(pictures[:2], true[:2]).dtype == bool
+    verdicts = checker.judge(pictures, true)
+    assert verdicts.right.all() and verdicts.right.dtype == verdicts.exact.dtype == bool
+    assert not checker.judge(pictures, false).right.any()
+    assert not checker.judge(np.ones_like(pictures), true).right.any()
+    objects, asked = [sum(scene != 0) for scene in scenes], [sum(i["count"] for i in meta["include"]) for meta in true]
+    np.testing.assert_array_equal(verdicts.objects, objects)
+    np.testing.assert_array_equal(verdicts.asked, asked)
+    np.testing.assert_array_equal(verdicts.exact, np.equal(objects, asked))
+    assert 0.1 < verdicts.exact.mean() < 0.9
+    np.testing.assert_array_equal(verdicts.marks, np.where(verdicts.exact, 1, 0.5))
+
+
+def test_what_cannot_be_read_is_not_exact():
+    """A cell of noise beside what was asked for: right, two objects, not exact."""
+    meta = next(meta for meta in w.all_prompts() if meta["prompt"] == "a photo of a red circle")
+    picture = w.render(np.array([[1, 0, 0, 0]]))
+    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[True], objects=[1], asked=[1])
+    picture[0, -w.CELL:, -w.CELL:] = np.random.default_rng(0).random((w.CELL, w.CELL, 3))
+    assert checker.read_pixels(picture, 2).tolist() == [[1, 0, 0, -1]]
+    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[False], objects=[2], asked=[1])
 
 
 def test_wrong_sizes_are_refused(pictures):

@@ -37,6 +37,25 @@ def test_intervals_hold_what_they_promise():
     assert twice == [0.5, 0.0, 1.0], "two prompts, however often they are drawn"
 
 
+def test_what_pictures_come_to():
+    """Means over the pictures of a category, and over categories; the AUC by counting pairs."""
+    metas = [{"prompt": f"{tag}{i}", "tag": tag} for tag in "ab" for i in range(2)]
+    of_a, of_b = [[1, 1], [1, 0]], [[0, 0], [1, 0]]
+    verdicts = suite.Verdicts(np.array(of_a + of_b, bool), np.array([[1, 0], [0, 0]] + of_b, bool),
+                              np.array([[1, 2], [3, 0], [1, 1], [2, 9]]), np.array([[1, 1], [1, 1], [1, 1], [2, 2]]))
+    rewards = np.arange(8).reshape(4, 2) / 8
+    graded = types.SimpleNamespace(metas=metas)
+    scores, found = suite.Suite.grade(graded, rewards, verdicts)
+    assert scores == {"overall": 0.5, "a": 0.75, "b": 0.25, "reward": 3.5 / 8}
+    assert found["exact"] == {"overall": 0.25, "a": 0.25, "b": 0.25}
+    assert found["objects"] == {"overall": (1.5 + 3.25) / 2, "a": 1.5, "b": 3.25}
+    assert found["asked"] == {"overall": 1.25, "a": 1.0, "b": 1.5}
+    assert found["auc"] == {"overall": 3 / 16, "a": 0.0, "b": 2 / 3}
+    assert verdicts.marks.tolist() == [[1, 0.5], [0.5, 0], [0, 0], [1, 0]]
+    scores, found = suite.Suite.grade(graded, rewards, None)
+    assert scores == {"overall": 3.5 / 8, "a": 1.5 / 8, "b": 5.5 / 8, "reward": 3.5 / 8} and found == {"auc": {}}
+
+
 def test_reliability():
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=20000)
@@ -165,8 +184,8 @@ def evaluate(model, command, monkeypatch, tmp_path, capsys):
 
 def test_does_the_model_believe_its_own_pictures(evaluate, model, tmp_path):
     results, printed = evaluate("nonunification", "--prompts=6", "--images_per_prompt=2")
-    counts = [found["pictures"] for found in results["rejected_of"].values()]
-    assert sum(counts) == 12 and set(results["scores"]) == set(results["intervals"]) and "overall" in results["scores"]
+    counts = {name: found["pictures"] for name, found in results["rejected_of"].items()}
+    assert counts["wrong"] + counts["right"] == 12 and counts["exact"] <= counts["right"] and set(results["scores"]) == set(results["intervals"]) and "overall" in results["scores"]
     assert f"{results['scores']['overall']:.3f}" in printed and (tmp_path / "out/samples.png").exists()
     (tmp_path / "p.txt").write_text("a photo of a red circle\na photo of two crosses\n")
     results, _ = evaluate("nonunification", f"--prompt_file={tmp_path}/p.txt", "--images_per_prompt=2", "--seed=3")

@@ -44,6 +44,8 @@ def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
          "runs": ["runs/reward.mean=oracle/seed0"]}]}
     summary = json.loads((tmp_path / told["arms"][0]["runs"][0] / "summary.json").read_text())
     assert results["arms"][0]["after"]["overall"] == [summary["after"]["overall"], None, None]
+    for part in ("exact", "objects"):
+        assert results["arms"][0]["after"][f"{part} counting"] == [summary[f"{part}_after"]["counting"], None, None]
     assert f"{summary['understanding_after']['four_way']:9.3f}" in capsys.readouterr().out
 
     monkeypatch.setattr(train, "train", lambda *_: pytest.fail("it was there already"))
@@ -66,11 +68,13 @@ def test_intervals_over_seeds():
     half = 4.3027 * 0.1 / np.sqrt(3)                                      # t of two degrees of freedom at 0.975
     np.testing.assert_allclose([mean, high - mean, mean - low], [0.3, half, half], rtol=1e-4)
     summaries = [{"before": {"overall": 0.5}, "after": {"overall": after}, "understanding_before": {"four_way": 0.9},
-                  "understanding_after": {"four_way": 0.9},
+                  "understanding_after": {"four_way": 0.9}, "exact_before": {"overall": 0.1},
+                  "exact_after": {"overall": 0.3},
                   "timings": {"pretraining": 5.0, "training": 60.0, "evaluation": 30.0}} for after in (0.6, 0.8)]
     arm = experiments.measure({"label": "as given"}, summaries)
     np.testing.assert_allclose(arm["change"]["overall"], [0.2, 0.2 - 12.706 * 0.1, 0.2 + 12.706 * 0.1], rtol=1e-3)
     assert arm["change"]["understanding four_way"] == [0, 0, 0]
+    assert experiments.table({"arms": [arm, arm]}).count("exact overall") == 2
     told = experiments.table({"arms": [arm]})
     assert "[-1.071, +1.471]" in told and told.splitlines()[-1].split()[-2:] == ["minutes", "1.5"]
 
@@ -98,7 +102,7 @@ def test_what_words_are_worth(tiny, monkeypatch):
     half = len(asked) // 2
     assert half == 3 * 2 * experiments.GROUP and asked[:half] == asked[half:]
     kinds = {"numbers", "colors", "relations"}
-    assert set(found) == kinds | {f"{kind} (checker)" for kind in kinds}
+    assert set(found) == kinds | {f"{kind} ({said})" for kind in kinds for said in ("checker", "exact")}
     for kind, values in found.items():
         assert 0 <= values["full"] < 1 and values["change"] == values["removed"] - values["full"]
         assert values["full"] > 0 or kind not in kinds

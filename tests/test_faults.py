@@ -15,10 +15,10 @@ import optax
 import pytest
 
 from conftest import ROOT, one_device, tiny_config
-from gvu_jax import checkpoint, optim
+from gvu_jax import alarms, checkpoint, optim
 from gvu_jax.metrics import read_metrics
 from gvu_jax.stop import STOPPED
-from gvu_jax.train import alarm, alone
+from gvu_jax.train import alone
 
 PROGRAM = """
 import json, sys
@@ -186,12 +186,36 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted():
 def test_signs_of_collapse_warn_and_can_end_a_run(sign, word, capsys):
     config = tiny_config().alarm
     healthy = {"kl": 0.1, "entropy": 2.0, "duplicates": 0.0, "skipped_in_a_row": 0}
-    alarm(config, 5, healthy)
+    alarms.collapse(config, 5, healthy)
     assert not capsys.readouterr().err
-    alarm(config, 5, healthy | sign)
+    alarms.collapse(config, 5, healthy | sign)
     assert word in capsys.readouterr().err
     config.stop = True
     with pytest.raises(FloatingPointError, match=word):
-        alarm(config, 5, healthy | sign)
+        alarms.collapse(config, 5, healthy | sign)
     with pytest.raises(FloatingPointError, match="in a row"):
-        alarm(config, 5, healthy | {"skipped_in_a_row": config.skipped})
+        alarms.collapse(config, 5, healthy | {"skipped_in_a_row": config.skipped})
+
+
+def drawn(**objects):
+    return {"asked": {"overall": 1.5, "single": 1.0, "two": 2.0}, "objects": {"overall": 9.0} | objects}
+
+
+def test_pictures_that_fill_up_warn_and_can_end_a_run(capsys):
+    config, before = tiny_config().alarm, {"overall": 1.5, "single": 1.3, "two": 1.4}
+    fine = [drawn(single=1.3, two=1.4), drawn(single=1.79, two=2.49), drawn(single=0.0, two=0.0)]
+    assert [alarms.spam(config, 5, found, before) for found in fine] == [None] * 3
+    assert alarms.spam(config, 0, drawn(single=9.0, two=9.0), {}) is None, "nothing to compare with"
+    assert not capsys.readouterr().err
+
+    warning = alarms.spam(config, 5, drawn(single=1.81, two=2.1), before)
+    assert capsys.readouterr().err == f"warning: {warning}\n" and "\n" not in warning
+    assert "single prompts ask for 1.00 objects a picture and get 1.81 (1.30 before training)" in warning
+    assert "spam" in warning and "two prompts" not in warning and "overall" not in warning
+    assert "two prompts" in alarms.spam(config, 5, drawn(single=1.81, two=2.51), before)
+
+    config.stop = True
+    with pytest.raises(FloatingPointError, match="two prompts ask for 2.00 .* get 2.60 .*alarm.stop"):
+        alarms.spam(config, 5, drawn(single=1.0, two=2.6), before)
+    del config.objects
+    assert alarms.spam(config, 5, drawn(single=9.0, two=9.0), before) is None, "a config that wants no warning"

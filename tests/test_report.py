@@ -16,7 +16,7 @@ from PIL import Image
 from conftest import CHROMIUM
 from gvu_jax.metrics import MetricsWriter
 from gvu_jax.pictures import (
-    BORDER, GAP, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap)
+    BORDER, GAP, MIDDLE_COLOR, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap)
 from gvu_jax.report import mean_interval, write_comparison, write_report
 from gvu_jax.suite import reliability
 
@@ -130,6 +130,55 @@ def test_the_summary_outranks_the_metrics(tmp_path):
     assert "0.210 → 0.500 +0.290 +138 %" in text
     assert "color 0.500 – –" in text
     assert "ocr 0.000 0.250 +0.250" in text and "vqa" not in text
+
+
+def judged_run(workdir: Path, finished: bool = True) -> Path:
+    """A run whose pictures fill up, with a category that is called like a measure."""
+    told = {"right": {"overall": (.5, .75), "counting": (.25, .5), "exact_color": (.75, 1.0)},
+            "exact": {"overall": (.25, .125), "counting": (.125, 0.0), "exact_color": (.375, .25)},
+            "objects": {"overall": (2.5, 5.5), "counting": (3.0, 6.0), "exact_color": (2.0, 5.0)}}
+    with MetricsWriter(workdir) as writer:
+        for moment, step in enumerate((0, 20)):
+            writer.write(step, {"eval/reward": 0.4} | {
+                "eval/" + ("" if part == "right" else part + "_" * (tag != "overall"))
+                + (tag if tag != "overall" or part == "right" else ""): values[moment]
+                for part, of in told.items() for tag, values in of.items()})
+    of = lambda part, moment: {tag: values[moment] for tag, values in told[part].items()}
+    summary = {"before": of("right", 0), "exact_before": of("exact", 0), "objects_before": of("objects", 0),
+               "asked_before": {"overall": 2.125, "counting": 3.125, "exact_color": 1.0}}
+    if finished:
+        summary |= {"after": of("right", 1), "exact_after": of("exact", 1), "objects_after": of("objects", 1),
+                    "spam": "step 20: counting prompts ask for 3.12 objects a picture and get 6.00"}
+    (workdir / "summary.json").write_text(json.dumps(summary))
+    return workdir
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_what_was_not_asked_for_is_seen(tmp_path, finished):
+    page = Page(write_report(judged_run(tmp_path, finished)))
+    text = " ".join(page.text.split())
+    assert "right and nothing else: 0.250 → 0.125" in text, "the headline"
+    score, exact, objects = re.split("Exact, before and after|Objects a picture, before and after",
+                                     text.split("Score by category, before and after")[1])
+    assert "exact color 0.750 1.000 +0.250" in score and "objects" not in score.split("Exact")[0]
+    assert "overall 0.250 0.125 −0.125" in exact and "counting 0.125 0.000 −0.125" in exact
+    assert "exact color 0.375 0.250 −0.125" in exact
+    assert "overall 2.125 2.500 5.500 +3.000" in objects and "counting 3.125 3.000 6.000 +3.000" in objects
+    assert ("Warning at step 20: counting prompts ask for 3.12" in text) == finished
+    assert page.tags.count("svg") == 4, "score, exact, objects, reward"
+
+
+def test_exact_in_a_comparison(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        judged_run(tmp_path / name)
+    (tmp_path / "experiments.json").write_text(json.dumps(
+        {"name": "x", "arms": [{"label": "normal", "overrides": {}, "runs": ["a", "b"]}]}))
+    page = Page(write_comparison(tmp_path))
+    text = " ".join(page.text.split())
+    assert "counting 0.000 ± 0.000 from 0.125 ± 0.000, −0.125 ± 0.000" in text.split("nothing else")[1]
+    assert "counting 6.000 ± 0.000 from 3.000 ± 0.000" in text and "counting 3.125 ± 0.000" in text.split("asked for")[1]
+    assert page.tags.count("svg") == 5, "score, exact, objects, and two categories"
 
 
 def test_every_word_stands_on_the_colour_of_its_probability(tmp_path):
@@ -300,17 +349,23 @@ def test_command(tmp_path):
 
 def test_image_grid_pixels():
     rows = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), dtype=np.uint8)
-    grid = np.asarray(image_grid(rows, None, scale=2, marks=np.array([[True, False, True], [False, True, False]])))
+    grid = np.asarray(image_grid(rows, None, scale=2, marks=np.array([[1, 0, 1], [0, 0.5, 0]])))
     assert grid.shape == (GAP + 2 * (8 + GAP), GAP + 3 * (10 + GAP), 3)
     for r in range(2):
         for c in range(3):
             top, left = GAP + r * (8 + GAP), GAP + c * (10 + GAP)
             picture = grid[top : top + 8, left : left + 10]
             np.testing.assert_array_equal(picture, rows[r, c].repeat(2, axis=0).repeat(2, axis=1))
-            expected = RIGHT_COLOR if (r + c) % 2 == 0 else WRONG_COLOR
+            expected = WRONG_COLOR if (r + c) % 2 else MIDDLE_COLOR if r else RIGHT_COLOR
             for y, x in [(top - 1, left), (top + 8, left), (top, left - 1), (top, left + 10), (top - BORDER, left)]:
                 assert tuple(grid[y, x]) == expected
             assert tuple(grid[top, left - BORDER - 1]) == (255, 255, 255)
+
+
+def test_image_grid_marks_may_be_bool():
+    rows = np.zeros((1, 2, 4, 4, 3), np.uint8)
+    drawn = [np.asarray(image_grid(rows, marks=np.array([marks]))) for marks in ([True, False], [1, 0])]
+    np.testing.assert_array_equal(*drawn)
 
 
 def test_image_grid_floats_and_captions():

@@ -18,7 +18,8 @@ from gvu_jax.metrics import read_json, read_metrics
 from gvu_jax.policy import init_state, init_trainable
 from gvu_jax.sampling import How
 from gvu_jax.stop import Stop
-from gvu_jax.train import train
+from gvu_jax.suite import Verdicts
+from gvu_jax.train import table, train
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,15 @@ def test_it_writes_what_its_contract_says(run):
                  "seconds/render seconds/reward seconds/update").split():
         assert all(name in line for line in training), name
     for tag in "single_object two_object counting colors position color_attr".split():
-        assert all(0 <= line[f"eval/{tag}"] <= 1 for line in evaluations)
+        assert all(0 <= line[f"eval/exact_{tag}"] <= line[f"eval/{tag}"] <= 1 for line in evaluations)
+        assert all(0 <= line[f"eval/objects_{tag}"] <= 9 for line in evaluations)
+    summary = read_json(work / "summary.json")
+    for moment, line in (("before", evaluations[0]), ("after", evaluations[-1])):
+        for part in ("exact", "objects"):
+            assert line[f"eval/{part}"] == pytest.approx(summary[f"{part}_{moment}"]["overall"], rel=1e-4)
+            assert line[f"eval/{part}_counting"] == pytest.approx(summary[f"{part}_{moment}"]["counting"], rel=1e-4)
+    assert summary["asked_before"]["single_object"] == 1 and 2 <= summary["asked_before"]["counting"] <= 4
+    assert "objects single_object" in table(summary) and "1.000 asked for" in table(summary)
     for name in "config.json summary.json report.html samples/before.png samples/step_000002.png samples/after.png".split():
         assert (work / name).stat().st_size > 0, name
     assert all(line["logp_gap"] < 1e-4 for line in training)
@@ -167,6 +176,9 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     assert f"{results['scores']['overall']:.3f}" in printed and set(results["understanding"]["scores"]) == {
         "four_way", "relation", "count", "binding"}
     assert set(results["scores"]) == set(results["intervals"]) == set(results["calibration"])
+    assert set(results["scores"]) == set(results["exact"]["scores"]) == set(results["objects"]["asked"])
+    assert all(results["exact"]["scores"][tag] <= score for tag, score in results["scores"].items())
+    assert results["objects"]["asked"]["single_object"] == 1 and "objects a picture" in printed
     assert sum(found["count"] for found in results["calibration"]["overall"]["bins"]) == 24
 
 
@@ -295,7 +307,7 @@ def test_an_oracle_judges_the_pixels(tiny, key):
 
     def judge(given, asked):
         assert np.array_equal(given, pixels) and asked == [meta for meta in metas for _ in range(group)]
-        return right
+        return Verdicts(right, np.zeros_like(right), *np.ones((2, len(right)), int))
     method.judge = judge
     tokens = jnp.zeros((len(right), method.umm.image_tokens), int)
     reward, _ = method.reward(base, base, tokens, pixels, prompts.repeat(group), metas)

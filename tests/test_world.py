@@ -250,6 +250,44 @@ def test_unreadable_cells_are_no_objects():
     assert not any(w.judge_scene(np.full(9, -1, np.int8), meta) for meta in w.all_prompts())
 
 
+@pytest.mark.parametrize(
+    "prompt, asked, objects, exact",
+    [
+        ("a circle", 1, dict(c0="red circle"), True),
+        ("a circle", 1, dict(c0="red circle", c1="red circle"), False),  # another of what was asked for
+        ("a circle", 1, dict(c0="red circle", c1="blue square"), False),  # something else
+        ("a circle", 1, dict(c0="red square"), False),  # one object, and a wrong one
+        ("a circle and a square", 2, dict(c0="red circle", c8="blue square"), True),
+        ("a circle and a square", 2, dict(c0="red circle", c8="blue square", c4="blue square"), False),
+        ("three circles", 3, dict(c0="red circle", c1="blue circle", c2="red circle"), True),
+        ("three circles", 3, dict(c0="red circle", c1="blue circle", c2="red circle", c3="red cross"), False),
+        ("two red circles", 2, dict(c0="red circle", c1="blue circle", c2="red circle"), False),  # right, and more
+        ("a circle left of a square", 2, dict(c0="red circle", c1="red square"), True),
+        ("a circle left of a square", 2, dict(c1="red circle", c0="red square"), False),
+        ("a circle left of a square", 2, dict(c0="red circle", c1="red square", c2="red circle"), False),
+        ("a red circle and a blue square", 2, dict(c0="red circle", c1="blue square"), True),
+    ],
+)
+def test_exact_scene(prompt, asked, objects, exact):
+    meta, one = find(f"a photo of {prompt}"), scene(**objects)
+    assert w.objects_asked(meta) == asked and w.exact_scene(one, meta) is exact
+    one[np.flatnonzero(one == 0)[-1]] = -1
+    assert not w.exact_scene(one, meta), "what cannot be read was not asked for"
+
+
+def test_what_is_right_is_exact_without_the_rest(scenes):
+    """Every prompt's own objects, and no others: by leaving out of a scene whatever can be left out."""
+    rng = np.random.default_rng(0)
+    for one in scenes[:200]:
+        meta = w.true_prompt(one, rng)
+        for cell in np.flatnonzero(one):
+            less = np.where(np.arange(len(one)) == cell, 0, one)
+            one = less if w.judge_scene(less, meta) else one
+        assert w.exact_scene(one, meta)
+        one[np.flatnonzero(one == 0)[0]] = next(code for code in range(1, 26) if code not in one)
+        assert not w.exact_scene(one, meta)
+
+
 def test_true_prompts_are_true_allowed_and_varied(scenes, split):
     train, held_out = split
     forbidden, known = w.compositions(held_out), {meta["prompt"]: meta for meta in w.all_prompts()}

@@ -101,7 +101,7 @@ class GvU:
             asked = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group)
             return self.mean(*self.programs.read(teacher, seen, asked)), seen
         if self.config.reward.mean == "oracle":
-            right = self.judge(sharding.fetch(pixels), each)
+            right = self.judge(sharding.fetch(pixels), each).right
             return sharding.put(right.astype(np.float32), self.mesh), seen
         return self.mean(*self.programs.read(teacher, seen, prompts)), seen
 

@@ -9,14 +9,17 @@ name or refuse. For each cell:
     shape      the best overlap with ideal glyphs over a range of sizes and shifts wider and finer than the renderer's;
                a poor overlap, or two shapes that fit about as well (a blend): unreadable
 
-An unreadable cell is -1 and counts as no object, as for a detector that finds nothing there.
+An unreadable cell is -1. It is none of the objects that a prompt asks for, as for a detector that finds nothing there,
+but it is not empty either: a picture that holds one is not exact.
 """
 
 import itertools
 
 import numpy as np
 
-from gvu_jax.shapes.world import BACKGROUND, BRIGHTNESS, CELL, COLORS, PALETTE, SHAPES, draw_glyph, judge_scene
+from gvu_jax.shapes.world import (
+    BACKGROUND, BRIGHTNESS, CELL, COLORS, PALETTE, SHAPES, draw_glyph, exact_scene, judge_scene, objects_asked)
+from gvu_jax.suite import Verdicts
 
 UNREADABLE = -1
 
@@ -68,16 +71,19 @@ def read_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
     return codes.reshape(len(pixels), side * side)
 
 
-def judge(pixels: np.ndarray, metas: list[dict]) -> np.ndarray:
-    """Whether each picture [B, H, W, 3] in [0, 1] shows what its prompt (one of `metas` each) asks for, bool [B].
+def judge(pixels: np.ndarray, metas: list[dict]) -> Verdicts:
+    """What each picture [B, H, W, 3] in [0, 1] makes of its prompt (one of `metas` each), Verdicts of [B].
 
-    The grid follows from the pictures' height. ValueError where it does not fit, or where the numbers of pictures and
-    prompts differ.
+    Right is `world.judge_scene`, exact is `world.exact_scene`, and objects are the cells that are not empty. The grid
+    follows from the pictures' height. ValueError where it does not fit, or where the numbers of pictures and prompts
+    differ.
     """
     if len(pixels) != len(metas):
         raise ValueError(f"{len(pixels)} pictures cannot be judged by {len(metas)} prompts")
     scenes = read_pixels(pixels, np.shape(pixels)[1] // CELL)
-    return np.array([judge_scene(scene, meta) for scene, meta in zip(scenes, metas)], bool)
+    each = lambda judge, kind: np.array([judge(scene, meta) for scene, meta in zip(scenes, metas)], kind)
+    return Verdicts(each(judge_scene, bool), each(exact_scene, bool), np.count_nonzero(scenes, axis=1),
+                    np.array([objects_asked(meta) for meta in metas], int))
 
 
 def _core_color(cells: np.ndarray, distance: np.ndarray) -> np.ndarray:

@@ -337,6 +337,20 @@ def judge_scene(scene: np.ndarray, meta: dict) -> bool:
     return all(len(find(codes, item)) < item["count"] for item in meta.get("exclude", ()))
 
 
+def objects_asked(meta: dict) -> int:
+    """How many objects a prompt asks for."""
+    return sum(item["count"] for item in meta["include"])
+
+
+def exact_scene(scene: np.ndarray, meta: dict) -> bool:
+    """Whether a scene [cells] shows what a prompt asks for and nothing else: no more objects than it asks for.
+
+    GenEval's rules do not mind what else there is, so that a picture full of red circles is right for "a red circle".
+    A cell that holds something which is no clear object (-1, see checker.py) holds something that was not asked for.
+    """
+    return judge_scene(scene, meta) and int(np.count_nonzero(scene)) == objects_asked(meta)
+
+
 def find(codes: list[int], item: dict) -> list[int]:
     """The cells that hold an object of the item's class and, where it names one, color."""
     first = 1 + SHAPES.index(item["class"]) * len(COLORS)
