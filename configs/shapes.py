@@ -21,14 +21,14 @@ def get_config(preset="normal"):
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
 
     config.mesh = dict(data=-1, fsdp=1, tensor=1)                      # -1: all devices that the others leave
-    config.world = dict(side=3, max_objects=5)
+    config.world = dict(side=3, max_objects=9)
 
     # ---- the model: X-Omni's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
     config.model = ConfigDict()
     config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
                            num_key_value_heads=4, num_mm_adap_layers=1, num_mm_head_layers=1, rope_theta=100.0)
     config.model.vision = dict(width=64, layers=2, heads=4, mlp_hidden=128, patch_size=16, pos_table_side=3,
-                               codebook_size=32, codebook_dim=8, z_channels=32, groups=8)
+                               codebook_size=96, codebook_dim=16, z_channels=32, groups=8)
     config.model.flux = dict(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
                              num_attention_heads=4, joint_attention_dim=8, pooled_projection_dim=8,
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
@@ -44,9 +44,14 @@ def get_config(preset="normal"):
     config.pretrain.crowded = 8192
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
+    # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
+    # things.
+    config.pretrain.positions = dict(steps=700, lr=2e-3, batch=dict(positions=24))
+    # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
+    # often are. Reading never is: so it knows better than drawing, in every category.
     config.pretrain.backbone = dict(
-        steps=3400, lr=2e-3, captions_per_scene=4, mismatched=0.0,        # `captions` counts pictures
-        batch=dict(captions=14, descriptions=2, questions=2, details=8, prompts=8))
+        steps=1800, lr=2e-3, mismatched=0.3,
+        batch=dict(positions=10, captions=8, descriptions=3, questions=7, prompts=4))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)

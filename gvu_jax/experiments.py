@@ -135,17 +135,19 @@ def configure(config, overrides):
 
 def measure(arm, summaries):
     """An arm with {"before" | "after" | "change": {measure: [mean, low, high]}} over the summaries of its runs, and
-    "minutes", training and evaluation without the base's pretraining."""
+    "minutes", training and evaluation without the base's pretraining. A measure that some run lacks (an AUC where all
+    pictures are right) is left out."""
     minutes = [(summary["timings"]["training"] + summary["timings"]["evaluation"]) / 60 for summary in summaries]
     found = {}
     for moment in ("before", "after"):
         found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
                                             for part in ("exact", "objects", "understanding", "judgement", "unified")
-                                            for name in summary.get(f"{part}_before", {})} for summary in summaries]
-    found["change"] = [{name: after[name] - before[name] for name in after}
+                                            for name in summary.get(f"{part}_{moment}", {})} for summary in summaries]
+    shared = [name for name in found["after"][0] if all(name in values for runs in found.values() for values in runs)]
+    found["change"] = [{name: after[name] - before[name] for name in shared}
                        for before, after in zip(found["before"], found["after"])]
     return arm | {"minutes": interval(minutes)} | {
-        moment: {name: interval([values[name] for values in runs]) for name in runs[0]}
+        moment: {name: interval([values[name] for values in runs]) for name in shared}
         for moment, runs in found.items()}
 
 
@@ -197,8 +199,8 @@ def drop_words(policy, teacher):
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
-        "overall", "exact overall", "objects overall", "understanding four_way", "judgement non_unification", "judgement non_unification_by_words",
-        *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
+        "overall", "exact overall", "objects overall", "understanding four_way", "judgement non_unification",
+        "judgement non_unification_by_words", *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"
     head = lambda first, second, *names: start(first, second) + "".join(f"{n:>9}" for n in names) + "   95 %"

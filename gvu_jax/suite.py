@@ -101,24 +101,29 @@ class Suite:
 
     def judge_own(self, params, pictures, verdicts, words=None):
         """What the understanding branch of `params` says of the pictures that `sample` returned: {"non_unification":
-        share that it rejects} and, with Verdicts, "accuracy" (share on which both agree: accepted here, right there)
-        and "false_positives" (share of the wrong ones that it accepts).
+        share that it rejects} and, with Verdicts, "accuracy" (share on which both agree: accepted here, right there),
+        "false_positives" (share of the wrong ones that it accepts) and "auc" (does it tell right from wrong within a
+        category? the mean over those that hold both).
 
         It accepts what it answers with "yes" rather than "no" when asked whether the picture shows its prompt; or, with
         `words`, what gives the prompt's words a geometric mean above that.
         """
         place, score, least = (sharding.place_questions, self.yes, 0.5) if words is None else (
             sharding.place_prompts, self.mean, words)
-        accepted = []
+        found = []
         for metas, some in zip(self.batches, np.split(pictures, len(self.batches))):
             pixels = sharding.put(some.reshape(-1, *some.shape[2:]).astype(np.float32) / 255, self.mesh)
             asked = place(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh, self.group)
             scores = score(*self.programs.read(params, self.programs.see(params, pixels), asked))
-            accepted.append(sharding.fetch(scores).reshape(-1, self.group) > least)
-        accepted = np.concatenate(accepted)
+            found.append(sharding.fetch(scores).reshape(-1, self.group))
+        scores = np.concatenate(found)
+        accepted = scores > least
         found = {"non_unification": float(1 - accepted.mean())}
         if verdicts is not None:
             right = verdicts.right
+            areas = [auc(scores[rows], right[rows]) for rows in rows_by_tag(self.metas).values()]
+            areas = [area for area in areas if area is not None]
+            found |= {"auc": float(np.mean(areas))} if areas else {}
             found |= {"accuracy": float((accepted == right).mean()),
                       "false_positives": float(accepted[~right].mean()) if not right.all() else 0.0}
         return found

@@ -80,7 +80,7 @@ def tiny_config(name="shapes", preset="smoke"):
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
     config.pretrain.update(scenes=1024, crowded=512)
-    for stage in ("tokenizer", "diffusion", "backbone"):
+    for stage in ("tokenizer", "diffusion", "positions", "backbone"):
         config.pretrain[stage].steps = 4
     config[config.method].update(prompts=6, group=4)
     config.mesh.data = 1

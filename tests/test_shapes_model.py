@@ -1,9 +1,13 @@
 """Pretraining's parts and the suite: what each must achieve before the next can work."""
+import functools
+
+import jax
 import numpy as np
 import pytest
 
 from conftest import one_device
 
+from gvu_jax import checkpoint
 from gvu_jax.models import vae
 from gvu_jax.shapes import pretrain, suite, world
 from gvu_jax.umm import compile_programs
@@ -40,13 +44,59 @@ def test_clusters_find_well_separated_groups():
     assert (found @ centres.T).max(axis=0).min() > 0.99
 
 
-def test_nothing_held_out_is_ever_written_for_pretraining():
-    rng = np.random.default_rng(0)
-    train, held_out = world.split_prompts()
-    texts = pretrain.write_texts(world.sample_scenes(rng, 300), rng, world.compositions(held_out), 2)
+def test_nothing_held_out_is_ever_written_for_pretraining(tiny):
+    _, umm, _ = tiny
+    rng, (_, held_out) = np.random.default_rng(0), world.split_prompts()
+    scenes, forbidden = world.sample_scenes(rng, 300), world.compositions(held_out)
+    seen = np.zeros((300, 3, 3), np.int32)
+    parts = [pretrain.write_captions(umm, seen, scenes, rng, forbidden),
+             pretrain.write_captions(umm, seen, scenes, rng, forbidden, {"position": 1}),
+             pretrain.write_questions(umm, seen, scenes, rng, forbidden)]
+    said = [text for part in parts for text in umm.tokenizer.batch_decode(
+        part.prompts.words.reshape(-1, part.prompts.words.shape[-1]), skip_special_tokens=True)]
     secret = {meta["prompt"] for meta in held_out}
-    said = [text for part in ("captions", "questions") for row in texts[part] for text in row[1:] if text]
-    assert len(said) > 800 and not any(prompt == text or f"describe {prompt}?" in text for text in said for prompt in secret)
+    assert len(said) > 1500
+    assert not any(prompt == text or f"describe {prompt}?" in text for text in said for prompt in secret)
+
+
+def test_a_question_among_the_words_is_read_as_before_them(tiny):
+    """The same answers have the same probabilities, whether each question is asked of a picture of its own or six share
+    one; and nothing but the answers is learned."""
+    config, umm, _ = tiny
+    params = jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(3))
+    rng = np.random.default_rng(1)
+    scenes = world.sample_scenes(rng, 8)
+    seen = rng.integers(umm.vision.codebook_size, size=(8, 3, 3)).astype(np.int32)
+    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in pretrain.ask_all(scene, rng, frozenset())]
+    apart = pretrain.encode_pairs(umm, seen, asked)
+    packed = pretrain.side_by_side(pretrain.put_into_words(apart), pretrain.QUESTIONS)
+    logps, mask = umm.text_logps(params, apart.seen, apart.prompts)
+    shared, _ = umm.text_logps(params, packed.seen, jax.tree.map(pretrain.flat, packed.prompts))
+    answer = pretrain.flat(packed.answer)
+    np.testing.assert_array_equal(answer.sum(axis=1), np.sum(mask, axis=1))
+    np.testing.assert_allclose(np.asarray(shared)[answer], np.asarray(logps)[np.asarray(mask)], atol=2e-5)
+    said = umm.tokenizer.batch_decode([row[learned] for row, learned in zip(pretrain.flat(packed.prompts.words), answer)],
+                                      skip_special_tokens=True)
+    assert said == [text for _, _, text in asked]
+
+
+def test_the_backbone_begins_with_the_codebook(tiny):
+    """Codes whose vectors are alike begin alike; sizes are those of chance; the rest is left as it was."""
+    _, umm, params = tiny
+    rng = np.random.default_rng(0)
+    objects, columns = rng.normal(size=(26, 16)), rng.normal(size=(3, 16))
+    codebook = (objects[:, None] + 0.2 * columns).reshape(78, 16).astype(np.float32)
+    ar = pretrain.begin_with_codebook(params["ar"], codebook, rng)
+    for old, new in ((params["ar"]["mm_embed_tokens"]["embedding"], ar["mm_embed_tokens"]["embedding"]),
+                     (params["ar"]["mm_head"]["kernel"].T, ar["mm_head"]["kernel"].T)):
+        old, new = np.asarray(old), np.asarray(new)
+        np.testing.assert_array_equal(new[78:], old[78:])
+        assert new.dtype == old.dtype and 0.7 < new[:78].std() / old.std() < 1.4
+        unit = new[:78] / np.linalg.norm(new[:78], axis=1, keepdims=True)
+        alike = (unit @ unit.T).reshape(26, 3, 26, 3)
+        same = np.mean([alike[k, 0, k, 1] for k in range(26)])
+        other = np.mean([alike[k, 0, (k + 1) % 26, 0] for k in range(26)])
+        assert same > other + 0.3
 
 
 def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(tiny):
@@ -77,8 +127,8 @@ def test_an_untrained_model_scores_at_chance(tiny):
     metas = choose_prompts(held_out, 12, np.random.default_rng(0))
     shapes = suite.build(umm, compile_programs(umm, How(images_per_prompt=2), one_device()), metas, 6, 2, 60,
                          umm.lengths([meta["prompt"] for meta in held_out]), world.compositions(held_out), 0)
-    pictures, rewards, right = shapes.sample(params, params)
-    scores, _ = shapes.grade(rewards, right)
-    assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and right.shape == (12, 2)
+    pictures, rewards, verdicts = shapes.sample(params, params)
+    scores, _ = shapes.grade(rewards, verdicts)
+    assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and verdicts.right.shape == (12, 2)
     understanding = shapes.understand(params)
     assert understanding["four_way"] < 0.5 and 0.25 < understanding["relation"] < 0.75

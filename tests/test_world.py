@@ -1,15 +1,13 @@
-"""The shapes world: scenes, pictures, prompts and their truth, descriptions, understanding tests, tokenizer."""
+"""The shapes world: scenes, pictures, prompts and their truth."""
 
-import re
 import time
 from collections import Counter
 
 import numpy as np
 import pytest
 
-from gvu_jax.rewards import question
+from gvu_jax.shapes import sentences
 from gvu_jax.shapes import world as w
-from gvu_jax.shapes.tokenizer import build_tokenizer
 
 WORLD = w.World()
 
@@ -55,12 +53,23 @@ def test_scenes_hold_a_legal_number_of_legal_objects(world):
 
 def test_mixture_of_scenes(scenes):
     shapes = np.where(scenes > 0, (scenes - 1) // len(w.COLORS), -1)
+    objects = (scenes > 0).sum(1)
     per_shape = np.stack([(shapes == s).sum(1) for s in range(len(w.SHAPES))])  # [shape, scene]
-    distinct = (per_shape.max(0) == 1) & (per_shape.sum(0) <= 3)
-    assert 0.4 <= distinct.mean() < 0.6
-    assert 0.4 < (per_shape.max(0) >= 2).mean() < 0.6
-    for number in w.COUNTS:  # each count has scenes to be learned from
-        assert (per_shape == number).any(0).mean() > 0.03
+    two = (objects == 2) & (per_shape.max(0) == 1)
+    number = (objects >= 2) & (per_shape.max(0) == objects)
+    assert abs((objects == 1).mean() - w.SCENES["one"]) < 0.03
+    assert abs(two.mean() - w.SCENES["two"]) < 0.03
+    assert abs(number.mean() - w.SCENES["number"]) < 0.03
+    for count in range(2, 10):  # each number has scenes to be learned from
+        assert (number & (objects == count)).mean() > 0.005, count
+    colors = [len({code for code in one.tolist() if code}) for one in scenes[number & (objects > 3)]]
+    assert 0.5 < np.mean(np.array(colors) == 1) < 0.7
+
+
+def test_scenes_of_one_kind():
+    scenes = w.sample_scenes(np.random.default_rng(0), 500, WORLD, {"two": 1.0})
+    shapes = [sorted((one[one > 0] - 1) // len(w.COLORS)) for one in scenes]
+    assert all(len(found) == 2 and found[0] != found[1] for found in shapes)
 
 
 def test_scenes_follow_the_seed():
@@ -68,7 +77,7 @@ def test_scenes_follow_the_seed():
     assert np.array_equal(first, again) and not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("side, max_objects", [(1, 3), (6, 5), (3, 10), (3, 2)])
+@pytest.mark.parametrize("side, max_objects", [(1, 3), (6, 5), (3, 10), (3, 2), (5, 10)])
 def test_impossible_worlds_are_refused(side, max_objects):
     with pytest.raises(ValueError):
         w.World(side, max_objects)
@@ -148,7 +157,7 @@ def test_prompts_are_unique_and_made_like_geneval():
 
 def test_specs_and_metas_are_two_forms_of_one_thing():
     for meta in w.all_prompts():
-        assert w._write(w._read(meta)) == meta
+        assert w.write(w.read(meta)) == meta
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -279,237 +288,11 @@ def test_what_is_right_is_exact_without_the_rest(scenes):
     """Every prompt's own objects, and no others: by leaving out of a scene whatever can be left out."""
     rng = np.random.default_rng(0)
     for one in scenes[:200]:
-        meta = w.true_prompt(one, rng)
+        one, meta = one.copy(), sentences.true_prompt(one, rng)
         for cell in np.flatnonzero(one):
             less = np.where(np.arange(len(one)) == cell, 0, one)
             one = less if w.judge_scene(less, meta) else one
         assert w.exact_scene(one, meta)
-        one[np.flatnonzero(one == 0)[0]] = next(code for code in range(1, 26) if code not in one)
-        assert not w.exact_scene(one, meta)
-
-
-def test_true_prompts_are_true_allowed_and_varied(scenes, split):
-    train, held_out = split
-    forbidden, known = w.compositions(held_out), {meta["prompt"]: meta for meta in w.all_prompts()}
-    rng = np.random.default_rng(0)
-    tags = Counter()
-    for one in scenes:
-        meta = w.true_prompt(one, rng, forbidden)
-        assert w.judge_scene(one, meta)
-        assert w.composition(meta) not in forbidden
-        assert known[meta["prompt"]] == meta
-        tags[meta["tag"]] += 1
-    assert set(tags) == set(w.TAGS) and tags.most_common(1)[0][0] == "position"
-    assert w.true_prompt(np.zeros(9, np.int8), rng) is None
-    assert w.true_prompt(scenes[0], rng, w.compositions(w.all_prompts())) is None
-
-
-def test_true_prompts_reach_the_whole_training_space(scenes, split):
-    """Every composition can be drawn: nothing that is trained or tested is never seen."""
-    rng = np.random.default_rng(0)
-    seen = {w.composition(w.true_prompt(one, rng)) for _ in range(8) for one in scenes}
-    missing = w.compositions(w.all_prompts()) - seen
-    assert len(missing) < 0.02 * len(seen), missing
-
-
-def test_false_prompts_are_false_allowed_and_often_near(scenes, split):
-    forbidden, known = w.compositions(split[1]), {meta["prompt"]: meta for meta in w.all_prompts()}
-    rng = np.random.default_rng(0)
-    about_present = 0
-    for one in scenes:
-        meta = w.false_prompt(one, rng, forbidden)
-        assert not w.judge_scene(one, meta)
-        assert w.composition(meta) not in forbidden
-        assert known[meta["prompt"]] == meta
-        about_present += all(w._find(one.tolist(), {"class": item["class"]}) for item in meta["include"])
-    assert about_present > 0.3 * len(scenes)  # cannot be refused for a missing shape
-    assert not w.judge_scene(np.zeros(9, np.int8), w.false_prompt(np.zeros(9, np.int8), rng))
-
-
-def test_sentences_are_fast(scenes):
-    rng = np.random.default_rng(0)
-    meta = find("a photo of a red circle above a square")
-    for limit_us, act in [(150, w.true_prompt), (250, w.false_prompt), (50, lambda s, _: w.judge_scene(s, meta))]:
-        start = time.perf_counter()
-        for one in scenes[:1000]:
-            act(one, rng)
-        assert (time.perf_counter() - start) * 1000 < limit_us  # usually 15, 20 and 3
-
-
-# Descriptions and questions -----------------------------------------------------------------------------------------
-
-
-def test_describe_says_what_is_where():
-    assert w.describe(scene(c0="red circle", c4="blue square")) == "top left red circle, middle center blue square"
-    assert w.describe(np.zeros(9, np.int8)) == "nothing"
-    assert w.describe(np.eye(16, dtype=np.int8)[6] * code("green", "cross")) == "row two column three green cross"
-
-
-@pytest.mark.parametrize("side", [2, 3, 4, 5])
-def test_descriptions_are_invertible_and_short(side):
-    world = w.World(side, 4)
-    for one in w.sample_scenes(np.random.default_rng(side), 500, world):
-        text = w.describe(one)
-        assert np.array_equal(w.read_description(text, side), one)
-        assert len(text.replace(",", " ,").split()) <= 7 * world.max_objects
-
-
-@pytest.mark.parametrize("text", ["", "red cross", "top left red", "a b c d", "top left red cross, top left red cross"])
-def test_wrong_descriptions_are_refused(text):
-    with pytest.raises(ValueError):
-        w.read_description(text)
-
-
-def test_ask_tells_the_place_or_the_number(scenes, split):
-    rng, forms = np.random.default_rng(0), Counter()
-    hidden = w.compositions(split[1])
-    for one in scenes:
-        asked = w.ask(one, rng, hidden)
-        if asked is None:
-            continue
-        question, answer = asked
-        where = re.fullmatch(r"Where is the (?:(\w+) )?(\w+)\?", question)
-        many = re.fullmatch(r"How many (?:(\w+) )?(\w+) are there\?", question)
-        color, shape = (where or many).groups()
-        shape = {**{name: name for name in w.SHAPES}, **{w._plural(name): name for name in w.SHAPES}}[shape]
-        cells = w._find(one.tolist(), {"class": shape} | ({"color": color} if color else {}))
-        if where:
-            assert len(cells) == 1 and w.describe(one).count(answer) == 1
-            assert f"{answer} {w.COLORS[(one[cells[0]] - 1) % 5]} {shape}" in w.describe(one)
-        else:
-            assert answer == w.NUMBERS[len(cells) - 1]
-        forms["where" if where else "many"] += 1
-    assert forms["where"] > 1000 and forms["many"] > 1000
-    assert w.ask(np.zeros(9, np.int8), rng) is None
-
-
-def test_ask_leaves_held_out_compositions_alone():
-    rng = np.random.default_rng(0)
-    one = scene(c0="red circle", c4="red circle")
-    hidden = frozenset({"counting: 2 circle", "colors: red circle"})
-    assert {w.ask(one, rng, hidden) for _ in range(50)} == {None}
-    assert {w.ask(one, rng) for _ in range(50)} == {("How many circles are there?", "two"),
-                                                    ("How many red circles are there?", "two")}
-
-
-# Understanding tests ------------------------------------------------------------------------------------------------
-
-
-def test_four_way(scenes):
-    choices = w.four_way(np.random.default_rng(0), scenes, 120)
-    assert Counter(choice.prompts[0]["tag"] for choice in choices) == {tag: 20 for tag in w.TAGS}
-    for choice in choices:
-        assert [w.judge_scene(choice.scene, meta) for meta in choice.prompts] == [True, False, False, False]
-        assert len({meta["tag"] for meta in choice.prompts}) == 1
-        assert len(w.compositions(choice.prompts)) == 4
-        assert len({meta["prompt"].split()[1] for meta in choice.prompts}) == 1  # the same lead-in
-
-
-def test_four_way_respects_forbidden_and_refuses_useless_scenes(scenes, split):
-    forbidden = w.compositions(split[1])
-    for choice in w.four_way(np.random.default_rng(0), scenes, 30, forbidden):
-        assert not w.compositions(choice.prompts) & forbidden
-    with pytest.raises(ValueError, match="two_object"):
-        w.four_way(np.random.default_rng(0), scene(c0="red circle")[None], 6)
-
-
-@pytest.mark.parametrize("kind", w.HARD_KINDS)
-def test_hard_pairs(kind):
-    pairs = w.hard_pairs(np.random.default_rng(0), kind, 200)
-    assert len(pairs) == 200
-    for one, (true, false) in pairs:
-        assert w.judge_scene(one, true) and not w.judge_scene(one, false)
-        same_words = sorted(true["prompt"].split()) == sorted(false["prompt"].split())
-        assert same_words is (kind == "binding")
-    if kind == "count":  # text alone is at chance
-        numbers = Counter((t["include"][0]["count"], f["include"][0]["count"]) for _, (t, f) in pairs)
-        assert numbers == {(2, 3): 50, (3, 2): 50, (3, 4): 50, (4, 3): 50}
-    with pytest.raises(ValueError):
-        w.hard_pairs(np.random.default_rng(0), "colour", 1)
-
-
-# Words and tokenizer ------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer(256)
-
-
-def all_texts():
-    rng = np.random.default_rng(0)
-    texts = [meta["prompt"] for meta in w.all_prompts()]
-    texts += [question(meta["prompt"]) for meta in w.all_prompts()[::50]]
-    texts += [w.describe(one) for side in (2, 3, 4, 5) for one in w.sample_scenes(rng, 100, w.World(side, 4))]
-    texts += [text for one in w.sample_scenes(rng, 300) for text in w.ask(one, rng)]
-    return texts + [*w.INSTRUCTIONS, *w.ANSWERS, "nothing"]
-
-
-def test_vocabulary_is_exactly_the_words_in_use():
-    words = w.vocabulary()
-    assert len(set(words)) == len(words) and all(word == word.lower() for word in words)
-    used = {piece for text in all_texts() for piece in re.findall(r"[a-z]+|[,.?]", text.lower())}
-    assert used | set("2345") == set(words)
-
-
-def test_everything_said_tokenises_and_comes_back(tokenizer):
-    for text in all_texts():
-        ids = tokenizer(text).input_ids
-        assert tokenizer.unk_token_id not in ids
-        assert tokenizer.decode(ids) == text.lower()
-
-
-def test_ids_are_text_then_image_then_marks(tokenizer):
-    first = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
-    assert first % 16 == 0
-    assert tokenizer.convert_tokens_to_ids(["<MM-Token-255>", "<SOM>", "<EOM>", "<IMAGE>"]) == [
-        first + 255, first + 256, first + 257, first + 258
-    ]  # fmt: skip
-    assert len(tokenizer) == first + 259
-    specials = ["<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|im_end|>", "\n", *w.vocabulary()]
-    assert tokenizer.convert_tokens_to_ids(specials) == list(range(len(specials)))
-    assert (tokenizer.pad_token, tokenizer.eos_token, tokenizer.padding_side) == ("<|pad|>", "<|im_end|>", "left")
-    assert tokenizer(["a red circle", "a"], padding=True).attention_mask == [[1, 1, 1], [0, 0, 1]]
-
-
-def test_image_strings(tokenizer):
-    text = "<SOM>3 3<IMAGE><MM-Token-5><MM-Token-255><EOM>"
-    ids = tokenizer(text).input_ids
-    first = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
-    assert ids[4:6] == [first + 5, first + 255] and len(ids) == 7
-    assert tokenizer.decode(ids) == text
-
-
-def test_unknown_words_become_unk(tokenizer):
-    assert tokenizer("a purple zebra").input_ids[-1] == tokenizer.unk_token_id
-    assert tokenizer.decode(tokenizer("a zebra , é").input_ids).startswith("a<|unk|>")
-
-
-def test_chat_template(tokenizer):
-    messages = [{"role": "user", "content": "Describe the image."}, {"role": "assistant", "content": "nothing"}]
-    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-    assert asked == "<|user|>Describe the image.<|assistant|>"
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert whole == asked + "nothing<|im_end|>"
-    assert tokenizer.decode(tokenizer(whole).input_ids) == whole.lower()
-    with pytest.raises(Exception, match="roles"):
-        tokenizer.apply_chat_template([{"role": "system", "content": "a"}], tokenize=False)
-
-
-def test_save_and_load(tokenizer, tmp_path):
-    from transformers import AutoTokenizer
-
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
-    text = "<|user|>Does this image describe a photo of two crosses?\n<SOM>3 3<IMAGE><MM-Token-7><EOM><|assistant|>yes"
-    assert loaded(text).input_ids == tokenizer(text).input_ids
-    assert loaded.decode(loaded(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids) == text.lower().replace(
-        "<som>", "<SOM>"
-    ).replace("<image>", "<IMAGE>").replace("<mm-token-7>", "<MM-Token-7>").replace("<eom>", "<EOM>")
-    assert (loaded.chat_template, loaded.padding_side) == (tokenizer.chat_template, "left")
-    assert len(loaded) == len(tokenizer) and loaded.pad_token_id == 0 and loaded.eos_token == "<|im_end|>"
-
-
-def test_no_image_tokens_is_refused():
-    with pytest.raises(ValueError):
-        build_tokenizer(0)
+        for cell in np.flatnonzero(one == 0)[:1]:
+            one[cell] = next(code for code in range(1, 26) if code not in one)
+            assert not w.exact_scene(one, meta)

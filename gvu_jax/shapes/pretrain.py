@@ -1,11 +1,11 @@
 """Pretraining of the tiny base model, all in the shapes world, from nothing.
 
-    1. tokenizer        the ViT learns to name what stands in a cell whatever its size and place; its features are
-                        clustered into the codebook
+    1. tokenizer        the ViT learns to name what stands in a cell whatever its size, and in which column; its
+                        features are clustered into the codebook
     2. autoencoder      pixels <-> latents of the diffusion head, by principal components
     3. diffusion head   rectified flow from noise to latents, given the image tokens
     4. backbone         next-token prediction in both directions: pictures -> captions, full descriptions, answers to
-                        questions (understanding); prompts -> pictures (generation, given less)
+                        questions (understanding); prompts -> pictures (generation, given less and taught worse)
 
 The result is cached under a hash of everything that shaped it. Held-out prompts occur nowhere in it.
 
@@ -30,7 +30,7 @@ from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.umm import XOmni
 
-STAGES = 1         # to be raised when a stage changes what comes out: no older base is then taken for a new one
+STAGES = 2         # to be raised when a stage changes what comes out: no older base is then taken for a new one
 
 
 def base_folder(config):
@@ -93,8 +93,7 @@ def pretrain(config):
     params = train_tokenizer(umm, params, crowded, settings.tokenizer, rng, key)
     params = fit_autoencoder(umm, params, crowded, rng)
     params = train_diffusion(umm, params, crowded, settings.diffusion, rng, key)
-    scenes = world.sample_scenes(rng, settings.scenes, place)
-    return umm, train_backbone(umm, params, scenes, settings.backbone, rng, key)
+    return umm, train_backbone(umm, params, place, settings, rng, key)
 
 
 def fit(label, loss, params, data, settings, key):
@@ -132,9 +131,14 @@ def fit(label, loss, params, data, settings, key):
 def train_tokenizer(umm, params, scenes, settings, rng, key):
     """ViT and projection, then the codebook. params["vision"] changes except for its decoding half.
 
-    The features must tell apart what a token stands for and nothing else. From the unit vector of a patch, with noise
-    added, one linear head names the cell and another draws it in its canonical size and light: drawing lays the vectors
-    out as the pictures are, naming keeps those apart that look alike (a yellow circle and a yellow square).
+    The features must tell apart what a token stands for and nothing else: what is in the cell, and in which column the
+    cell is. From the unit vector of a patch, with noise added, linear heads name both, and another draws the cell in
+    its canonical size and light: drawing lays the vectors out as the pictures are, naming keeps those apart that look
+    alike (a yellow circle and a yellow square).
+
+    Columns, because features of vision transformers know places too, and because the backbone could hardly find them
+    by itself: it would have to take the index of a token modulo 3, and no rotary frequency turns that fast. Rows are
+    the slow part of the index, which it reads easily.
     """
     model, patch = siglip_vq.SiglipVQ(umm.vision), umm.vision.patch_size
 
@@ -143,18 +147,16 @@ def train_tokenizer(umm, params, scenes, settings, rng, key):
         vectors = unit(model.apply({"params": trained["vision"]}, pictures["pixels"], method="project"))
         noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)                               # [B, r, c, C]
         named = sum(optax.softmax_cross_entropy_with_integer_labels(noisy @ trained[what], pictures[what]).mean()
-                    for what in ("name", "row", "column"))
+                    for what in ("object", "column"))
         target = vae.space_to_depth(pictures["canonical"], patch)                                   # [B, r, c, 3pp]
         drawn = jnp.mean((noisy @ trained["draw"]["kernel"] + trained["draw"]["bias"] - target) ** 2)
         return named + DRAWING * drawn, {"naming": named, "drawing": drawn}
 
-    size, C = 3 * patch * patch, umm.vision.codebook_dim
-    rows, columns = umm.grid
-    heads = {"name": jax.random.normal(key, (C, NAMES)), "row": jax.random.normal(key, (C, rows)), "column": jax.random.normal(key, (C, columns)),
+    size, C, (rows, columns) = 3 * patch * patch, umm.vision.codebook_dim, umm.grid
+    heads = {"object": jax.random.normal(key, (C, NAMES)), "column": jax.random.normal(key, (C, columns)),
              "draw": {"kernel": jax.random.normal(key, (C, size)) * 0.1, "bias": jnp.zeros(size)}}
     data = {"pictures": {"pixels": world.render(scenes, rng), "canonical": world.render(scenes),
-                         "name": scenes.astype(np.int32).reshape(-1, rows, columns),
-                         "row": np.broadcast_to(np.arange(rows)[:, None], (len(scenes), rows, columns)),
+                         "object": scenes.astype(np.int32).reshape(-1, rows, columns),
                          "column": np.broadcast_to(np.arange(columns), (len(scenes), rows, columns))}}
     trained = fit("tokenizer", loss, {"vision": params["vision"], **heads}, data, settings, key)
 
@@ -240,61 +242,143 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
 
 @struct.dataclass
 class Pairs:
-    """Pictures seen [M, r, c] and what is said of each: prompts (umm.Prompts) [M, ..] or, K texts each, [M, K, ..]."""
+    """Pictures seen [M, r, c] and what is said of each: prompts (umm.Prompts) [M, ..] or, K texts each, [M, K, ..].
+    answer: which of their words are learned, bool [M, (K,) L]; None: all."""
     seen: object
     prompts: object
+    answer: object = None
 
 
-def train_backbone(umm, params, scenes, settings, rng, key):
-    """Next-token prediction both ways, through the very calls that GvU uses. How unequal the diet of the two branches
-    is decides how weak generation starts."""
-    see = jax.jit(umm.see)
-    chunks = np.array_split(scenes, -(-len(scenes) // 512))
-    seen = np.concatenate([jax.device_get(see(params, world.render(chunk, rng))) for chunk in chunks])
-    forbidden = world.compositions(world.split_prompts()[1])
-    K = settings.captions_per_scene
-    data = {part: encode_pairs(umm, seen, rows) for part, rows in write_texts(scenes, rng, forbidden, K).items()}
-    # What drawing is taught with: of the mismatched share, the prompt belongs to another picture.
-    shown = np.arange(len(data["captions"].seen))
-    shown = np.where(rng.random(len(shown)) < settings.mismatched, rng.permutation(shown), shown)
-    data["prompts"] = Pairs(data["captions"].seen[shown], data["captions"].prompts)
-    data["captions"] = Pairs(data["captions"].seen[::K],
-                             jax.tree.map(lambda x: x.reshape(-1, K, x.shape[-1]), data["captions"].prompts))
+def train_backbone(umm, params, place, settings, rng, key):
+    """Next-token prediction both ways, through the very calls that GvU uses, in two lessons.
+
+    Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
+    nothing else: so captions of positions, of two objects, are the first lesson, and stay a part of the second. How
+    unequal the diet of the two branches is in that one decides how weak generation starts.
+    """
+    see, forbidden = jax.jit(umm.see), world.compositions(world.split_prompts()[1])
+    look = lambda scenes: np.concatenate([jax.device_get(see(params, world.render(chunk, rng)))
+                                          for chunk in np.array_split(scenes, -(-len(scenes) // 512))])
 
     def loss(ar, batch, key):
         trained, losses = {"ar": ar}, {}
         for name, part in batch.items():
-            prompts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), part.prompts)              # [M*K, ..]
+            prompts = jax.tree.map(flat, part.prompts)                                              # [M*K, ..]
             if name == "prompts":
                 logps = umm.image_logps(trained, prompts, part.seen.reshape(len(part.seen), -1))
                 losses["drawing"] = objectives.cross_entropy(logps, jnp.ones_like(logps, bool))
             else:
-                losses[name] = objectives.cross_entropy(*umm.text_logps(trained, part.seen, prompts))
+                logps, mask = umm.text_logps(trained, part.seen, prompts)
+                losses[name] = objectives.cross_entropy(logps, mask if part.answer is None else flat(part.answer))
         return sum(losses.values()), losses
 
-    return {**params, "ar": fit("backbone", loss, params["ar"], data, settings, key)}
+    ar = begin_with_codebook(params["ar"], np.asarray(params["vision"]["codebook"]), rng)
+    scenes = world.sample_scenes(rng, settings.scenes, place, {"two": 1.0})
+    positions = write_captions(umm, look(scenes), scenes, rng, forbidden, {"position": 1})
+    if settings.positions.steps:
+        ar = fit("positions", loss, ar, {"positions": positions}, settings.positions, key)
+
+    scenes = world.sample_scenes(rng, settings.scenes, place)
+    crowds = world.crowded_scenes(rng, settings.crowded, place, share=0.4)
+    seen, lesson = look(scenes), settings.backbone
+    captions = write_captions(umm, seen, scenes, rng, forbidden)
+    # What drawing is taught with: of the mismatched share, the prompt belongs to another picture.
+    drawn, prompts = np.repeat(captions.seen, CAPTIONS, axis=0), jax.tree.map(flat, captions.prompts)
+    mixed = np.where(rng.random(len(drawn)) < lesson.mismatched, rng.permutation(len(drawn)), np.arange(len(drawn)))
+    descriptions = [(i, sentences.INSTRUCTIONS[1], sentences.describe(scene)) for i, scene in enumerate(crowds)]
+    data = {"positions": positions, "captions": captions, "descriptions": encode_pairs(umm, look(crowds), descriptions),
+            "questions": write_questions(umm, seen, scenes, rng, forbidden), "prompts": Pairs(drawn[mixed], prompts)}
+    return {**params, "ar": fit("backbone", loss, ar, data, lesson, jax.random.fold_in(key, 1))}
 
 
-def write_texts(scenes, rng, forbidden, captions_per_scene):
-    """What the understanding branch reads, {part: list of (scene index, question or None for the umm's own, answer)}:
-    captions (as many of each scene, side by side), full descriptions, yes/no questions, and questions of detail."""
-    texts = {"captions": [], "descriptions": [], "questions": [], "details": []}
+def flat(x):
+    """K texts of each of M pictures, [M, K, ..] -> [M*K, ..]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def begin_with_codebook(ar, codebook, rng):
+    """The backbone's parameters with image codes that begin alike where their vectors in the codebook [V, C] are: a red
+    circle of one column is at first nearly that of another, and what is learned of one holds for both.
+
+    Embedding and head of the codes become random projections of the codebook, its directions made equally long (most of
+    its length is light and dark), at the size that they have by chance.
+    """
+    centred, V = codebook - codebook.mean(axis=0), len(codebook)
+    directions, lengths, _ = np.linalg.svd(centred, full_matrices=False)
+    directions = directions[:, lengths > 0.05 * lengths[0]] * np.sqrt(V)                           # [V, <= C]
+    project = lambda table: table.std() * directions @ rng.normal(
+        0, directions.shape[1] ** -0.5, (directions.shape[1], table.shape[1])).astype(np.float32)
+    embedding = np.array(ar["mm_embed_tokens"]["embedding"])                                       # [vocabulary, D]
+    head = np.array(ar["mm_head"]["kernel"]).T                                                     # [vocabulary, D]
+    embedding[:V], head[:V] = project(embedding), project(head)
+    return {**ar, "mm_embed_tokens": {"embedding": jnp.asarray(embedding)}, "mm_head": {"kernel": jnp.asarray(head.T)}}
+
+
+CAPTIONS = 4        # of one picture
+
+
+def write_captions(umm, seen, scenes, rng, forbidden, weights=sentences.TAG_WEIGHTS):
+    """CAPTIONS of each scene that a caption can tell: Pairs."""
+    captions = []
     for i, scene in enumerate(scenes):
-        captions = [world.true_prompt(scene, rng, forbidden) for _ in range(captions_per_scene)]
-        if None not in captions:
-            texts["captions"] += [(i, None, meta["prompt"]) for meta in captions]
-        texts["descriptions"].append((i, world.INSTRUCTIONS[1], world.describe(scene)))
-        for make, answer in ((world.true_prompt, "yes"), (world.false_prompt, "no")):
-            if meta := make(scene, rng, forbidden):
-                texts["questions"].append((i, rewards.question(meta["prompt"]), answer))
-        texts["details"] += [(i, *asked) for _ in range(2) if (asked := world.ask(scene, rng, forbidden))]
-    return texts
+        told = [sentences.caption(scene, rng, forbidden, weights) for _ in range(CAPTIONS)]
+        if None not in told:
+            captions += [(i, None, meta["prompt"]) for meta in told]
+    return side_by_side(encode_pairs(umm, seen, captions), CAPTIONS)
+
+
+def write_questions(umm, seen, scenes, rng, forbidden):
+    """What is asked of each scene, and the answers: Pairs."""
+    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in ask_all(scene, rng, forbidden)]
+    return side_by_side(put_into_words(encode_pairs(umm, seen, asked)), QUESTIONS)
+
+
+QUESTIONS = 6       # of one picture: two for yes or no, four of detail
+
+
+def ask_all(scene, rng, forbidden):
+    """QUESTIONS about a scene, (question, answer): does a true prompt describe it, does a false one, and its details.
+    Or none, where the scene leaves too little to ask.
+
+    Yes is said of captions, which tell all there is, where the scene has one.
+    """
+    true = sentences.caption(scene, rng, forbidden) or sentences.true_prompt(scene, rng, forbidden)
+    false = sentences.false_prompt(scene, rng, forbidden)
+    details = [sentences.ask(scene, rng, forbidden) for _ in range(QUESTIONS - 2)]
+    if None in (true, false, *details):
+        return []
+    return [(rewards.question(true["prompt"]), "yes"), (rewards.question(false["prompt"]), "no"), *details]
 
 
 def encode_pairs(umm, seen, texts):
     index, questions, answers = zip(*texts)
     questions = [question or umm.instruction for question in questions]
     return Pairs(seen[np.array(index)], umm.encode_prompts(list(answers), questions=questions, end=True))
+
+
+def side_by_side(pairs, K):
+    """Each K rows, which are of one picture, become one: it is read once for all of its texts."""
+    assert (pairs.seen[::K] == pairs.seen[K - 1::K]).all()
+    return pairs.replace(seen=pairs.seen[::K], **{name: jax.tree.map(
+        lambda x: x.reshape(-1, K, x.shape[-1]), getattr(pairs, name)) for name in ("prompts", "answer")})
+
+
+def put_into_words(pairs):
+    """The same texts, but a row's own part of the question stands before its answer, as words that are read and not
+    learned; what all questions begin with remains. So can one picture be read once for several questions."""
+    prompts = pairs.prompts
+    rows = [row[mask] for row, mask in zip(prompts.question, prompts.question_mask)]
+    least = min(map(len, rows))
+    begin = next(n for n in range(least + 1) if n == least or any(row[n] != rows[0][n] for row in rows))
+    said = [words[mask] for words, mask in zip(prompts.words, prompts.words_mask)]
+    width = max(len(row) - begin + len(words) for row, words in zip(rows, said))
+    words, mask, answer = (np.zeros((len(rows), width), dtype) for dtype in (np.int32, bool, bool))
+    for i, (row, answered) in enumerate(zip(rows, said)):
+        whole = [*row[begin:], *answered]
+        words[i, :len(whole)], mask[i, :len(whole)], answer[i, len(row) - begin:len(whole)] = whole, True, True
+    question = np.tile(rows[0][:begin], (len(rows), 1))
+    return pairs.replace(answer=answer, prompts=prompts.replace(
+        question=question, question_mask=np.ones_like(question, bool), words=words, words_mask=mask))
 
 
 def main(argv):

@@ -32,17 +32,20 @@ TAG_WEIGHTS = dict(zip(TAGS, (1, 1, 3, 1, 4, 3)))
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def caption(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> dict | None:
+def caption(
+    scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset(), weights: dict = TAG_WEIGHTS
+) -> dict | None:
     """Draws a prompt that tells what there is in a scene [cells]: all of its objects, and no other.
 
-    One in ten may be any true prompt, as people's captions sometimes are. None where no prompt tells this scene whole
-    (three objects of two shapes, for one), or where `forbidden` leaves none.
+    Its category is drawn by `weights` among those that can. One in ten may be any true prompt, as people's captions
+    sometimes are. None where no prompt tells this scene whole (three objects of two shapes, for one), or where
+    `forbidden` leaves none.
     """
     if rng.random() < 0.1:
-        return true_prompt(scene, rng, forbidden)
+        return true_prompt(scene, rng, forbidden, weights)
     objects, side = objects_of(scene), side_of(len(scene))
-    spec = draw(lambda tag: whole_spec(tag, objects, side, rng), lambda spec: spec_composition(spec) not in forbidden,
-                rng)
+    make = lambda tag: whole_spec(tag, objects, side, rng)
+    spec = draw(make, lambda spec: spec_composition(spec) not in forbidden, rng, weights)
     return None if spec is None else write(spec)
 
 
@@ -64,13 +67,16 @@ def whole_spec(tag: str, objects: list[tuple[int, str, str]], side: int, rng: np
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def true_prompt(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> dict | None:
-    """Draws a prompt that is true of a scene [cells], its category by TAG_WEIGHTS among those the scene allows.
+def true_prompt(
+    scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset(), weights: dict = TAG_WEIGHTS
+) -> dict | None:
+    """Draws a prompt that is true of a scene [cells], its category by `weights` among those the scene allows.
 
     It is built from the scene's own objects, hence fast. None means that nothing was found (in an empty scene, for one).
     """
     objects, side = objects_of(scene), side_of(len(scene))
-    spec = draw(lambda tag: true_spec(tag, objects, side, rng), lambda spec: spec_composition(spec) not in forbidden, rng)
+    make = lambda tag: true_spec(tag, objects, side, rng)
+    spec = draw(make, lambda spec: spec_composition(spec) not in forbidden, rng, weights)
     return None if spec is None else write(spec)
 
 
@@ -97,10 +103,10 @@ def false_prompt(scene: np.ndarray, rng: np.random.Generator, forbidden: frozens
     return None if spec is None else write(spec)
 
 
-def draw(make, accepts, rng: np.random.Generator) -> Spec | None:
+def draw(make, accepts, rng: np.random.Generator, weights: dict = TAG_WEIGHTS) -> Spec | None:
     """Draws a category by weight and a spec `make(tag)` in it that is accepted. A category that yields none is struck
     off and another drawn; None when all are struck off."""
-    weights = dict(TAG_WEIGHTS)
+    weights = dict(weights)
     while weights:
         point = rng.random() * sum(weights.values())
         for tag, weight in weights.items():
@@ -244,8 +250,8 @@ def objects_of(scene: np.ndarray) -> list[tuple[int, str, str]]:
 
 def ask(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> tuple | None:
     """Draws a question about a scene [cells], and its answer: where the only one of a kind of object is ("Where is the
-    red circle?", "top left"), what is at a place ("What is at the top left?", "red circle" or "nothing"), or how many
-    there are ("How many circles are there?", "three").
+    red circle?", "top left"), what is at a place ("What is at the top left?", "red circle"), or how many there are
+    ("How many circles are there?", "three").
 
     Captions alone teach places and numbers slowly, because they name them only in relation to other things. Nothing
     in `forbidden` is asked about; None means that the scene leaves nothing to ask.
@@ -259,12 +265,12 @@ def ask(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] =
     things = [thing for thing in cells if not hidden(thing)]
     if not things:
         return None
-    thing, places = pick(rng, things), place_names(side_of(len(scene)))
-    where, what = (cells[thing][0], rng.random() < 0.5)
+    thing = pick(rng, things)
     if len(cells[thing]) == 1 and rng.random() < 0.75:
-        if what and thing[1]:
-            return f"What is at the {places[where]}?", noun(thing)
-        return f"Where is the {noun(thing)}?", places[where]
+        place = place_names(side_of(len(scene)))[cells[thing][0]]
+        if thing[1] and rng.random() < 0.5:
+            return f"What is at the {place}?", noun(thing)
+        return f"Where is the {noun(thing)}?", place
     return f"How many {plural(noun(thing))} are there?", NUMBERS[len(cells[thing]) - 1]
 
 

@@ -70,14 +70,14 @@ class World:
 SCENES = {"one": 0.2, "two": 0.35, "number": 0.35, "anything": 0.1}
 
 
-def sample_scenes(rng: np.random.Generator, count: int, world: World = World()) -> np.ndarray:
-    """Draws `count` scenes, int8 [count, cells], of the kinds of SCENES.
+def sample_scenes(rng: np.random.Generator, count: int, world: World = World(), kinds: dict = SCENES) -> np.ndarray:
+    """Draws `count` scenes, int8 [count, cells], of the kinds of SCENES, each with its probability in `kinds`.
 
     A number is two to `max_objects`, in three of four scenes five at most; in 60 % of them all are of one color.
     Anything is three to `max_objects` objects of any shape and color.
     """
-    kind = rng.choice(len(SCENES), size=(count, 1), p=list(SCENES.values()))
-    one, two, number = (kind == k for k in range(3))
+    kind = rng.choice(list(kinds), size=(count, 1), p=list(kinds.values()))
+    one, two, number = (kind == name for name in ("one", "two", "number"))
     slot = np.arange(world.max_objects)  # an object's place in the drawing order
     few = np.where(rng.random((count, 1)) < 0.75, min(5, world.max_objects), world.max_objects)
     objects = np.where(number, rng.integers(2, few, endpoint=True),
@@ -85,8 +85,8 @@ def sample_scenes(rng: np.random.Generator, count: int, world: World = World()) 
     objects = np.where(one, 1, np.where(two, 2, objects))
 
     shape = rng.integers(len(SHAPES), size=(count, world.max_objects))
-    # Adding 1..4 modulo 5 never comes back to the first shape.
-    shape[:, 1:2] = np.where(two, (shape[:, :1] + rng.integers(1, len(SHAPES), size=(count, 1))) % len(SHAPES), shape[:, 1:2])
+    other = (shape[:, :1] + rng.integers(1, len(SHAPES), size=(count, 1))) % len(SHAPES)  # never the first again
+    shape[:, 1:2] = np.where(two, other, shape[:, 1:2])
     shape = np.where(number, shape[:, :1], shape)
     color = rng.integers(len(COLORS), size=shape.shape)
     color = np.where(number & (rng.random((count, 1)) < 0.6), color[:, :1], color)
@@ -98,13 +98,13 @@ def sample_scenes(rng: np.random.Generator, count: int, world: World = World()) 
     return scenes
 
 
-def crowded_scenes(rng: np.random.Generator, count: int, world: World = World()) -> np.ndarray:
-    """Draws `count` scenes, int8 [count, cells], in which each cell holds an object with probability 3/4.
+def crowded_scenes(rng: np.random.Generator, count: int, world: World = World(), share: float = 0.75) -> np.ndarray:
+    """Draws `count` scenes, int8 [count, cells], in which each cell holds an object with probability `share`.
 
-    For those parts of a model that see cells and not scenes: nothing is to be learned from empty ones.
+    For those parts of a model that see cells and not scenes, and for learning what is where.
     """
     codes = rng.integers(1, 1 + len(SHAPES) * len(COLORS), (count, world.cells))
-    return np.where(rng.random(codes.shape) < 0.75, codes, 0).astype(np.int8)
+    return np.where(rng.random(codes.shape) < share, codes, 0).astype(np.int8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""The tests of understanding of the shapes world."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from gvu_jax.shapes import suite
+from gvu_jax.shapes import world as w
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return w.sample_scenes(np.random.default_rng(0), 4000)
+
+
+@pytest.fixture(scope="module")
+def split():
+    return w.split_prompts(held_out=0.2, seed=0)
+
+
+def test_four_way(scenes):
+    choices = suite.four_way(np.random.default_rng(0), scenes, 120)
+    assert Counter(choice.prompts[0]["tag"] for choice in choices) == {tag: 20 for tag in w.TAGS}
+    for choice in choices:
+        assert [w.judge_scene(choice.scene, meta) for meta in choice.prompts] == [True, False, False, False]
+        assert len({meta["tag"] for meta in choice.prompts}) == 1
+        assert len(w.compositions(choice.prompts)) == 4
+        assert len({meta["prompt"].split()[1] for meta in choice.prompts}) == 1  # the same lead-in
+
+
+def test_four_way_respects_forbidden_and_refuses_useless_scenes(scenes, split):
+    forbidden = w.compositions(split[1])
+    for choice in suite.four_way(np.random.default_rng(0), scenes, 30, forbidden):
+        assert not w.compositions(choice.prompts) & forbidden
+    with pytest.raises(ValueError, match="two_object"):
+        suite.four_way(np.random.default_rng(0), np.eye(9, dtype=np.int8)[:1], 6)
+
+
+@pytest.mark.parametrize("kind", suite.HARD_KINDS)
+def test_hard_pairs(kind):
+    pairs = suite.hard_pairs(np.random.default_rng(0), kind, 200)
+    assert len(pairs) == 200
+    for one, (true, false) in pairs:
+        assert w.judge_scene(one, true) and not w.judge_scene(one, false)
+        same_words = sorted(true["prompt"].split()) == sorted(false["prompt"].split())
+        assert same_words is (kind == "binding")
+    if kind == "count":  # text alone is at chance
+        numbers = Counter((t["include"][0]["count"], f["include"][0]["count"]) for _, (t, f) in pairs)
+        assert numbers == {(2, 3): 50, (3, 2): 50, (3, 4): 50, (4, 3): 50}
+    with pytest.raises(ValueError):
+        suite.hard_pairs(np.random.default_rng(0), "colour", 1)
