@@ -16,8 +16,10 @@ Nonunification and cycle draw held-out prompts of the shapes world, or those of 
 tfds:..). Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %:
 a bootstrap over prompts, questions or pictures.
 """
+import collections
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunific
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunification and cycle, instead of the world's.")
+_PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _PICTURES = flags.DEFINE_string("pictures", None, "A folder of pictures for unified, instead of rendered scenes.")
@@ -62,15 +65,16 @@ def main(_):
         raise ValueError("--prompt_file goes with --suite=nonunification and --suite=cycle")
     if _PICTURES.value and _SUITE.value != "unified":
         raise ValueError("--pictures goes with --suite=unified")
-    choices = data.read_choices(_TSV.value) if _TSV.value else None
-    metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
+    left_out = collections.Counter()
+    choices = data.read_choices(_TSV.value, left_out) if _TSV.value else None
+    metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
     model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
     check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
     if _SUITE.value == "shapes":
         results, picture = shapes(model)
     elif _SUITE.value == "understanding":
-        results, picture = understanding(model, choices), None
+        results, picture = understanding(model, choices, left_out), None
     elif _SUITE.value == "unified":
         results, picture = unified(model)
     else:
@@ -116,21 +120,31 @@ def build_shapes(model):
         lengths, world.compositions(held_out), _SEED.value)
 
 
-def understanding(model, choices):
-    """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world."""
+def understanding(model, choices, left_out):
+    """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world.
+    left_out: the Counter of read_choices; what turns out to be no picture, or none for this model, is left out too."""
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})
-    # All are decoded before any is read: a broken picture ends the command at once, not after an hour.
-    refusals = [model.refusal(data.decode_choice(choice).shape[:2]) for choice in choices]
-    asked = [choice for choice, refusal in zip(choices, refusals) if refusal is None]
+    asked, refusals, broken = [], [], []
+    for choice in choices:
+        try:
+            if refusal := model.refusal(data.decode_choice(choice).shape[:2]):
+                refusals.append(f"{choice['name']}: {refusal}")
+            else:
+                asked.append(choice)
+        except ValueError as error:
+            left_out["whose picture cannot be read"] += 1
+            broken.append(str(error))
     if not asked:
-        raise ValueError(f"{choices[0]['name']} and all others: {refusals[0]}")
-    refused, choices = len(choices) - len(asked), asked
-    right = suite.choose(model, choices)
-    metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in choices]
+        told = [data.count_reasons(left_out)] * bool(left_out) + refusals[:1] + broken[:1]
+        raise ValueError(f"no question can be asked: {'; '.join(told)}")
+    if broken:
+        print(f"note: {len(broken)} pictures cannot be read. The first: {broken[0]}", file=sys.stderr)
+    right = suite.choose(model, asked)
+    metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in asked]
     found = {"overall": share(right)} | {tag: share(right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
-    return {"questions": len(choices), "refused": refused, **with_intervals(found)}
+    return {"questions": len(asked), "refused": len(refusals), "left_out": dict(left_out), **with_intervals(found)}
 
 
 def own_pictures(model, metas):
@@ -203,6 +217,8 @@ def table(results, heading=""):
         lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{area}")
     if results.get("refused"):
         lines.append(f"left out: {results['refused']} questions whose pictures the model's tokenizer refuses")
+    if results.get("left_out"):
+        lines.append(f"left out: {data.count_reasons(results['left_out'])}")
     if "understanding" in results:
         lines += ["", table(results["understanding"], "understanding")]
     for name, found in results.get("rejected_of", {}).items():

@@ -35,8 +35,9 @@ LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl (with a prompt key), a folder of .txt "
-                               "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of "
+                               ".txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
                                lower_bound=1)
@@ -53,7 +54,8 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance scale;
 
 
 def main(_):
-    metas, layout, count = read_prompts(_PROMPTS.value), _LAYOUT.value, _IMAGES.value or LAYOUTS[_LAYOUT.value]
+    metas, layout = read_prompts(_PROMPTS.value, _PROMPT_KEY.value), _LAYOUT.value
+    count = _IMAGES.value or LAYOUTS[layout]
     if layout in FIXED and count != LAYOUTS[layout]:
         raise ValueError(f"--layout={layout} has {LAYOUTS[layout]} pictures a prompt, not {count}")
     how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)
