@@ -4,8 +4,8 @@
     python -m gvu_jax.train --config=configs/xomni.py --workdir=runs/xomni \\
         --config.model.checkpoint=checkpoints/xomni --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
 
-Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation)
-or plain text, one a line. Where the published code and the paper differ, the comment says so.
+Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation),
+or with another key that data.prompt_key names, or plain text, one a line. Where the published code and the paper differ, the comment says so.
 """
 import os
 

@@ -241,7 +241,7 @@ def stored_shapes(folder, umm):
     """Shapes and dtypes of a folder's params. ValueError names what differs from what the configs ask for."""
     flat = lambda tree: traverse_util.flatten_dict(tree, sep="/")
     asked = flat(shapes(umm))
-    stored = flat(_read_params(folder / "params", lambda params: ocp.metadata(params).metadata))
+    stored = _read_params(folder / "params", lambda params: flat(ocp.metadata(params).metadata))
     misshapen = [f"{name} {tuple(stored[name].shape)} instead of {asked[name].shape}"
                  for name in sorted(set(asked) & set(stored)) if tuple(stored[name].shape) != asked[name].shape]
     wrong = {"missing": sorted(set(asked) - set(stored)), "unknown": sorted(set(stored) - set(asked)),

@@ -17,18 +17,19 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 HEAD = 4096                 # bytes that tell
 AGAIN = "download the file again"
+BEFORE = rb"\s*(?:(?:<!--(?:(?!-->).)*--|<\?xml[^>]*|<!doctype svg[^>]*)>\s*)*"           # what may stand before a tag
 BEGINNINGS = (              # of what is saved in place of a file -> what it is, and what to do
     (rb"version https://git-lfs\.github\.com/spec", "it is a pointer of Git LFS and not the file itself: run `git lfs "
      "pull` in its repository, or " + AGAIN),
     (rb"/annex/objects/|[./]*\.git/annex/objects/", "it is a pointer of git-annex and not the file itself: run `git "
      "annex get` in its repository, or " + AGAIN),
-    (rb"\s*(<!--.*?-->\s*|<\?xml[^>]*>\s*)*<(!doctype html|html|head|body)\b", "it is a web page (HTML), as a server "
-     "sends one to log in or to tell of an error: " + AGAIN),
-    (rb"\s*(<!--.*?-->\s*|<\?xml[^>]*>\s*|<!doctype svg[^>]*>\s*)*<svg\b", "it is a drawing (SVG): save it as PNG"),
+    (BEFORE + rb"<(!doctype html|html|head|body)\b", "it is a web page (HTML), as a server sends one to log in or to "
+     "tell of an error: " + AGAIN),
+    (BEFORE + rb"<svg\b", "it is a drawing (SVG): save it as PNG"),
     (rb"\s*(<\?xml|<error>)", "it is XML, as a bucket sends it to tell of an error{code}: " + AGAIN),
     (rb"PK\x03\x04", "it is a zip archive or a spreadsheet (.xlsx): unpack it, or save the table as text"),
-    (rb"\x1f\x8b|BZh\d|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!", "it is compressed: unpack it"),
-    (rb"%PDF", "it is a PDF"), (rb"8BPS", "it is a document of Photoshop: save it as PNG"),
+    (rb"\x1f\x8b|BZh\d1AY|\xfd7zXZ\0|\x28\xb5\x2f\xfd|7z\xbc\xaf|Rar!\x1a", "it is compressed: unpack it"),
+    (rb"%PDF-\d", "it is a PDF"), (rb"8BPS\0", "it is a document of Photoshop: save it as PNG"),
     (rb".{4}ftyp(hei|hev|mif|msf|avi)", "it is a HEIC or AVIF picture: save it as PNG or JPEG"),
     (rb"(404: not found|entry not found|(repository )?not found|access denied|forbidden|unauthorized|"
      rb"invalid (username or password|credentials)[^\n]*|access to [^\n]* is restricted[^\n]*)\s*$",
@@ -46,16 +47,17 @@ def what_it_is(content, binary=False):
     for beginning, words in BEGINNINGS:
         if re.match(beginning, head.removeprefix(b"\xef\xbb\xbf"), re.IGNORECASE | re.DOTALL):
             code = re.search(rb"<code>\s*(\w+)", head, re.IGNORECASE)
-            return words.format(code=f" ({code[1].decode()})" if code else "", text=head[:80].decode(errors="replace").strip())
-    text = head[:60].decode("ascii", "replace")
+            return words.format(code=f" ({code[1].decode()})" if code else "",
+                                text=head[:80].decode(errors="replace").strip())
+    text = " ".join(head[:60].decode("ascii", "replace").split())
     return f"it is text that begins {text!r}: {AGAIN}" if binary and text.isascii() and text.isprintable() else None
 
 
-def check_files(paths, binary=False):
+def check_files(paths):
     """Raises ValueError, naming it, for the first file of which `what_it_is` has something to say."""
     for path in paths:
         with open(path, "rb") as file:
-            if what := what_it_is(file.read(HEAD), binary):
+            if what := what_it_is(file.read(HEAD)):
                 raise ValueError(f"{path} cannot be read: {what}")
 
 

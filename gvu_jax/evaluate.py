@@ -5,16 +5,16 @@
     shapes           held-out prompts of the shapes world judged by its exact checker; AUC and calibration of the
                      intrinsic reward; understanding by likelihood
     understanding    multiple choice by likelihood: the tests of the shapes world, or those of a TSV file of VLMEvalKit
-                     (--tsv=MMT-Bench_VAL.tsv)
+                     (--tsv=MMT-Bench_VAL.tsv), of which rows that cannot be asked are left out and counted by reason
     nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"
     cycle            prompt -> picture -> caption: the share of the prompt's words that the caption says again
     unified          picture -> caption -> picture: similarity to the vision encoder, length of the captions, and in the
                      shapes world what its checker says of captions and pictures; of rendered scenes, or of
                      --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once
 
-Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, a folder,
-tfds:..). Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %:
-a bootstrap over prompts, questions or pictures.
+Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, .json, a
+folder, tfds:..; --prompt_key says where the text stands). Prints a table and writes OUT/results.json, and
+OUT/samples.png where pictures are drawn. Intervals hold 95 %: a bootstrap over prompts, questions or pictures.
 """
 import collections
 import hashlib

@@ -10,9 +10,10 @@
     t2icompbench   color_val.txt ..               OUT/samples/PROMPT_000000.png .., numbered through all prompts
 
 as in the repositories djghosh13/geneval, yejy53/Echo-4o, TencentQQGYLab/ELLA and Karine-Huang/T2I-CompBench. --prompts
-also takes tfds:NAME/SPLIT:FEATURE. A number is the prompt's place in the file, so that a prompt that stands there twice
-is drawn twice, and differently. Given again, the command goes on where it stopped: each picture carries how it was
-drawn, and what is there whole and was drawn so is not drawn again.
+also takes .json and tfds:NAME/SPLIT:FEATURE; --prompt_key=instruction or meta/prompt says where in an object the text
+stands. A number is the prompt's place in the file, so that a prompt that stands there twice is drawn twice, and
+differently. Given again, the command goes on where it stopped: each picture carries how it was drawn, and what is there
+whole and was drawn so is not drawn again.
 """
 import dataclasses
 import hashlib

@@ -286,3 +286,8 @@ def test_text_that_only_resembles_is_read(tmp_path):
     assert len(data.read_prompts(tmp_path / "p.txt")) == 3
     (tmp_path / "q.txt").write_text("404: Not Found\na red circle\n")
     assert len(data.read_prompts(tmp_path / "q.txt")) == 2
+
+
+def test_a_page_of_many_comments_is_told_at_once(tmp_path):
+    (tmp_path / "p.txt").write_text("<!-- x -->" * 400 + "<p>")
+    assert data.read_prompts(tmp_path / "p.txt")[0]["prompt"].endswith("<p>")
