@@ -5,7 +5,8 @@
         --config.model.checkpoint=checkpoints/xomni --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
 
 Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation),
-or with another key that data.prompt_key names, or plain text, one a line. Where the published code and the paper differ, the comment says so.
+or with another key that data.prompt_key names, or plain text, one a line. Where the published code and the paper
+differ, the comment says so.
 """
 import os
 

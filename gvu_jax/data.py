@@ -279,7 +279,8 @@ def read_table(path):
     missing |= {"image"} if not {"image", "image_path"} & set(header) else set()
     if missing:
         raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: it should be a TSV file of VLMEvalKit "
-                         f"with multiple-choice questions. Its columns are {', '.join(name[:40] for name in header[:30])}")
+                         f"with multiple-choice questions. Its columns are "
+                         f"{', '.join(name[:40] for name in header[:30])}")
     rows, filled, floats = [], 0, 0
     for line in lines:
         row = dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, line) if name in USED}

@@ -201,7 +201,8 @@ def _grey(file):
         bits, sign = (file.tag_v2.get(tag, default)[0] for tag, default in ((258, (1,)), (339, (1,))))
         if bits > 16 or sign != 1:
             kind = "signed" if sign != 1 else f"{bits}-bit"
-            raise ValueError(f"its pixels are {kind} numbers, of which nothing says what is black and white: save 8 bits")
+            raise ValueError(f"its pixels are {kind} numbers, of which nothing says what is black and white: save 8 "
+                             f"bits")
         if file.tag_v2.get(262) == 0:                                   # white is zero
             values = 2 ** bits - 1 - values
     clear = file.info.get("transparency")

@@ -36,8 +36,8 @@ LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of "
-                               ".txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder "
+                               "of .txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",

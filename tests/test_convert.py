@@ -459,11 +459,12 @@ def test_a_download_that_is_not_the_file_is_told(golden_copy, words):
     """In place of each file that a conversion reads: weights, an index, settings, tokenizers."""
     vision = json.loads((golden_copy / "config.json").read_text())["vision_config"]
     head = golden_copy / vision["decoder"]["model_path"]
-    files = [golden_copy / "config.json", golden_copy / "tokenizer.json", golden_copy / vision["encoder"]["siglip_path"],
-             golden_copy / vision["encoder"]["projector_path"], head / "config.json",
-             head.parent / "base/scheduler/scheduler_config.json", head.parent / "base/tokenizer/merges.txt",
-             *golden_copy.glob("model*.safetensors*"), *head.glob("*.safetensors*"),
-             *(head.parent / "base").glob("vae/*.safetensors"), *(head.parent / "base").glob("text_encoder_2/*.safetensors")]
+    base = head.parent / "base"
+    files = [golden_copy / "config.json", golden_copy / "tokenizer.json", head / "config.json",
+             *(golden_copy / vision["encoder"][path] for path in ("siglip_path", "projector_path")),
+             base / "scheduler/scheduler_config.json", base / "tokenizer/merges.txt",
+             *golden_copy.glob("model*.safetensors*"), *head.glob("*.safetensors*"), *base.glob("vae/*.safetensors"),
+             *base.glob("text_encoder_2/*.safetensors")]
     for file in [file for file in files if file.exists()]:
         whole = file.read_bytes()
         file.write_bytes(DOWNLOADS[words])

@@ -1,4 +1,5 @@
-"""What files hold: pictures of every kind as a viewer shows them, base64 as it occurs, downloads that are not the file."""
+"""What files hold: pictures of every kind as a viewer shows them, base64 as it occurs, downloads that are not the
+file."""
 import base64
 import io
 import json
@@ -210,8 +211,8 @@ def test_a_picture_that_is_cut_off_is_refused_or_the_same(kind, at):
 
 @some
 @given(body=st.binary(max_size=200), kind=st.sampled_from(
-    [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME", b"hIST",
-     b"acTL", b"prVt"]), harm=st.booleans())
+    [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME",
+     b"hIST", b"acTL", b"prVt"]), harm=st.booleans())
 def test_no_chunk_beside_the_pixels_changes_them(body, kind, harm):
     more = bytearray(chunk(kind, body))
     more[-1] ^= harm
@@ -253,15 +254,17 @@ DOWNLOADS = {
     "git lfs pull": POINTER, "web page": b"\n<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>",
     "empty": b"", "NoSuchKey": b"<?xml version='1.0' encoding='UTF-8'?>\n<Error><Code>NoSuchKey</Code></Error>",
     "git annex get": b"/annex/objects/SHA256E-s31--4d7a.png\n", "error '404: Not Found'": b"404: Not Found",
-    "compressed": b"\x1f\x8b\x08\0\0\0\0\0", "web page (HTML)": b"<!-- made by .. -->\n<HTML lang=en><body>no</body></HTML>"}
+    "compressed": b"\x1f\x8b\x08\0\0\0\0\0",
+    "web page (HTML)": b"<!-- made by .. -->\n<HTML lang=en><body>no</body></HTML>"}
 
 
 @pytest.mark.parametrize("words", sorted(DOWNLOADS))
 def test_what_lies_there_in_place_of_the_file_is_told(tmp_path, words):
     """In place of a picture, prompts, captions, a table, an index, weights of both kinds."""
     told, jobs = [], {
-        "x.png": decode.read_picture, "x.txt": data.read_prompts, "x.jsonl": data.read_prompts, "x.json": metrics.read_json,
-        "x.tsv": data.read_choices, "x.safetensors": tensor_files.TensorFile, "x.pt": tensor_files.TensorFile}
+        "x.png": decode.read_picture, "x.txt": data.read_prompts, "x.jsonl": data.read_prompts,
+        "x.json": metrics.read_json, "x.tsv": data.read_choices, "x.safetensors": tensor_files.TensorFile,
+        "x.pt": tensor_files.TensorFile}
     for name, job in jobs.items():
         (tmp_path / name).write_bytes(DOWNLOADS[words])
         with pytest.raises(ValueError) as error:

@@ -179,7 +179,8 @@ CELL = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_s
 
 
 @some
-@given(asked=st.lists(st.tuples(CELL, st.lists(CELL, min_size=2, max_size=5), st.integers(0, 4)), min_size=1, max_size=4),
+@given(asked=st.lists(st.tuples(CELL, st.lists(CELL, min_size=2, max_size=5), st.integers(0, 4)), min_size=1,
+                      max_size=4),
        mark=st.sampled_from(EMPTY), dialect=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
        encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), lower=st.booleans())
 def test_any_table_comes_back_as_it_was_written(tmp_path_factory, asked, mark, dialect, encoding, lower):
@@ -188,7 +189,8 @@ def test_any_table_comes_back_as_it_was_written(tmp_path_factory, asked, mark, d
     table.writerow(["index", "question", *letters, "answer", "image"])
     for i, (question, options, answer) in enumerate(asked):
         letter = letters[answer % len(options)]
-        table.writerow([i, question, *options, *[mark] * (5 - len(options)), letter.lower() if lower else letter, "AA=="])
+        empty = [mark] * (5 - len(options))
+        table.writerow([i, question, *options, *empty, letter.lower() if lower else letter, "AA=="])
     path = tmp_path_factory.mktemp("tables") / "q.tsv"
     path.write_bytes(buffer.getvalue().encode(encoding))
     assert [(c["question"], c["options"], c["answer"]) for c in data.read_choices(path)] == [
@@ -196,9 +198,10 @@ def test_any_table_comes_back_as_it_was_written(tmp_path_factory, asked, mark, d
 
 
 @some
-@given(content=st.binary() | st.lists(st.lists(st.text(max_size=6) | st.sampled_from(["A", "nan", "['", "0", '"', "1.0"]),
-                                               min_size=1, max_size=8), max_size=5).map(
-    lambda rows: ("index\tquestion\tA\tB\tanswer\timage\n" + "\n".join(map("\t".join, rows))).encode(errors="replace")))
+@given(content=st.binary() | st.lists(st.lists(
+    st.text(max_size=6) | st.sampled_from(["A", "nan", "['", "0", '"', "1.0"]), min_size=1, max_size=8), max_size=5
+    ).map(lambda rows: "\n".join(map("\t".join, [["index", "question", *"AB", "answer", "image"], *rows])).encode(
+            errors="replace")))
 def test_any_table_is_read_or_refused(tmp_path_factory, content):
     path, left_out = tmp_path_factory.mktemp("tables") / "q.tsv", collections.Counter()
     path.write_bytes(content)
@@ -339,7 +342,8 @@ def test_rows_left_out_are_in_the_results(evaluate, tsv):
     assert f"left out: 2 of several pictures, 1 {NO_ANSWER}, 1 whose picture cannot be read" in printed
     path.write_text("".join("\t".join(cells) + "\n" for cells in (rows[0], rows[4])))
     line, _ = evaluate("understanding", f"--tsv={path}")
-    assert "no question can be asked: 1 whose picture cannot be read" in line and "index 9" in line and "truncated" in line
+    assert "no question can be asked: 1 whose picture cannot be read" in line
+    assert "index 9" in line and "truncated" in line
 
 
 def test_questions_from_the_command_line(evaluate, tsv):
