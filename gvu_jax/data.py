@@ -1,12 +1,12 @@
 """Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures and
 multiple-choice questions about them: read."""
-import ast
 import collections
 import contextlib
 import csv
 import io
 import itertools
 import json
+import os
 import re
 import string
 import sys
@@ -314,7 +314,7 @@ def find_picture(row, images, folder):
         cell = images[cell]
     name = cell if Path(cell[-10:]).suffix.lower() in SUFFIXES else "" if cell else alone(row.get("image_path", ""))
     if name:
-        if not (folder / name).is_file():
+        if not os.path.isfile(folder / name):                                       # of which any text may be asked
             raise ValueError("whose picture is a file that is not there")
         return folder / name
     if not cell or cell in seen:

@@ -95,6 +95,7 @@ NO_ANSWER = "without an answer that is the letter of one option"
     (1, 6, "AB", NO_ANSWER), (1, 2, " ", "without a question"), (1, 2, "NaN", "without a question"),
     (3, 4, "", "with fewer than two options"), (2, 8, "", "without a picture"), (2, 8, "1", "without a picture"),
     (2, 8, "x/0.png", "whose picture is a file that is not there"),
+    (2, 8, "x" * 5000 + ".png", "whose picture is a file that is not there"),
     (2, 8, "['AAAA', 'BBBB']", "of several pictures"), (2, 8, "['AAAA' 'BBBB']", "of several pictures"),
     (2, 8, "[0, 2]", "of several pictures"), (2, 8, "/9j/4AAA /9j/4AAA", "of several pictures"),
     (2, 8, "AAAA\tmore", "whose cells do not fit the columns (a quote that is not closed?)"),
