@@ -4,8 +4,9 @@
     python -m gvu_jax.train --config=configs/xomni.py --workdir=runs/xomni \\
         --config.model.checkpoint=checkpoints/xomni --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
 
-Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation)
-or plain text, one a line. Where the published code and the paper differ, the comment says so.
+Prompts are JSON lines with a "prompt" (GenEval's metadata will do; its "tag" gives the categories of the evaluation),
+or with another key that data.prompt_key names, or plain text, one a line. Where the published code and the paper
+differ, the comment says so.
 """
 import os
 
@@ -31,7 +32,8 @@ def get_config():
                                  instruction="Describe the image in detail.")
     config.model.remat = "all"                                           # recompute layers in the backward pass
 
-    config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl")
+    # prompt_key: where the text stands in an object; "meta/prompt" is the prompt in its meta.
+    config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl", prompt_key="prompt")
 
     # The published sampler adds top-k 50 unseen (a default of its library) and trains on unfiltered log-probabilities.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.03, guidance=1.0)

@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from transformers import PreTrainedTokenizerFast
 
 from gvu_jax import sharding
+from gvu_jax.decode import check_files
 from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.umm import XOmni
@@ -132,10 +133,17 @@ def is_a(value, kind):
 
 def read_tokenizer(folder):
     """The tokenizer of a folder with a tokenizer.json. Raises ValueError naming it where it is broken."""
+    check_tokenizer_files(folder)
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder)
     except Exception as error:                           # transformers raises anything from KeyError to its own
         raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from error
+
+
+def check_tokenizer_files(folder):
+    """ValueError for a file of the tokenizer that is none: as merges.txt, a pointer would be taken for merges."""
+    names = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
+    check_files(sorted(path for name in names for path in Path(folder).glob(name) if path.is_file()))
 
 
 def check_tokenizer(tokenizer, ar, specials=()):
@@ -192,10 +200,19 @@ def load_model(folder, mesh=None, override=()):
     """
     umm, found = describe_model(folder, override)
     found = sharding.place(found, mesh or sharding.mesh_of(umm))
+    return umm, _read_params(Path(folder).absolute() / "params", lambda params: ocp.load(params, found))
+
+
+def _read_params(params, read):
+    """read(params), a folder, of which Orbax and tensorstore let every kind of exception out where it is damaged."""
     try:
-        return umm, ocp.load(Path(folder).absolute() / "params", found)
-    except ValueError as error:
-        raise ValueError(f"cannot read the params in {folder}: {error}") from error
+        return read(params)
+    except (OSError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        files = (path for path in params.rglob("*") if path.is_file() and path.name != "orbax.checkpoint")   # a mark
+        check_files(sorted(files))
+        raise ValueError(f"cannot read the params in {params}: {_first_line(error)}") from error
 
 
 def shapes(umm):
@@ -224,7 +241,7 @@ def stored_shapes(folder, umm):
     """Shapes and dtypes of a folder's params. ValueError names what differs from what the configs ask for."""
     flat = lambda tree: traverse_util.flatten_dict(tree, sep="/")
     asked = flat(shapes(umm))
-    stored = flat(ocp.metadata(folder / "params").metadata)
+    stored = _read_params(folder / "params", lambda params: flat(ocp.metadata(params).metadata))
     misshapen = [f"{name} {tuple(stored[name].shape)} instead of {asked[name].shape}"
                  for name in sorted(set(asked) & set(stored)) if tuple(stored[name].shape) != asked[name].shape]
     wrong = {"missing": sorted(set(asked) - set(stored)), "unknown": sorted(set(stored) - set(asked)),

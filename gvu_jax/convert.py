@@ -188,6 +188,7 @@ def read_tokenizer(folder, name):
         return checkpoint.read_tokenizer(folder)
     if name == "t5_tokenizer":
         raise FileNotFoundError(f"there is no {folder / 'tokenizer.json'}")
+    checkpoint.check_tokenizer_files(folder)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)        # and do not ask whether to
     except Exception as error:                           # transformers raises anything from KeyError to its own

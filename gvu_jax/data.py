@@ -1,46 +1,59 @@
 """Prompts: read from files, streamed in an order that is a pure function of the seed and the step. Pictures and
 multiple-choice questions about them: read."""
-import base64
-import binascii
+import collections
+import contextlib
 import csv
 import io
+import itertools
 import json
-import math
+import os
+import re
 import string
-import warnings
+import sys
 from pathlib import Path
 
 import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from gvu_jax.decode import FORMATS, decode_picture, from_base64, read_picture, read_text
 
-def read_prompts(source):
+
+def read_prompts(source, key="prompt"):
     """Prompts from where they stand -> list of dicts with the key "prompt", in a fixed order.
 
     FILE.txt                               one prompt a line
-    FILE.jsonl                             objects with a "prompt" (GenEval's metadata; its "tag" names the category)
+    FILE.jsonl                             an object a line (GenEval's metadata; its "tag" names the category)
+    FILE.json                              an array of objects or of texts, or one object
     FOLDER                                 each ID.txt in it holds one prompt (DPG-Bench): {"id": ID, "prompt": ..}
     tfds:NAME/SPLIT:FEATURE                a text feature of a dataset of TensorFlow Datasets, e.g.
-                                           tfds:coco_captions/val[:100]:caption; a/b is feature b in feature a
+                                           tfds:coco_captions/val[:100]:captions/text
 
-    Files are UTF-8, with or without a byte order mark. Blank lines are skipped; a prompt that stands there twice counts
-    twice. Raises FileNotFoundError, or ValueError naming the file and line that is wrong.
+    `key` says where the text stands in an object: a/b is b in a. FEATURE is such a key. Where a list stands there, each
+    entry is a prompt. What an object holds besides is kept in the dict.
+
+    Files are text as `read_text` reads it. Blank lines are skipped; a prompt that stands there twice counts twice; in a
+    folder only what `list_files` names is read. Raises FileNotFoundError, or ValueError naming the file and line that
+    is wrong, and the keys that are there.
     """
     path = Path(source)
     if str(source).startswith("tfds:"):
         metas = [(f"{source}, record {i}", {"prompt": text}) for i, text in enumerate(read_tfds(str(source)))]
     elif path.is_dir():
-        texts = {file: read_text(file).strip() for file in sorted(path.glob("*.txt"))}
+        texts = {file: read_text(file).strip() for file in list_files(path, (".txt",))}
         metas = [(file, {"id": file.stem, "prompt": " ".join(text.split("\n"))}) for file, text in texts.items()]
     elif not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    elif path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl (objects with a \"prompt\" key)")
+    elif path.suffix not in (".txt", ".jsonl", ".json"):
+        raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl or .json (objects with a \"prompt\" "
+                         f"key)")
     else:
         lines = enumerate(read_text(path).split("\n"), 1)        # splitlines() would also cut JSON at a raw U+2028
         lines = [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
-        metas = [(place, {"prompt": line} if path.suffix == ".txt" else parse(place, line)) for place, line in lines]
+        if path.suffix == ".txt" or not lines:
+            metas = [(place, {"prompt": line}) for place, line in lines]
+        else:
+            metas = [(place, meta) for place, record in records_of(lines) for meta in metas_of(place, record, key)]
     for place, meta in metas:
         check_prompt(place, meta)
     if not metas:
@@ -48,11 +61,22 @@ def read_prompts(source):
     return [meta for _, meta in metas]
 
 
-def read_text(path):
+def records_of(lines):
+    """The records of JSON, (place, value) each; lines: (place, text). Either each line is a value, or all together are
+    one. Of an array each entry is a record, and a text in it stands for {"prompt": text}."""
     try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        json.loads(lines[0][1])
+    except (ValueError, RecursionError):                                # not line by line, then
+        with contextlib.suppress(ValueError, RecursionError):
+            json.loads(whole := "\n".join(line for _, line in lines))
+            lines = [(lines[0][0].rpartition(", line")[0], whole)]
+    for place, line in lines:
+        value = parse(place, line)
+        if isinstance(value, list):
+            yield from ((f"{place}, entry {i}", {"prompt": entry} if isinstance(entry, str) else entry)
+                        for i, entry in enumerate(value, 1))
+        else:
+            yield place, value
 
 
 def parse(place, line):
@@ -62,11 +86,56 @@ def parse(place, line):
         raise ValueError(f"{place} is not JSON: {error}") from error
 
 
+def metas_of(place, record, key):
+    """The prompts of one record: dicts of what it holds and of what stands beside the text, with the text as "prompt".
+    Raises ValueError naming the place and the keys that are there."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place} has no \"{key}\": it is no object but {json.dumps(record)[:40]}")
+    try:
+        found = list(find(record, key))
+    except KeyError:
+        found = []
+    if len(found) == 1:
+        return [{**record, **found[0][0], "prompt": found[0][1]}]
+    if not found:
+        keys = ", ".join(f'"{there}"' for there in itertools.islice(keys_of(record), 12)) or "nothing"
+        raise ValueError(f"{place} has no \"{key}\", which is a text of at least one word. There is {keys}: name one "
+                         f"with --prompt_key, in training with --config.data.prompt_key")
+    return [{**{name: x for name, x in beside.items() if not isinstance(x, (list, dict))}, "prompt": text}
+            for beside, text in found]
+
+
+def find(record, key, beside=None):
+    """What stands at `key` in a record of dicts and lists: pairs of (the dict it stands in, the value), of a list those
+    of each entry. The name of a key may itself hold slashes. Raises KeyError with the part that is not there."""
+    if isinstance(record, (list, tuple, np.ndarray)):
+        for entry in record:
+            yield from find(entry, key, beside)
+    elif not key:
+        yield beside, record
+    else:
+        parts = key.split("/")
+        for i in range(len(parts), 0, -1):
+            if isinstance(record, dict) and (name := "/".join(parts[:i])) in record:
+                yield from find(record[name], "/".join(parts[i:]), record)
+                return
+        raise KeyError(key)
+
+
+def keys_of(record, before=""):
+    """The keys of a record as `find` takes them."""
+    for name, value in record.items():
+        yield f"{before}{name}"
+        entry = value[0] if isinstance(value, list) and value else value
+        if isinstance(entry, dict):
+            yield from keys_of(entry, f"{before}{name}/")
+
+
 def check_prompt(place, meta):
-    """Raises ValueError, naming the place, for what is no dict with a "prompt" (and a "tag", where there is one)."""
-    prompt, tag = (meta.get("prompt"), meta.get("tag", "")) if isinstance(meta, dict) else (None, "")
+    """Raises ValueError, naming the place, for a dict whose "prompt" is no text, or whose "tag" (if any) is none."""
+    prompt, tag = meta["prompt"], meta.get("tag", "")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word")
+        raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word, but {str(prompt)[:40]!r}")
     if not isinstance(tag, str):
         raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
     if tag in ("overall", "reward"):
@@ -80,7 +149,8 @@ def read_tfds(source):
     address, _, feature = source.removeprefix("tfds:").rpartition(":")
     name, _, split = address.rpartition("/")
     if not (name and split and feature):
-        raise ValueError(f"{source} is not of the form tfds:NAME/SPLIT:FEATURE, e.g. tfds:coco_captions/val:caption")
+        raise ValueError(f"{source} is not of the form tfds:NAME/SPLIT:FEATURE, e.g. "
+                         f"tfds:coco_captions/val:captions/text")
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -93,14 +163,27 @@ def read_tfds(source):
         raise ValueError(f"{source} cannot be read: {said[0]}") from error
     texts = []
     for record in records:
-        for key in feature.split("/"):
-            if not isinstance(record, dict) or key not in record:
-                raise ValueError(f"{source}: a record has no feature {key!r}")
-            record = record[key]
-        if not isinstance(record, (bytes, str)):
-            raise ValueError(f"{source}: the feature is no text but a {type(record).__name__}")
-        texts.append(record.decode() if isinstance(record, bytes) else record)
+        try:
+            found = [value for _, value in find(record, feature)]
+        except KeyError as error:
+            keys = ", ".join(itertools.islice(keys_of(record), 12)) if isinstance(record, dict) else "no dict"
+            raise ValueError(f"{source}: a record has no feature {error}. There is {keys}") from error
+        for text in found:
+            if not isinstance(text, (bytes, str)):
+                raise ValueError(f"{source}: the feature is no text but a {type(text).__name__}")
+            texts.append(text.decode(errors="replace") if isinstance(text, bytes) else text)
     return texts
+
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+NOT_MEANT = re.compile(r"[.~#].*|(readme.*|licen[cs]e|copying|notice|changelog|requirements)\.txt", re.IGNORECASE)
+
+
+def list_files(folder, suffixes):
+    """The files of a folder with one of these endings (lower case), sorted: not those that systems and editors leave
+    there (hidden ones as ._x, .#x and .x.swp; ~$x, #x#), and no README.txt or LICENSE.txt."""
+    return sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in suffixes
+                  and not NOT_MEANT.fullmatch(path.name) and path.is_file())
 
 
 def overlap(training, held_out):
@@ -127,90 +210,141 @@ def batch(stream, step, size):
     return [stream[step * size + i] for i in range(size)]
 
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")     # of pictures; PIL's others run more code (EPS a program)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-MOST_PIXELS = 2 ** 26                                       # of a picture; a small file may claim to hold any number
+# What programs write where a table has nothing; and words that they write, but that people write too.
+NOTHING = {"nan", "NaN", "NAN", "-nan", "-NaN", "<NA>", "NaT", "#N/A", "#NA", "#N/A N/A", "1.#QNAN", "-1.#QNAN",
+           "1.#IND", "-1.#IND"}
+PERHAPS = {"None", "none", "NONE", "null", "NULL", "Null", "NA", "N/A", "n/a", "undefined"}
+USED = {"index", "image", "image_path", "question", "hint", "answer", "category", *string.ascii_uppercase}
 
 
-def read_picture(path):
-    """A picture file of one of FORMATS -> uint8 [H, W, 3], as a viewer shows it: turned as EXIF says, transparency over
-    white.
-
-    Takes the first frame of an animation and the upper 8 bits of 16-bit grey. Raises FileNotFoundError where there is
-    no such file, ValueError where it is no picture, a broken one or one of more than MOST_PIXELS; both name it.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no picture file {path}")
-    return decode_picture(path, path)
-
-
-def decode_picture(source, name):
-    """As `read_picture`, of a path or an open file; errors call it `name`."""
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(source, formats=FORMATS) as file:
-            if math.prod(file.size) > MOST_PIXELS:
-                raise ValueError(f"it has {file.width} x {file.height} pixels, more than {MOST_PIXELS}")
-            picture = ImageOps.exif_transpose(file)
-        if picture.mode == "F":
-            raise ValueError("its pixels are floats, of which nothing says what is black and white: save 8 bits")
-        if picture.mode.startswith("I"):                # 16-bit grey, which PIL would cut off at 255
-            picture = Image.fromarray((np.clip(np.asarray(picture), 0, 2**16 - 1) >> 8).astype(np.uint8))
-        if picture.has_transparency_data:
-            white = Image.new("RGBA", picture.size, "white")
-            picture = Image.alpha_composite(white, picture.convert("RGBA"))
-        return np.asarray(picture.convert("RGB"))
-    except Exception as error:                          # PIL's readers let every kind of exception out of a broken file
-        raise ValueError(f"{name} cannot be read as a picture: {error}") from error
-
-
-def read_choices(path):
+def read_choices(path, left_out=None):
     """Multiple-choice questions about pictures, in the TSV format of VLMEvalKit (MMT-Bench, MMBench, SEED-Bench ..).
 
-    Columns: index; image, the base64 of a picture file, or the index of the row whose picture it is; question; hint
-    (optional); options A, B, C .. of which a row may leave some empty; answer, one of these letters; category
-    (optional). Returns a list of dicts: "name" (what to call it in errors), "image" (base64), "question", "options"
-    (2 texts or more), "answer" (an index into them), "category". `decode_choice` makes the picture of one.
+    Columns: index; image, the base64 of a picture file, or the index of the row whose picture it is; or image_path, a
+    file beside the table; question; hint (optional); options A, B, C .. of which a row may leave some empty; answer,
+    one of these letters; category (optional). Returns a list of dicts: "name" (what to call it in errors), "image"
+    (base64, or a Path), "question", "options" (2 texts or more), "answer" (an index into them), "category".
+    `decode_choice` makes the picture of one.
 
-    Raises FileNotFoundError, or ValueError naming the file and the row that is wrong.
+    A cell is empty where a program wrote that nothing is there (nan, <NA> ..); where it wrote a word (None), an option
+    is one still, unless the row has the same one twice. Rows that cannot be asked are left out and counted by reason in
+    `left_out`, a Counter. Raises FileNotFoundError, or ValueError naming the file of which no row is left.
     """
-    path = Path(path)
+    path, choices, left_out = Path(path), [], collections.Counter() if left_out is None else left_out
+    rows = read_table(path)
+    images = {row["index"]: row.get("image", "") for row in rows if row["index"]}
+    for row in rows:
+        options = {letter: row[letter] for letter in string.ascii_uppercase if row.get(letter)}
+        answer = row["answer"].strip(" ().:[]").upper()
+        try:
+            if "torn" in row:
+                raise ValueError("whose cells do not fit the columns (a quote that is not closed?)")
+            if not row["question"]:
+                raise ValueError("without a question")
+            if len(options) < 2:
+                raise ValueError("with fewer than two options")
+            if answer not in options:
+                raise ValueError("without an answer that is the letter of one option")
+            image = find_picture(row, images, path.parent)
+        except ValueError as reason:
+            left_out[str(reason)] += 1
+            continue
+        choices.append({"name": f"{path}, index {row['index']}", "image": image, "answer": [*options].index(answer),
+                        "question": "\n".join(text for text in (row.get("hint"), row["question"]) if text),
+                        "options": [*options.values()], "category": row.get("category") or "all"})
+    if not choices:
+        raise ValueError(f"{path} has no row that can be asked: {count_reasons(left_out) or 'it has none at all'}")
+    return choices
+
+
+def count_reasons(left_out):
+    return ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+
+
+def read_table(path):
+    """The rows of a TSV file of VLMEvalKit as dicts {column: text, "" where there is none}. Says once how many cells a
+    program had filled in. Raises FileNotFoundError, or ValueError naming the file and the columns that are there."""
     if not path.is_file():
         raise FileNotFoundError(f"no TSV file {path}")
     limit = csv.field_size_limit(2 ** 31 - 1)                                        # a picture is one field
     try:
-        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+        header, *lines = [line for line in csv.reader(io.StringIO(read_text(path), newline=""), delimiter="\t")
+                          if any(map(str.strip, line))] or [[]]
     except csv.Error as error:
         raise ValueError(f"{path} is no TSV file: {error}") from error
     finally:
         csv.field_size_limit(limit)
-    missing = {"index", "image", "question", "A", "B", "answer"} - set(rows[0] if rows else ())
+    header = [name.strip().upper() if len(name.strip()) == 1 else name.strip().lower() for name in header]
+    missing = {"index", "question", "A", "B", "answer"} - set(header)
+    missing |= {"image"} if not {"image", "image_path"} & set(header) else set()
     if missing:
-        raise ValueError(f"{path} has no rows, or no column {', '.join(sorted(missing))}: it should be a TSV file of "
-                         f"VLMEvalKit with multiple-choice questions")
-    images, choices = {row["index"]: row["image"] or "" for row in rows}, []
-    for row in rows:
-        name = f"{path}, index {row['index']}"
-        image = images.get(row["image"], row["image"])                               # another row's, or its own
-        letters = [letter for letter in string.ascii_uppercase if (row.get(letter) or "").strip()]
-        answer = (row["answer"] or "").strip()
-        if not (row["question"] or "").strip() or len(letters) < 2 or answer not in letters or not image:
-            raise ValueError(f"{name} needs a question, a picture, two options or more, and one of their letters as "
-                             f"the answer, which is {answer!r}")
-        question = "\n".join(text.strip() for text in (row.get("hint"), row["question"]) if (text or "").strip())
-        choices.append({"name": name, "image": image, "question": question, "answer": letters.index(answer),
-                        "options": [row[letter].strip() for letter in letters],
-                        "category": (row.get("category") or "").strip() or "all"})
-    return choices
+        raise ValueError(f"{path} has no column {', '.join(sorted(missing))}: it should be a TSV file of VLMEvalKit "
+                         f"with multiple-choice questions. Its columns are "
+                         f"{', '.join(name[:40] for name in header[:30])}")
+    rows, filled, floats = [], 0, 0
+    for line in lines:
+        row = dict.fromkeys(header, "") | {name: cell.strip() for name, cell in zip(header, line) if name in USED}
+        options = [cell for name, cell in row.items() if len(name) == 1]
+        for name, cell in row.items():
+            if cell in NOTHING or cell in PERHAPS and (len(name) > 1 or options.count(cell) > 1):
+                row[name], filled = "", filled + 1
+            elif name in ("index", "image") and re.fullmatch(r"\d+\.0+", cell):     # a column with gaps is of floats
+                row[name] = cell.partition(".")[0]
+        if any(map(str.strip, line[len(header):])) or any("\t" in cell and "\n" in cell for cell in row.values()):
+            row["torn"] = True
+        rows.append(row)
+    letters = set(header) & set(string.ascii_uppercase)
+    for name in letters if not all(row[name] for row in rows for name in letters) else ():      # there are gaps
+        if all(re.fullmatch(r"-?\d+\.0|", row[name]) for row in rows):
+            for row in rows:
+                row[name], floats = row[name].removesuffix(".0"), floats + bool(row[name])
+    if filled or floats:
+        said = [f"{filled} cells that say nan or the like are read as empty"] * bool(filled) + [
+            f"{floats} options that became floats (2.0) are whole numbers again"] * bool(floats)
+        print(f"note: {path}: {'; '.join(said)}", file=sys.stderr)
+    return rows
+
+
+def find_picture(row, images, folder):
+    """The picture of a row: its base64, or the Path of the file. images: {index: the cell "image"}. ValueError with the
+    reason where there is not just one."""
+    cell, seen = row.get("image", ""), set()
+    while (cell := alone(cell)) in images and cell not in seen:                      # another row's
+        seen.add(cell)
+        cell = images[cell]
+    name = cell if Path(cell[-10:]).suffix.lower() in SUFFIXES else "" if cell else alone(row.get("image_path", ""))
+    if name:
+        if not os.path.isfile(folder / name):                                       # of which any text may be asked
+            raise ValueError("whose picture is a file that is not there")
+        return folder / name
+    if not cell or cell in seen:
+        raise ValueError("without a picture")
+    return cell
+
+
+def alone(cell):
+    """The text in a cell that may be a list, ['..'], of one."""
+    if cell[:1] in ("[", "(") and cell[-1:] in ("]", ")"):
+        quoted = [text for _, text in re.findall(r"(['\"])(.*?)\1", cell, re.DOTALL)]
+        entries = quoted or re.split(r"[\s,]+", cell[1:-1].strip())
+        if len(entries) != 1:
+            raise ValueError("of several pictures")
+        return entries[0].strip()
+    if re.search(r"[\s,;](iVBORw0KGgo|/9j/4|R0lGOD|UklGR)", cell) and not cell[:5].lower() == "data:":
+        raise ValueError("of several pictures")
+    return cell
 
 
 def decode_choice(choice):
     """The picture of one of `read_choices`, as `read_picture` returns it. Raises ValueError where it is none."""
+    name, image = choice["name"], choice["image"]
+    if isinstance(image, Path):
+        return read_picture(image)
     try:
-        file = io.BytesIO(base64.b64decode(choice["image"], validate=True))
-    except binascii.Error as error:
-        raise ValueError(f"{choice['name']}: the image is not one base64 text ({error}); rows of several pictures are "
-                         f"not supported") from error
-    return decode_picture(file, choice["name"])
+        return decode_picture(from_base64(alone(image)), "its image")
+    except ValueError as error:
+        why = "its image is cut off after 32767 characters, as spreadsheets do" if len(image) == 2 ** 15 - 1 else error
+        raise ValueError(f"{name}: {why}") from error
 
 
 def picture_files(folder):
@@ -218,7 +352,7 @@ def picture_files(folder):
     folder = Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of pictures {folder}")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = list_files(folder, SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return paths

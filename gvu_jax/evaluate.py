@@ -6,19 +6,21 @@
                      that show nothing else besides (exact), and objects a picture; AUC and calibration of the intrinsic
                      reward; understanding by likelihood
     understanding    multiple choice by likelihood: the tests of the shapes world, or those of a TSV file of VLMEvalKit
-                     (--tsv=MMT-Bench_VAL.tsv)
+                     (--tsv=MMT-Bench_VAL.tsv), of which rows that cannot be asked are left out and counted by reason
     nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"
     cycle            prompt -> picture -> caption: the share of the prompt's words that the caption says again
     unified          picture -> caption -> picture: similarity to the vision encoder, length of the captions, and in the
                      shapes world what its checker says of captions and pictures; of rendered scenes, or of
                      --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once
 
-Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, a folder,
-tfds:..). Prints a table and writes OUT/results.json, and OUT/samples.png where pictures are drawn. Intervals hold 95 %:
-a bootstrap over prompts, questions or pictures.
+Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, .json, a
+folder, tfds:..; --prompt_key says where the text stands). Prints a table and writes OUT/results.json, and
+OUT/samples.png where pictures are drawn. Intervals hold 95 %: a bootstrap over prompts, questions or pictures.
 """
+import collections
 import hashlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ _SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunific
 _OUT = flags.DEFINE_string("out", None, "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
 _PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunification and cycle, instead of the world's.")
+_PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _PICTURES = flags.DEFINE_string("pictures", None, "A folder of pictures for unified, instead of rendered scenes.")
@@ -63,15 +66,16 @@ def main(_):
         raise ValueError("--prompt_file goes with --suite=nonunification and --suite=cycle")
     if _PICTURES.value and _SUITE.value != "unified":
         raise ValueError("--pictures goes with --suite=unified")
-    choices = data.read_choices(_TSV.value) if _TSV.value else None
-    metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
+    left_out = collections.Counter()
+    choices = data.read_choices(_TSV.value, left_out) if _TSV.value else None
+    metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
     model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
     check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
     if _SUITE.value == "shapes":
         results, picture = shapes(model)
     elif _SUITE.value == "understanding":
-        results, picture = understanding(model, choices), None
+        results, picture = understanding(model, choices, left_out), None
     elif _SUITE.value == "unified":
         results, picture = unified(model)
     else:
@@ -119,21 +123,31 @@ def build_shapes(model):
         lengths, world.compositions(held_out), _SEED.value)
 
 
-def understanding(model, choices):
-    """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world."""
+def understanding(model, choices, left_out):
+    """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world.
+    left_out: the Counter of read_choices; what turns out to be no picture, or none for this model, is left out too."""
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})
-    # All are decoded before any is read: a broken picture ends the command at once, not after an hour.
-    refusals = [model.refusal(data.decode_choice(choice).shape[:2]) for choice in choices]
-    asked = [choice for choice, refusal in zip(choices, refusals) if refusal is None]
+    asked, refusals, broken = [], [], []
+    for choice in choices:
+        try:
+            if refusal := model.refusal(data.decode_choice(choice).shape[:2]):
+                refusals.append(f"{choice['name']}: {refusal}")
+            else:
+                asked.append(choice)
+        except ValueError as error:
+            left_out["whose picture cannot be read"] += 1
+            broken.append(str(error))
     if not asked:
-        raise ValueError(f"{choices[0]['name']} and all others: {refusals[0]}")
-    refused, choices = len(choices) - len(asked), asked
-    right = suite.choose(model, choices)
-    metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in choices]
+        told = [data.count_reasons(left_out)] * bool(left_out) + refusals[:1] + broken[:1]
+        raise ValueError(f"no question can be asked: {'; '.join(told)}")
+    if broken:
+        print(f"note: {len(broken)} pictures cannot be read. The first: {broken[0]}", file=sys.stderr)
+    right = suite.choose(model, asked)
+    metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in asked]
     found = {"overall": share(right)} | {tag: share(right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}
-    return {"questions": len(choices), "refused": refused, **with_intervals(found)}
+    return {"questions": len(asked), "refused": len(refusals), "left_out": dict(left_out), **with_intervals(found)}
 
 
 def own_pictures(model, metas):
@@ -208,6 +222,8 @@ def table(results, heading=""):
         lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{other}")
     if results.get("refused"):
         lines.append(f"left out: {results['refused']} questions whose pictures the model's tokenizer refuses")
+    if results.get("left_out"):
+        lines.append(f"left out: {data.count_reasons(results['left_out'])}")
     for part, title in (("exact", "right and nothing else"), ("objects", "objects a picture"),
                         ("understanding", "understanding")):
         if part in results:

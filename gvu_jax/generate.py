@@ -10,9 +10,10 @@
     t2icompbench   color_val.txt ..               OUT/samples/PROMPT_000000.png .., numbered through all prompts
 
 as in the repositories djghosh13/geneval, yejy53/Echo-4o, TencentQQGYLab/ELLA and Karine-Huang/T2I-CompBench. --prompts
-also takes tfds:NAME/SPLIT:FEATURE. A number is the prompt's place in the file, so that a prompt that stands there twice
-is drawn twice, and differently. Given again, the command goes on where it stopped: each picture carries how it was
-drawn, and what is there whole and was drawn so is not drawn again.
+also takes .json and tfds:NAME/SPLIT:FEATURE; --prompt_key=instruction or meta/prompt says where in an object the text
+stands. A number is the prompt's place in the file, so that a prompt that stands there twice is drawn twice, and
+differently. Given again, the command goes on where it stopped: each picture carries how it was drawn, and what is there
+whole and was drawn so is not drawn again.
 """
 import dataclasses
 import hashlib
@@ -35,8 +36,9 @@ LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl (with a prompt key), a folder of .txt "
-                               "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder "
+                               "of .txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
                                lower_bound=1)
@@ -53,7 +55,8 @@ _GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance scale;
 
 
 def main(_):
-    metas, layout, count = read_prompts(_PROMPTS.value), _LAYOUT.value, _IMAGES.value or LAYOUTS[_LAYOUT.value]
+    metas, layout = read_prompts(_PROMPTS.value, _PROMPT_KEY.value), _LAYOUT.value
+    count = _IMAGES.value or LAYOUTS[layout]
     if layout in FIXED and count != LAYOUTS[layout]:
         raise ValueError(f"--layout={layout} has {LAYOUTS[layout]} pictures a prompt, not {count}")
     how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)

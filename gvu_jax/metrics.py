@@ -20,6 +20,8 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
+from gvu_jax.decode import what_it_is
+
 METRICS_FILE = "metrics.jsonl"
 SECONDS_BETWEEN_LOG_LINES = 10.0
 
@@ -132,9 +134,9 @@ def replace_file(path: str | os.PathLike, text: str) -> None:
 def read_json(path: str | os.PathLike) -> dict:
     """The JSON object in `path`. Raises FileNotFoundError, or ValueError naming the file that holds something else."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(content := Path(path).read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
+        raise ValueError(f"{path} is not valid JSON: {what_it_is(content) or error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
     return value

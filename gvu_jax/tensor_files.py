@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 import tensorstore
 
+from gvu_jax.decode import HEAD, what_it_is
+
 # How safetensors calls the dtypes. Parameters are of the first three; the rest may occur in what is not read.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16),
           "F64": np.dtype(np.float64), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
@@ -56,7 +58,10 @@ class TensorFile:
         except FileNotFoundError:
             raise FileNotFoundError(f"there is no file {path}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-            raise ValueError(f"cannot read {path}: {error}") from error
+            with self.path.open("rb") as file:
+                head = file.read(HEAD)
+            archive = head.startswith(b"PK") and self.path.suffix != ".safetensors"    # what torch writes is one
+            raise ValueError(f"cannot read {path}: {not archive and what_it_is(head, binary=True) or error}") from error
         self.specs = dict(sorted(specs.items(), key=lambda item: item[1].start))
 
     def read(self, name):

@@ -312,7 +312,8 @@ def prompts_of(config):
     if config.get("world"):
         from gvu_jax.shapes import world
         return world.split_prompts()
-    train_metas, held_out = data.read_prompts(config.data.prompts), data.read_prompts(config.data.held_out)
+    train_metas, held_out = (data.read_prompts(source, config.data.get("prompt_key", "prompt"))
+                             for source in (config.data.prompts, config.data.held_out))
     print(data.overlap(train_metas, held_out))
     return train_metas, held_out
 

@@ -24,6 +24,7 @@ from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomn
 from gvu_jax.models.published import PUBLISHED
 from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile
+from test_decode import DOWNLOADS
 
 torch = pytest.importorskip("torch")
 BF16 = np.dtype(jnp.bfloat16)
@@ -451,6 +452,39 @@ def test_a_damaged_source_is_refused_in_one_line(golden_copy, damage, message):
     with pytest.raises((ValueError, OSError), match=message) as error:
         convert.convert(golden_copy, golden_copy.parent / "model")
     assert not list(golden_copy.parent.glob("model*")) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("words", ["git lfs pull", "web page", "empty"])
+def test_a_download_that_is_not_the_file_is_told(golden_copy, words):
+    """In place of each file that a conversion reads: weights, an index, settings, tokenizers."""
+    vision = json.loads((golden_copy / "config.json").read_text())["vision_config"]
+    head = golden_copy / vision["decoder"]["model_path"]
+    base = head.parent / "base"
+    files = [golden_copy / "config.json", golden_copy / "tokenizer.json", head / "config.json",
+             *(golden_copy / vision["encoder"][path] for path in ("siglip_path", "projector_path")),
+             base / "scheduler/scheduler_config.json", base / "tokenizer/merges.txt",
+             *golden_copy.glob("model*.safetensors*"), *head.glob("*.safetensors*"), *base.glob("vae/*.safetensors"),
+             *base.glob("text_encoder_2/*.safetensors")]
+    for file in [file for file in files if file.exists()]:
+        whole = file.read_bytes()
+        file.write_bytes(DOWNLOADS[words])
+        with pytest.raises(ValueError) as error:
+            convert.read_source(golden_copy)
+        assert words in str(error.value) and file.name in str(error.value) and "\n" not in str(error.value)
+        file.write_bytes(whole)
+    convert.read_source(golden_copy)
+
+
+def test_a_download_that_is_no_part_of_a_model_folder_is_told(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "model")
+    data = sorted((tmp_path / "model/params/state/d").iterdir())
+    for file in (tmp_path / "model/params/state/_METADATA", max(data, key=lambda path: path.stat().st_size)):
+        whole = file.read_bytes()
+        for words in ("git lfs pull", "empty"):
+            file.write_bytes(DOWNLOADS[words])
+            with pytest.raises(ValueError, match=f"{file.name} cannot be read: it is .*{words}"):
+                checkpoint.load_model(tmp_path / "model")
+        file.write_bytes(whole)
 
 
 def test_settings_that_follow_the_files(golden_copy):

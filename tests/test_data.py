@@ -1,13 +1,18 @@
 """Prompt files and the stream; picture files."""
+import contextlib
 import io
+import json
 import sys
 import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from gvu_jax import data
+from test_decode import some
 
 
 @pytest.mark.parametrize("name, content, word", [
@@ -41,19 +46,109 @@ def test_a_folder_holds_a_prompt_in_each_file(tmp_path):
         data.read_prompts(tmp_path)
 
 
+def test_files_that_nobody_meant_are_not_read(tmp_path):
+    """What systems, editors and archives leave beside prompts and pictures; none of it is text or a picture."""
+    strays = (".DS_Store", "Thumbs.db", "desktop.ini", "._a", ".#a", "#a", "~$a", ".a")
+    for kind in (".txt", ".png"):
+        named = [name + kind for name in strays[3:8]] + [f"a{kind}~", f"#a{kind}#", f".a{kind}.swp"]
+        for name in [*strays[:3], *named]:
+            (tmp_path / name).write_bytes(b"\xff\0")
+        for name in ("__MACOSX", ".ipynb_checkpoints", f"folder{kind}"):
+            (tmp_path / name).mkdir(exist_ok=True)
+    for name in ("README.txt", "readme.TXT", "LICENSE.txt", "README.md"):
+        (tmp_path / name).write_text("About these files.")
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "b.TXT").write_text("a dog")
+    (tmp_path / "license.png").write_bytes(b"")
+    assert data.read_prompts(tmp_path) == [{"id": "a", "prompt": "a cat"}, {"id": "b", "prompt": "a dog"}]
+    assert [path.name for path in data.picture_files(tmp_path)] == ["license.png"]
+    (tmp_path / "license.png").unlink()
+    with pytest.raises(ValueError, match="holds no pictures"):
+        data.picture_files(tmp_path)
+
+
+@pytest.mark.parametrize("name, text, key, prompts", [
+    ("p.jsonl", '{"instruction": "a cat"}\n{"instruction": "a dog"}', "instruction", ["a cat", "a dog"]),
+    ("p.jsonl", '{"type": "x", "short_description": "a cat"}', "short_description", ["a cat"]),
+    ("p.jsonl", '{"id": 3, "meta": {"prompt": "a cat", "tag": "one"}}', "meta/prompt", ["a cat"]),
+    ("p.jsonl", '{"a/b": {"c/d": "a cat"}}', "a/b/c/d", ["a cat"]),
+    ("p.jsonl", '{"captions": [{"text": "a cat"}, {"text": "a dog"}]}', "captions/text", ["a cat", "a dog"]),
+    ("p.json", '["a cat", "a dog"]', "prompt", ["a cat", "a dog"]),
+    ("p.json", '[\n {"prompt": "a cat"},\n {"prompt": "a dog"}\n]', "prompt", ["a cat", "a dog"]),
+    ("p.json", '{"version": 1,\n "prompts": ["a cat", "a dog"]}', "prompts", ["a cat", "a dog"]),
+    ("p.json", '{"data": [{"p": "a cat"}, {"p": "a dog"}]}', "data/p", ["a cat", "a dog"]),
+    ("p.json", '{"prompt": "a cat"}\n{"prompt": "a dog"}\n', "prompt", ["a cat", "a dog"]),
+    ("p.jsonl", '[{"prompt": "a cat"}]', "prompt", ["a cat"])])
+def test_prompts_under_the_names_that_files_use(tmp_path, name, text, key, prompts):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / name).write_bytes(text.replace("\n", "\r\n").encode(encoding))
+        metas = data.read_prompts(tmp_path / name, key)
+        assert [meta["prompt"] for meta in metas] == prompts
+    if "tag" in text:
+        assert metas[0]["tag"] == "one" and metas[0]["id"] == 3, "what stands beside the prompt, and around it"
+
+
+@pytest.mark.parametrize("name, text, words", [
+    ("p.jsonl", '{"prompt": "a"}\n{"instruction": "a cat", "meta": {"tag": 1}}',
+     'line 2 has no "prompt", .*There is "instruction", "meta", "meta/tag": .*--prompt_key'),
+    ("p.json", '[{"prompt": "a"}, {"text": "b"}]', 'entry 2 has no "prompt", .*There is "text"'),
+    ("p.json", '[{"prompt": "a"}, 5]', 'entry 2 has no "prompt": it is no object but 5'),
+    ("p.jsonl", '{"prompt": []}', 'line 1 has no "prompt"'), ("p.jsonl", "{}", "There is nothing"),
+    ("p.json", '[{"prompt": "a"},', "is not JSON")])
+def test_the_keys_that_are_there_are_named(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=words):
+        data.read_prompts(tmp_path / name)
+
+
+KEY = st.text("ab/", min_size=1, max_size=3)
+TREE = st.recursive(st.text("xyz", min_size=1, max_size=3),
+                    lambda inner: st.dictionaries(KEY, inner, min_size=1, max_size=3)
+                    | st.lists(inner, min_size=1, max_size=3), max_leaves=8)
+
+
+@some
+@given(tree=st.dictionaries(KEY, TREE, min_size=1, max_size=3))
+def test_every_key_that_an_error_names_leads_somewhere(tree):
+    """Whatever the names are; a longer name goes before a path of the same spelling."""
+    flat = lambda value: [x for entry in value for x in flat(entry)] if isinstance(value, list) else [value]
+    for key in data.keys_of(tree):
+        with contextlib.suppress(KeyError):                             # of a list whose entries differ
+            assert list(data.find(tree, key))
+    for name, value in tree.items():
+        assert [(id(beside), found) for beside, found in data.find(tree, name)] == [(id(tree), x) for x in flat(value)]
+
+
+@some
+@given(prompts=st.lists(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0")).filter(str.strip),
+                        min_size=1, max_size=5), indent=st.sampled_from([None, 1]), key=KEY, where=st.sampled_from(
+    [".json", ".jsonl"]), mark=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))
+def test_any_array_of_prompts_is_read(tmp_path_factory, prompts, indent, key, where, mark):
+    path = tmp_path_factory.mktemp("prompts") / f"p{where}"
+    path.write_bytes(json.dumps([{key: prompt} for prompt in prompts], indent=indent, ensure_ascii=False).encode(mark))
+    assert [meta["prompt"] for meta in data.read_prompts(path, key)] == prompts
+
+
 def test_prompts_of_tensorflow_datasets(monkeypatch):
     """The module is a stand-in here: names, splits and records are as tensorflow_datasets 4.9 takes and gives them."""
     def data_source(name, split):
         if name != "captions/long:1.0.0":
             raise ValueError(f"Dataset {name} not found.\nAvailable datasets:\n...")
-        records = [{"text": {"en": b"a cat"}, "id": 1}, {"text": {"en": "a bl\u00e5 dog".encode()}, "id": 2}]
+        captions = {"id": [1, 2], "text": [b"a cat", b"cats"]}                 # as coco_captions has them
+        records = [{"text": {"en": b"a cat"}, "id": 1, "captions": captions, "a/b": b"x"},
+                   {"text": {"en": "a bl\u00e5 dog".encode()}, "id": 2, "captions": {"id": [], "text": []},
+                    "a/b": b"y"}]
         return records[:int(split.removeprefix("train[:").removesuffix("]"))]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorflow_datasets", types.SimpleNamespace(data_source=data_source))
         assert data.read_prompts("tfds:captions/long:1.0.0/train[:2]:text/en") == [
             {"prompt": "a cat"}, {"prompt": "a bl\u00e5 dog"}]
+        assert data.read_prompts("tfds:captions/long:1.0.0/train[:2]:captions/text") == [
+            {"prompt": "a cat"}, {"prompt": "cats"}]
+        assert data.read_prompts("tfds:captions/long:1.0.0/train[:2]:a/b") == [{"prompt": "x"}, {"prompt": "y"}]
         for source, words in (("tfds:captions/long:1.0.0/train[:1]:id", "no text but a int"),
-                              ("tfds:captions/long:1.0.0/train[:1]:text/de", "no feature 'de'"),
+                              ("tfds:captions/long:1.0.0/train[:1]:text/de", "no feature 'de'. There is text, text/en"),
+                              ("tfds:captions/long:1.0.0/train[:1]:caption", "'caption'. There is .*captions/text"),
                               ("tfds:nothing/train[:1]:text", "Dataset nothing not found.$"),
                               ("tfds:captions/long:1.0.0/train[:0]:id", "holds no prompts"),
                               ("tfds:x:y", "of the form")):

@@ -1,19 +1,25 @@
 """Intervals, calibration, questions of others; and what a model says of its own pictures."""
 import base64
+import collections
+import csv
 import dataclasses
 import io
 import json
+import re
 import types
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 import gvu_jax
 from conftest import one_device
 from gvu_jax import data, suite
 from gvu_jax.models import vae
+from test_decode import some
 
 
 @pytest.fixture(scope="module")
@@ -100,16 +106,134 @@ def test_questions_of_vlmevalkit(tsv):
         np.testing.assert_array_equal(data.decode_choice(choice), pictures[expected])
 
 
-@pytest.mark.parametrize("row, column, value, words", [
-    (0, 6, "solution", "no column answer"), (1, 6, "C", "index 0 needs"), (2, 6, "C", "index 1 needs"),
-    (1, 2, " ", "index 0 needs"), (3, 4, "", "index 2 needs"), (1, 8, "", "index 0 needs")])
-def test_bad_questions_are_refused_with_the_place(tsv, row, column, value, words):
+NO_ANSWER = "without an answer that is the letter of one option"
+
+
+@pytest.mark.parametrize("row, column, value, reason", [
+    (1, 6, "D", NO_ANSWER), (2, 6, "C", NO_ANSWER), (1, 6, "", NO_ANSWER), (1, 6, "nan", NO_ANSWER),
+    (1, 6, "AB", NO_ANSWER), (1, 2, " ", "without a question"), (1, 2, "NaN", "without a question"),
+    (3, 4, "", "with fewer than two options"), (2, 8, "", "without a picture"), (2, 8, "1", "without a picture"),
+    (2, 8, "x/0.png", "whose picture is a file that is not there"),
+    (2, 8, "x" * 5000 + ".png", "whose picture is a file that is not there"),
+    (2, 8, "['AAAA', 'BBBB']", "of several pictures"), (2, 8, "['AAAA' 'BBBB']", "of several pictures"),
+    (2, 8, "[0, 2]", "of several pictures"), (2, 8, "/9j/4AAA /9j/4AAA", "of several pictures"),
+    (2, 8, "AAAA\tmore", "whose cells do not fit the columns (a quote that is not closed?)"),
+    (2, 2, '"What?', "whose cells do not fit the columns (a quote that is not closed?)")])
+def test_rows_that_cannot_be_asked_are_left_out_and_counted(tsv, row, column, value, reason):
     path, rows, _ = tsv
-    rows[1][5] = ""                                                         # now C is no answer anywhere
-    rows[row][column] = value
+    rows[row][column], left_out = value, collections.Counter()
     path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
-    with pytest.raises(ValueError, match=words):
+    choices = data.read_choices(path, left_out)
+    gone = 2 if value == '"What?' else 1                                    # a quote takes the rows after it along
+    assert left_out == {reason: 1} and len(choices) == 3 - gone
+    assert f"index {row - 1}" not in [choice["name"].split(", ")[-1] for choice in choices]
+    path.write_text("".join("\t".join(cells) + "\n" for cells in (rows[0], rows[row])))
+    with pytest.raises(ValueError, match="has no row that can be asked: 1 w|has no row that can be asked: 1 of sev"):
         data.read_choices(path)
+
+
+def test_a_table_that_is_another_one_names_its_columns(tsv):
+    path, rows, _ = tsv
+    rows[0][6] = "solution"
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    with pytest.raises(ValueError, match="no column answer: .*Its columns are index, hint, .*solution"):
+        data.read_choices(path)
+
+
+EMPTY = ["", " ", "nan", "NaN", "<NA>", "NaT", "#N/A"]
+
+
+@pytest.mark.parametrize("mark", EMPTY)
+def test_an_empty_cell_is_empty_whatever_wrote_it(tsv, mark, capsys):
+    path, rows, _ = tsv
+    expected = data.read_choices(path)
+    path.write_text("".join("\t".join(cell or mark for cell in cells) + "\n" for cells in rows))
+    assert data.read_choices(path) == expected
+    cells = sum(cell == "" for row in rows for cell in row)
+    said = capsys.readouterr().err
+    assert said.count("note:") == (mark.strip() != "") and (not mark.strip() or f"{cells} cells" in said)
+
+
+@pytest.mark.parametrize("options, read", [
+    (["yes", "no", "None", "nan"], ["yes", "no", "None"]), (["yes", "no", "None", "None"], ["yes", "no"]),
+    (["NA", "Na", "K", "nan"], ["NA", "Na", "K"]), (["Nan", "bread", "nan", "<NA>"], ["Nan", "bread"]),
+    (["null", "0", "null", "null"], None), (["2.0", "3.0", "nan", "nan"], ["2", "3"]), (["2.0", "2.5", "", ""], None)])
+def test_words_that_people_write_too_stay_options(tmp_path, options, read):
+    """A word is an option unless the row has it twice; of floats, those columns that hold nothing else are whole."""
+    header, row = ["index", "question", *"ABCD", "answer", "image", "hint"], ["1.0", "?", *options, "b", "AAAA", "None"]
+    (tmp_path / "q.tsv").write_text("\t".join(header) + "\n" + "\t".join(row) + "\n")
+    if read is None and options[0] == "null":
+        with pytest.raises(ValueError, match="fewer than two"):
+            data.read_choices(tmp_path / "q.tsv")
+    else:
+        choice, = data.read_choices(tmp_path / "q.tsv")
+        assert choice["options"] == (read or ["2", "2.5"]) and choice["question"] == "?" and choice["answer"] == 1
+        assert choice["name"].endswith("index 1")
+
+
+@pytest.mark.parametrize("encoding, end", [("utf-8", "\r\n"), ("utf-8-sig", "\n"), ("utf-16", "\r\n"), ("utf-8", "\r")])
+def test_a_table_from_a_spreadsheet(tsv, encoding, end):
+    path, _, _ = tsv
+    expected, text = data.read_choices(path), path.read_text()
+    path.write_bytes(text.replace("\n", end).replace("index", "index ", 1).encode(encoding))
+    assert data.read_choices(path) == expected
+
+
+def test_a_picture_beside_the_table_or_of_another_row(tsv, tmp_path):
+    """image_path instead of image; indices that became floats; chains of rows."""
+    path, rows, pictures = tsv
+    rows[3][-1], rows[1][0] = "0.0", "0.0"
+    rows.append(["3.0", *rows[3][1:-1], "['2']"])
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    for choice, expected in zip(data.read_choices(path), (0, 1, 0, 0), strict=True):
+        np.testing.assert_array_equal(data.decode_choice(choice), pictures[expected])
+    Image.fromarray(pictures[1]).save(tmp_path / "a.png")
+    names = ["image_path", "a.png", "['a.png']", "['a.png', 'a.png']", "b.png"]
+    path.write_text("".join("\t".join([*cells[:-1], name]) + "\n" for cells, name in zip(rows, names)))
+    choices = data.read_choices(path)
+    assert len(choices) == 2 and all((data.decode_choice(choice) == pictures[1]).all() for choice in choices)
+
+
+CELL = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1, max_size=12).map(str.strip).filter(
+    lambda text: text and text not in data.NOTHING | data.PERHAPS and not re.fullmatch(r"-?\d+\.0+", text))
+
+
+@some
+@given(asked=st.lists(st.tuples(CELL, st.lists(CELL, min_size=2, max_size=5), st.integers(0, 4)), min_size=1,
+                      max_size=4),
+       mark=st.sampled_from(EMPTY), dialect=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
+       encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]), lower=st.booleans())
+def test_any_table_comes_back_as_it_was_written(tmp_path_factory, asked, mark, dialect, encoding, lower):
+    letters, buffer = "ABCDE", io.StringIO()
+    table = csv.writer(buffer, delimiter="\t", quoting=dialect)
+    table.writerow(["index", "question", *letters, "answer", "image"])
+    for i, (question, options, answer) in enumerate(asked):
+        letter = letters[answer % len(options)]
+        empty = [mark] * (5 - len(options))
+        table.writerow([i, question, *options, *empty, letter.lower() if lower else letter, "AA=="])
+    path = tmp_path_factory.mktemp("tables") / "q.tsv"
+    path.write_bytes(buffer.getvalue().encode(encoding))
+    assert [(c["question"], c["options"], c["answer"]) for c in data.read_choices(path)] == [
+        (question, options, answer % len(options)) for question, options, answer in asked]
+
+
+@some
+@given(content=st.binary() | st.lists(st.lists(
+    st.text(max_size=6) | st.sampled_from(["A", "nan", "['", "0", '"', "1.0"]), min_size=1, max_size=8), max_size=5
+    ).map(lambda rows: "\n".join(map("\t".join, [["index", "question", *"AB", "answer", "image"], *rows])).encode(
+            errors="replace")))
+def test_any_table_is_read_or_refused(tmp_path_factory, content):
+    path, left_out = tmp_path_factory.mktemp("tables") / "q.tsv", collections.Counter()
+    path.write_bytes(content)
+    try:
+        choices = data.read_choices(path, left_out)
+    except ValueError as error:
+        assert str(path) in str(error)
+    else:
+        assert all(len(c["options"]) > 1 and c["question"] and 0 <= c["answer"] < len(c["options"]) for c in choices)
+        for choice in choices:
+            with pytest.raises(ValueError, match=re.escape(choice["name"])):
+                data.decode_choice(choice)
 
 
 @pytest.mark.parametrize("image, words", [("['AAAA', 'BBBB']", "several pictures"), ("AAAA", "read as a picture")])
@@ -224,6 +348,22 @@ def test_questions_whose_pictures_cannot_be_read_are_left_out(evaluate, tsv):
     results, printed = evaluate("understanding", f"--tsv={path}")
     assert (results["questions"], results["refused"]) == (1, 2), "the third row shows the picture of the first"
     assert "left out: 2 questions" in printed
+
+
+def test_rows_left_out_are_in_the_results(evaluate, tsv):
+    """A truncated picture, two of several, one without an answer: the rest is asked."""
+    path, rows, _ = tsv
+    rows += [["9", *rows[1][1:-1], rows[1][-1][:100]], ["10", *rows[1][1:-1], "['AAAA', 'BBBB']"],
+             ["11", *rows[1][1:-1], "[0, 1]"], ["12", *rows[1][1:6], "", "count", "0"]]
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    results, printed = evaluate("understanding", f"--tsv={path}")
+    assert results["questions"] == 3 and results["left_out"] == {
+        "of several pictures": 2, NO_ANSWER: 1, "whose picture cannot be read": 1}
+    assert f"left out: 2 of several pictures, 1 {NO_ANSWER}, 1 whose picture cannot be read" in printed
+    path.write_text("".join("\t".join(cells) + "\n" for cells in (rows[0], rows[4])))
+    line, _ = evaluate("understanding", f"--tsv={path}")
+    assert "no question can be asked: 1 whose picture cannot be read" in line
+    assert "index 9" in line and "truncated" in line
 
 
 def test_questions_from_the_command_line(evaluate, tsv):
