@@ -43,15 +43,15 @@ def get_config(preset="normal"):
     config.pretrain.scenes = 20480
     config.pretrain.crowded = 8192
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
-    config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
+    config.pretrain.diffusion = dict(steps=4000, lr=5e-4, batch=dict(pictures=32))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things.
-    config.pretrain.positions = dict(steps=700, lr=2e-3, batch=dict(positions=24))
+    config.pretrain.positions = dict(steps=600, lr=2e-3, batch=dict(positions=24))
     # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
     # often are. Reading never is: so it knows better than drawing, in every category.
     config.pretrain.backbone = dict(
-        steps=1800, lr=2e-3, mismatched=0.3,
-        batch=dict(positions=10, captions=8, descriptions=3, questions=7, prompts=4))
+        steps=1700, lr=2e-3, mismatched=0.3,
+        batch=dict(positions=8, captions=12, descriptions=2, questions=7, prompts=14))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)

@@ -16,8 +16,8 @@
     uae              picture -> caption -> picture (configs/shapes_uae.py): both stages in turn, and each alone
     all              all of these
 
-Runs lie in OUT/runs and serve every experiment that has their settings; all share the base in config.cache. Given
-again, the command goes on where it stopped, and does not repeat what is finished. Writes OUT/results.json,
+Seeds vary the base and its training alike. Runs lie in OUT/runs and serve every experiment that has their settings;
+arms with the same base share it in config.cache. Given again, the command goes on where it stopped, and does not repeat what is finished. Writes OUT/results.json,
 OUT/experiments.json (what was compared) and OUT/report.html, of the experiment named last, and prints its table: means
 over the seeds with 95 % of Student's t.
 """
@@ -59,7 +59,7 @@ PROMPTS, GROUP = 64, 4                                         # of drop_words: 
 
 _NAME = flags.DEFINE_enum("name", None, list(ARMS), "Which experiment.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Folder for runs and results; the same for all experiments.", required=True)
-_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm: config.seed = 0, 1, ..", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm: seed and pretrain.seed are 0, 1, ..", lower_bound=1)
 
 
 def main(_):
@@ -84,7 +84,7 @@ def run(name, config, out, seeds, stop=Stop()):
         arm = {"label": label(overrides), "overrides": overrides, "runs": []}
         for seed in range(seeds):
             folder = Path("runs") / re.sub(r"[^\w.=]+", "_", arm["label"]) / f"seed{seed}"
-            if not finish(config, overrides | {"seed": seed}, out / folder, stop):
+            if not finish(config, overrides | {"seed": seed, "pretrain.seed": seed}, out / folder, stop):
                 return None
             arm["runs"].append(str(folder))
         arms.append(arm)

@@ -67,7 +67,7 @@ class World:
 
 # What scenes are made of: one object; two of different shapes; a number of one shape; or anything. The first three are
 # what prompts ask for, and a caption tells all that is there. The last teaches to read what is where in a crowd.
-SCENES = {"one": 0.2, "two": 0.35, "number": 0.35, "anything": 0.1}
+SCENES = {"one": 0.15, "two": 0.3, "number": 0.45, "anything": 0.1}
 
 
 def sample_scenes(rng: np.random.Generator, count: int, world: World = World(), kinds: dict = SCENES) -> np.ndarray:
