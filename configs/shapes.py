@@ -50,8 +50,8 @@ def get_config(preset="normal"):
     # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
     # often are. Reading never is: so it knows better than drawing, in every category.
     config.pretrain.backbone = dict(
-        steps=1700, lr=2e-3, mismatched=0.3,
-        batch=dict(positions=8, captions=12, descriptions=2, questions=7, prompts=14))
+        steps=1700, lr=2e-3, mismatched=0.2,
+        batch=dict(positions=8, captions=12, descriptions=2, questions=7, prompts=24))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)

@@ -17,9 +17,9 @@
     all              all of these
 
 Seeds vary the base and its training alike. Runs lie in OUT/runs and serve every experiment that has their settings;
-arms with the same base share it in config.cache. Given again, the command goes on where it stopped, and does not repeat what is finished. Writes OUT/results.json,
-OUT/experiments.json (what was compared) and OUT/report.html, of the experiment named last, and prints its table: means
-over the seeds with 95 % of Student's t.
+arms with the same base share it in config.cache. Given again, the command goes on where it stopped, and does not repeat
+what is finished. Writes OUT/results.json, OUT/experiments.json (what was compared) and OUT/report.html, of the
+experiment named last, and prints its table: means over the seeds with 95 % of Student's t.
 """
 import json
 import re

@@ -14,7 +14,7 @@ from gvu_jax.methods import uae
 from gvu_jax.metrics import read_metrics
 from gvu_jax.policy import State
 from gvu_jax.sampling import How
-from gvu_jax.shapes import suite, world
+from gvu_jax.shapes import sentences, suite, world
 from gvu_jax.train import train
 
 
@@ -101,8 +101,8 @@ def test_a_caption_that_cannot_be_drawn_is_drawn_as_a_dash(method):
 
 
 def test_the_checker_judges_captions_and_what_was_drawn_from_them():
-    scene = world.read_description("top left red circle, bottom right blue square")
-    other = world.read_description("top left red circle")
+    scene = sentences.read_description("top left red circle, bottom right blue square")
+    other = sentences.read_description("top left red circle")
     captions = {"top left red circle, bottom right blue square": (True, True, True),
                 "bottom right blue square, top left red circle": (True, True, True),
                 "top left red circle": (True, True, False), "a photo of a circle left of a square": (True, True, False),
