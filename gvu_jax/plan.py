@@ -38,6 +38,9 @@ from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
 GIB = 2 ** 30
 FITS = 0.9                       # of a chip's memory; the runtime and what evaluation holds beside a step need the rest
 WORDS, PROMPT = 32, 40           # padded lengths planned for: a prompt alone, and with the image header
+# What spares the compiler's tuning: an effort up to jax 0.11, and from then on only a level.
+UNTUNED = ({"exec_time_optimization_effort": -1.0} if hasattr(jax.config, "jax_exec_time_optimization_effort") else
+           {"optimization_level": "O1"})
 WEIGHTS = r"\['(ar|vision|flux|vae|t5|clip)'\]"
 
 
@@ -195,7 +198,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
     cost, moved = costs.count(traced.jaxpr, fractions(args, mesh)), []
     figures = {"flops": cost.flops / busy, "traffic": cost.weights + cost.data / busy, "fits": False}
     try:
-        compiled = traced.lower().compile(compiler_options={"exec_time_optimization_effort": -1.0})
+        compiled = traced.lower().compile(compiler_options=UNTUNED)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

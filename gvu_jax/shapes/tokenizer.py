@@ -56,8 +56,9 @@ def build_tokenizer(image_vocab_size: int) -> PreTrainedTokenizerFast:
         ]
     )
     # Added tokens are found before a text is lower-cased and split, so images and marks need no spaces around them.
-    marks = [*SPECIALS, *reserved, *image, *IMAGE_MARKS]
+    marks = [*SPECIALS, *image, *IMAGE_MARKS]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in reserved])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
