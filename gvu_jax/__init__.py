@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from gvu_jax import checkpoint, rewards, sharding
+from gvu_jax import checkpoint, cli, rewards, sharding
 from gvu_jax.metrics import read_json
 from gvu_jax.models import siglip_vq
 from gvu_jax.policy import init_trainable, policy_params
@@ -43,7 +43,7 @@ def load(path, mesh=None, **override):
     to have other values than those stored or trained with, such as diffusion_steps=28.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
-    path = Path(path)
+    path = cli.path(path)
     if (path / "metadata.json").exists():
         umm, params = checkpoint.load_model(path, mesh, override)
         return Model(umm, params, sharding.mesh_under(params))
@@ -77,7 +77,7 @@ def read_run_config(workdir):
 def base_of_run(workdir, config):
     """The model folder that a run started from: its own copy, or the converted checkpoint that its config names."""
     base = Path(workdir) / "base"
-    return base if base.exists() else Path(config.model.get("checkpoint", base)).expanduser()
+    return base if base.exists() else cli.path(config.model.get("checkpoint", base))
 
 
 BATCH = 16              # prompts drawn, or pictures read, at a time

@@ -39,10 +39,9 @@ from gvu_jax.policy import init_trainable
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile, read_header, safetensors_header, write_file
 from gvu_jax.umm import XOmni
 
-_SRC = flags.DEFINE_string("src", None, "What to convert: a published directory, a model folder or a run's folder.",
-                           required=True)
-_DST = flags.DEFINE_string("dst", None, "The folder to write; it must not exist yet.", required=True)
-_FLUX = flags.DEFINE_string("flux", None, "A FLUX.1-dev folder; default: `base` beside the decoder transformer.")
+_SRC = cli.path_flag("src", "What to convert: a published directory, a model folder or a run's folder.", required=True)
+_DST = cli.path_flag("dst", "The folder to write; it must not exist yet.", required=True)
+_FLUX = cli.path_flag("flux", "A FLUX.1-dev folder; default: `base` beside the decoder transformer.")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Side in pixels of the pictures to draw; default 576, or the transform's short_size where "
     "its long_size is below 576.", lower_bound=1)

@@ -64,6 +64,8 @@ def main(_):
         raise ValueError(f"the plan knows the steps of the method gvu, not of {_CONFIG.value.method}: plan for "
                          f"configs/xomni.py, whose model and sampling are the same")
     cli.check_numbers(_CONFIG.value)
+    if _JSON.value:
+        Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")
     devices = chips_of(_TOPOLOGY.value)
     umm, params = model_of(_CONFIG.value)
@@ -108,9 +110,9 @@ class Published(XOmni):
 
 def model_of(config):
     """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
-    override, folder = config.model.get("override", {}), config.model.get("checkpoint", "")
-    if not config.get("world") and Path(folder).expanduser().exists():
-        umm, params = checkpoint.describe_model(Path(folder).expanduser(), override)
+    override, folder = config.model.get("override", {}), config.model.get("checkpoint")
+    if folder and not config.get("world") and cli.path(folder).exists():
+        umm, params = checkpoint.describe_model(cli.path(folder), override)
     else:
         from gvu_jax.shapes import pretrain
         umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
@@ -305,5 +307,5 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/xomni.py.")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:8x8, v5p:2x2x2, v6e:4x4.")
     _MESH = flags.DEFINE_string("mesh", None, "Sizes of the mesh, e.g. data:2,fsdp:8,tensor:4; default: the config's.")
-    _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+    _JSON = cli.path_flag("json", "A file for all figures.")
     cli.run(main)

@@ -589,7 +589,7 @@ def main() -> None:
     """`python -m gvu_jax.report WORKDIR`."""
     parser = argparse.ArgumentParser(prog="python -m gvu_jax.report", description="Write a run's report.html anew.")
     parser.add_argument("workdir", type=Path)
-    workdir = parser.parse_args().workdir
+    workdir = parser.parse_args().workdir.expanduser()
     if not any((workdir / name).is_file() for name in ("config.json", METRICS_FILE)):
         sys.exit(f"{workdir} is not a run's workdir: it holds neither config.json nor {METRICS_FILE}")
     try:

@@ -43,7 +43,7 @@ from gvu_jax.suite import Suite, Unified, choose_prompts
 from gvu_jax.umm import compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.")
+_WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
 _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: this is process INDEX of COUNT.")
 
 
@@ -52,9 +52,6 @@ def main(_):
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing: where should the run write?")
-    if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value} is no folder of a file system: mount the bucket (see "
-                         f"launch/README.md) and give the folder where it appears")
     if _HOSTS.value:
         sharding.join_hosts(_HOSTS.value)
     with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
@@ -81,8 +78,11 @@ def train_alone(config, workdir, stop):
     how = How(images_per_prompt=settings.group, **config.sampling)
     optimizer = optim.build(config.optim, config.steps * settings.get("inner_steps", 1))
     train_metas, held_out = prompts_of(config)
+    if "pictures" in config and not config.get("world"):
+        for folder in (config.pictures.folder, config.pictures.held_out):
+            data.check_pictures(folder)
     started = time.time()
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(cli.path(config.cache) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if first_process:
         claim(workdir, config)
@@ -268,7 +268,7 @@ def claim(workdir, config):
 
 def check_checkpoint(config):
     """Raises FileNotFoundError where the converted model that the config starts from is not there."""
-    folder = Path(config.model.get("checkpoint") or ".").expanduser()
+    folder = cli.path(config.model.get("checkpoint") or ".")
     if not folder.exists():
         raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
                                 f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")

@@ -156,7 +156,9 @@ def test_the_same_pictures_are_read_before_and_after(run):
 
 def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     _, work = run
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a photo of a red circle"}\n\n{"prompt": "a photo of a cross"}\n')
+    metas = [{"tag": "x", "include": [{"class": "x", "count": 1}], "prompt": f"a photo of a {x}"}
+             for x in ("red circle", "cross")]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, metas)))
     call("generate", f"--checkpoint={work}", f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/geneval",
          "--layout=geneval", "--images_per_prompt=1")
     assert (tmp_path / "geneval/00001/samples/0000.png").exists()
