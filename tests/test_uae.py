@@ -178,7 +178,7 @@ def test_broken_pictures_are_all_named_before_anything_begins(tmp_path, command,
     config.mesh.tensor, config.model.checkpoint = 1, str(tmp_path)
     config.pictures.update(folder=str(folders["train"]), held_out=str(folders["test"]))
     config.data.update(prompts=str(tmp_path / "prompts.txt"), held_out=str(tmp_path / "prompts.txt"))
-    with pytest.raises(ValueError, match="3 of the 4 pictures in .*test.*0.jpg.*1.jpg.*3.jpg") as error:
+    with pytest.raises(ValueError, match="3 of the 4 pictures in .*test.*0.txt.*1.jpg.*3.jpg") as error:
         train(config, tmp_path / "run")
     assert "2.jpg" not in str(error.value)
     line = command("evaluate", "--checkpoint=nowhere", "--suite=unified", f"--out={tmp_path}/o",
