@@ -31,6 +31,13 @@ def path(text):
     return Path(found)
 
 
+def keep_compiled(cache=None):
+    """Keeps compiled programs for the next process, below `cache`; None: where GVU_CACHE says, or in the home folder."""
+    cache = cache or os.environ.get("GVU_CACHE") or "~/.cache/gvu_jax"
+    jax.config.update("jax_compilation_cache_dir", str(path(cache) / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 flags.disclaim_key_flags()                       # flags that this file defines belong to the file that asks for them
 
 

@@ -36,6 +36,7 @@ from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified"],
                            "What to measure.", required=True)
 _OUT = cli.path_flag("out", "Folder for results.json.", required=True)
@@ -66,7 +67,9 @@ def main(_):
     metas = data.read_prompts(_PROMPT_FILE.value) if _PROMPT_FILE.value else None
     if _PICTURES.value:
         data.check_pictures(_PICTURES.value)
-    model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
+    cli.keep_compiled()
+    given = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}
+    model, out = gvu_jax.load(_CHECKPOINT.value, **given), Path(_OUT.value)
     check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
     if _SUITE.value == "shapes":
@@ -78,7 +81,8 @@ def main(_):
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
-    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value} | results
+    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), **given,
+               "temperature": _TEMPERATURE.value} | results
     replace_file(out / "results.json", json.dumps(results, indent=1))
     if picture:
         write_picture(out / "samples.png", picture)

@@ -35,6 +35,7 @@ LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl (with a prompt key), a folder of .txt files (a "
                          "prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _OUT = cli.path_flag("out", "Folder for the pictures.", required=True)
@@ -62,8 +63,11 @@ def main(_):
         check_geneval(metas)
     files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
     check_folder(layout, out, files)
-    model = gvu_jax.load(_CHECKPOINT.value, **({"diffusion_steps": _STEPS.value} if _STEPS.value else {}))
+    cli.keep_compiled()
+    given = {"diffusion_steps": _STEPS.value, "adapter": _ADAPTER.value}
+    model = gvu_jax.load(_CHECKPOINT.value, **{name: value for name, value in given.items() if value})
     origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
+              **({"adapter": identify(Path(_ADAPTER.value))} if _ADAPTER.value else {}),
               "diffusion_steps": model.umm.diffusion_steps,
               **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
     records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
@@ -145,10 +149,10 @@ def check_folder(layout, out, files):
                              f"with them: remove {'it' if len(strays) == 1 else 'them'}, or choose another --out")
 
 
-def identify(checkpoint, step):
-    """The model's name and what its files are: a name alone may have been another model's."""
-    told = [checkpoint / DIGEST, checkpoint / "source" / "manifest.json", checkpoint / "base" / DIGEST,
-            checkpoint / "checkpoints" / str(step) / DIGEST]
+def identify(checkpoint, step=None):
+    """The name of a model or an adapter and what its files are: a name alone may have been another one's."""
+    told = [*sorted(checkpoint.glob("adapter_*")), checkpoint / DIGEST, checkpoint / "source" / "manifest.json",
+            checkpoint / "base" / DIGEST, checkpoint / "checkpoints" / str(step) / DIGEST]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in told if path.exists()))
     return f"{checkpoint.resolve().name} {digest.hexdigest()[:16]}"
 

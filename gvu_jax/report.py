@@ -454,6 +454,8 @@ def _health_curves(run: dict) -> list[dict]:
     charts = [
         _chart("KL to the base model", "nats a token", {"kl": [_curve(run, "kl")]}, (0.0,)),
         _chart("Entropy", "nats a token; a fall to zero is collapse", {"entropy": [_curve(run, "entropy")]}),
+        _chart("Flat groups", "share of groups whose rewards are all equal: nothing is learned from them",
+               {"flat groups": [_curve(run, "reward/flat")]}, (0.0, 1.0)),
         _chart("Gradient norm", "before clipping", {"grad norm": [_curve(run, "grad_norm")]}, (0.0,)),
         _chart("Log-prob gap", "sampler against trainer, nats a token", {"logp gap": [_curve(run, "logp_gap")]}),
     ]

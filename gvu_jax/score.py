@@ -16,6 +16,7 @@ from gvu_jax.data import FORMATS, read_picture
 from gvu_jax.pictures import picture_kind, word_heatmap, write_picture
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _IMAGE = cli.path_flag("image", f"The picture: {', '.join(FORMATS)}.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "What the picture should show.", required=True)
 _HEATMAP = cli.path_flag("heatmap", "Where to draw the words' probabilities, e.g. out.png.")
@@ -26,7 +27,9 @@ def main(_):
         raise ValueError("--prompt is empty: it needs at least one word")
     if _HEATMAP.value:
         picture_kind(_HEATMAP.value)
-    picture, model = read_picture(_IMAGE.value), gvu_jax.load(_CHECKPOINT.value)
+    cli.keep_compiled()
+    picture, model = read_picture(_IMAGE.value), gvu_jax.load(
+        _CHECKPOINT.value, **({"adapter": _ADAPTER.value} if _ADAPTER.value else {}))
     score = model.score(picture[None], [_PROMPT.value])[0]
     print(f"{'reward':>11}  {figure(score.reward)}\n{'probability':>11}  word")
     for word, probability in zip(score.words, score.probabilities):

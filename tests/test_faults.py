@@ -18,7 +18,7 @@ from conftest import ROOT, one_device, tiny_config
 from gvu_jax import checkpoint, optim
 from gvu_jax.metrics import read_metrics
 from gvu_jax.stop import STOPPED
-from gvu_jax.train import alarm, alone
+from gvu_jax.train import alarm, alone, idle
 
 PROGRAM = """
 import json, sys
@@ -195,3 +195,14 @@ def test_signs_of_collapse_warn_and_can_end_a_run(sign, word, capsys):
         alarm(config, 5, healthy | sign)
     with pytest.raises(FloatingPointError, match="in a row"):
         alarm(config, 5, healthy | {"skipped_in_a_row": config.skipped})
+
+
+@pytest.mark.parametrize("metrics, words", [
+    ([{"reward/flat": 0.5, "loss": 0.1, "grad_norm": 1.0}, {"reward/flat": 0.25, "loss": 0.2, "grad_norm": 1.1}], []),
+    ([{"reward/flat": 0.9, "loss": 0.1, "grad_norm": 1.0}, {"reward/flat": 0.4, "loss": 0.2, "grad_norm": 1.1}], ["65% of the"]),
+    ([{"loss": 0.7, "grad_norm": 0.0}] * 2, ["have not changed"]), ([{"loss": 0.7}, {"loss": 0.7 + 1e-9}], ["have not changed"]),
+    ([{"loss": 0.0, "grad_norm": 1.0}, {"loss": 0.0, "grad_norm": 2.0}], []), ([{"loss": 1e-9}, {"loss": 2e-9}], []),
+    ([{"reward/flat": 1.0, "loss": 0.0, "grad_norm": 0.0}] * 2, ["100% of the", "have not changed"]), ([{"skipped": 0}] * 2, [])])
+def test_signs_that_nothing_is_learned(metrics, words):
+    signs = idle(metrics)
+    assert len(signs) == len(words) and all(word in sign for word, sign in zip(words, signs))

@@ -67,6 +67,7 @@ def test_each_stage_moves_the_policy_towards_its_reward(method):
                 "draw": jax.jit(lambda policy, prompts, tokens, old: built.umm.image_logps(policy, prompts, tokens))}
     for step in (2, 3):
         (stage, *drawn, reward), after, metrics = step_of(built, base, stream, state, step)
+        assert metrics["reward/flat"] == np.mean(np.ptp(np.asarray(reward).reshape(-1, 4), axis=1) == 0)
         assert metrics["kl"] < 1e-6 and metrics["logp_gap"] < 1e-4 and metrics["ratio_max"] == 1
         jax.tree.map(np.testing.assert_array_equal, after.reference, state.reference)
         old, new = (logps_of[stage](built.policy(base, of.trainable), *drawn).sum(axis=1) for of in (state, after))
