@@ -8,9 +8,16 @@
     model.believes(pictures, ["a photo of a red circle"])[0]                  # the probability of yes against no
 """
 import dataclasses
+import glob
+import importlib.util
 import os
 from pathlib import Path
 
+# libtpu, of which plan.py needs the compiler, looks for chips wherever it is installed, and complains in several lines
+# where there are none. jax does not ask it where this machine has no device that could be one, or a GPU.
+ACCELERATORS = "/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg"
+if importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS)):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells everyone that torch is not installed
 
 import jax

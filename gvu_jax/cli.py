@@ -49,8 +49,9 @@ class PathParser(flags.ArgumentParser):
 
 
 def path_flag(name, help, required=False):
-    """A flag for a file or folder: a str, as `path` reads it; None where it is not given."""
-    return flags.DEFINE(PathParser(), name, None, help, required=required)
+    """A flag for a file or folder: a str, as `path` reads it; None where it is not given. Two commands that one process
+    imports may both have it."""
+    return flags.DEFINE(PathParser(), name, None, help, required=required, allow_override=True)
 
 
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
