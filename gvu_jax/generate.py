@@ -151,8 +151,9 @@ def check_folder(layout, out, files):
 
 def identify(checkpoint, step=None):
     """The name of a model or an adapter and what its files are: a name alone may have been another one's."""
-    told = [*sorted(checkpoint.glob("adapter_*")), checkpoint / DIGEST, checkpoint / "source" / "manifest.json",
-            checkpoint / "base" / DIGEST, checkpoint / "checkpoints" / str(step) / DIGEST]
+    told = [checkpoint / DIGEST, checkpoint / "source" / "manifest.json", checkpoint / "base" / DIGEST,
+            checkpoint / "checkpoints" / str(step) / DIGEST, checkpoint / "adapter_config.json",
+            checkpoint / "adapter_model.safetensors"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in told if path.exists()))
     return f"{checkpoint.resolve().name} {digest.hexdigest()[:16]}"
 

@@ -67,7 +67,7 @@ def gather(host, port, count, index, ends):
                 raise ValueError(f"--hosts: {why}") from None
             except OSError:
                 continue                                   # gone again
-            if len(said) != 3 or said[0] != HELLO:
+            if said[:1] != [HELLO] or len(said) != 3 or not all(map(str.isdigit, said[1:])):
                 other.close()
                 continue
             theirs, who = map(int, said[1:])

@@ -341,7 +341,7 @@ def check_plain(tokenizer, texts, name):
     The unknown token is what a tokenizer makes of any strange word: only who writes it out is refused.
     """
     control, unknown = control_tokens(tokenizer), tokenizer.unk_token_id
-    for i, (text, ids) in enumerate(zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"])):
+    for i, (text, ids) in enumerate(zip(texts, tokenizer(list(texts), add_special_tokens=False)["input_ids"])):
         spelled = [control[id] for id in ids
                    if id in control and (id != unknown or control[id].lower() in text.lower())]
         if spelled:
