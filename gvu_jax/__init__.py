@@ -8,9 +8,16 @@
     model.believes(pictures, ["a photo of a red circle"])[0]                  # the probability of yes against no
 """
 import dataclasses
+import glob
+import importlib.util
 import os
 from pathlib import Path
 
+# libtpu, of which plan.py needs the compiler, looks for chips wherever it is installed, and complains in several lines
+# where there are none. jax does not ask it where this machine has no device that could be one, or a GPU.
+ACCELERATORS = "/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/dxg"
+if importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS)):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells everyone that torch is not installed
 
 import jax
@@ -19,7 +26,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from gvu_jax import checkpoint, rewards, sharding
+from gvu_jax import adapters, checkpoint, cli, rewards, sharding
 from gvu_jax.metrics import read_json
 from gvu_jax.models import siglip_vq
 from gvu_jax.policy import init_trainable, policy_params
@@ -36,17 +43,17 @@ class Score:
     probabilities: np.ndarray          # [words] float32: the product over a word's tokens
 
 
-def load(path, mesh=None, **override):
+def load(path, mesh=None, adapter=None, **override):
     """A `Model` from a model folder, or from the newest checkpoint of a run's folder.
 
-    mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). override: fields of the umm.XOmni that are
-    to have other values than those stored or trained with, such as diffusion_steps=28.
+    mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). adapter: a folder of peft's, as
+    `convert --export=peft` writes it, to be laid over the model. override: fields of the umm.XOmni that are to have
+    other values than those stored or trained with, such as diffusion_steps=28.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
-    path = Path(path)
+    path = cli.path(path)
     if (path / "metadata.json").exists():
-        umm, params = checkpoint.load_model(path, mesh, override)
-        return Model(umm, params, sharding.mesh_under(params))
+        return _model(*checkpoint.load_model(path, mesh, override), None, adapter)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path} is neither a model folder (metadata.json) nor a run (config.json)")
     config = read_run_config(path)
@@ -61,7 +68,12 @@ def load(path, mesh=None, **override):
         trainable = checkpoints.load(step, trainable=like)["trainable"]
     finally:
         checkpoints.close()
-    return Model(umm, policy_params(base, trainable, config.lora), mesh, step)
+    return _model(umm, policy_params(base, trainable, config.lora), step, adapter)
+
+
+def _model(umm, params, step, adapter):
+    params = adapters.laid_over(params, umm, adapter) if adapter else params
+    return Model(umm, params, sharding.mesh_under(params), step)
 
 
 def read_run_config(workdir):
@@ -77,7 +89,7 @@ def read_run_config(workdir):
 def base_of_run(workdir, config):
     """The model folder that a run started from: its own copy, or the converted checkpoint that its config names."""
     base = Path(workdir) / "base"
-    return base if base.exists() else Path(config.model.get("checkpoint", base)).expanduser()
+    return base if base.exists() else cli.path(config.model.get("checkpoint", base))
 
 
 BATCH = 16              # prompts drawn, or pictures read, at a time

@@ -1,9 +1,10 @@
 """Signs that a run goes wrong in a way that its reward does not show. config.alarm says from where on they count.
 
     collapse     at every logged step: the policy draws one thing only, or is far from what it was
+    idle         at every logged step: all numbers are finite, and nothing is learned
     spam         at every evaluation: pictures fill up with what their prompts name
 
-A sign is a warning on stderr; with `stop` it ends the run.
+A sign is a warning on stderr; with `stop` those of collapse and spam end the run.
 """
 import math
 import sys
@@ -43,6 +44,39 @@ def spam(config, step, found, before):
     if told:
         return warn(config, f"step {step}: {', '.join(told)}: the sign of spam, pictures filled with what the prompt "
                             f"names because the reward likes it")
+
+
+PATIENCE = 5          # logged steps in a row that look alike before `idle` speaks
+
+
+def idle(step, recent):
+    """Warns where the metrics of the last logged steps (a deque as long as PATIENCE, which then starts anew) show that
+    nothing is learned."""
+    if len(recent) == recent.maxlen and (signs := idle_signs(recent)):
+        print(f"warning: step {step}: {'; '.join(signs)}", file=sys.stderr)
+        recent.clear()
+
+
+def idle_signs(recent):
+    """Signs that a run whose numbers are all finite learns nothing, from the metrics of several logged steps in a row:
+    a list of texts, empty where it learns.
+
+    A group whose rewards are equal has no gradient. A loss that does not change while the gradient does is no sign:
+    that of a policy's first inner step is 0 but for KL.
+    """
+    def constant(name):
+        values = [float(metrics[name]) for metrics in recent if name in metrics]
+        return not values or max(values) - min(values) <= 1e-6 * max(map(abs, values))
+
+    signs, flat = [], [float(metrics["reward/flat"]) for metrics in recent if "reward/flat" in metrics]
+    if flat and sum(flat) / len(flat) > 0.5:
+        signs.append(f"{sum(flat) / len(flat):.0%} of the groups in the last {len(recent)} logged steps had equal "
+                     f"rewards, from which nothing is learned: look at the pictures and at the reward; larger groups, "
+                     f"a higher sampling.temperature or other prompts tell samples apart")
+    if any("loss" in metrics for metrics in recent) and constant("loss") and constant("grad_norm"):
+        signs.append(f"loss and gradient have not changed in the last {len(recent)} logged steps: is anything trained "
+                     f"(optim.lr, lora.targets, trains), and are its examples different ones?")
+    return signs
 
 
 def warn(config, warning):

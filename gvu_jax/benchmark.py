@@ -450,7 +450,7 @@ _TOKENS = flags.DEFINE_integer("tokens", 256, "Image tokens of a picture, a squa
 _PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of a step.", lower_bound=1)
 _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
-_REPORT = flags.DEFINE_string("report", None, "Folder for every timing and the page.")
+_REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
 
 def main(_):

@@ -131,6 +131,55 @@ def is_a(value, kind):
     return kind is typing.Any or isinstance(value, kind)
 
 
+class Described:
+    """The dict of a JSON file, which names itself when asked for what it does not have or for what is not ours."""
+
+    def __init__(self, path, values=None):
+        self.path, self.values = path, values
+        if values is None:
+            if not path.is_file():
+                raise FileNotFoundError(f"there is no {path}")
+            self.values = read_json(path)
+        if not isinstance(self.values, dict):
+            raise ValueError(f"{path} holds no JSON object")
+
+    def __getitem__(self, name):
+        if name not in self.values:
+            raise ValueError(f"{self.path} does not say {name!r}")
+        value = self.values[name]
+        return Described(f"{self.path}, {name},", value) if isinstance(value, dict) else value
+
+    def a(self, kind, name):
+        """The entry `name`, which is a `kind`: dict (as Described), list, str, int or float."""
+        value = self[name]
+        if not isinstance(value, Described) if kind is dict else not is_a(value, kind):
+            raise ValueError(f"{self.path} says {name} = {self.values[name]!r}, which is no {kind.__name__}")
+        return value
+
+    def get(self, name, default=None):
+        return self.values.get(name, default)
+
+    def insist(self, **wanted):
+        """Refuses a file whose settings, where it has them, differ from `wanted`: the ones that are implemented."""
+        for name, value in wanted.items():
+            if self.values.get(name, value) != value:
+                raise ValueError(f"{self.path} says {name} = {self.values[name]!r}; implemented is {value!r} only")
+
+    def numbers(self, cls, **more):
+        """A config of ours whose fields have the names of the file; `more` are the fields that do not."""
+        asked = [f for f in dataclasses.fields(cls) if f.name not in more and f.name != "remat"]
+        values = {f.name: self[f.name] for f in asked if f.default is dataclasses.MISSING or f.name in self.values}
+        return named(self.path, lambda: typed(cls, values | more))
+
+
+def named(path, read):
+    """read(), whose ValueError is said of `path`."""
+    try:
+        return read()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
 def read_tokenizer(folder):
     """The tokenizer of a folder with a tokenizer.json. Raises ValueError naming it where it is broken."""
     check_tokenizer_files(folder)

@@ -1,6 +1,7 @@
 """How every command line of this package starts and how it fails."""
 import os
 import sys
+from pathlib import Path
 
 import jax
 from absl import app, flags, logging
@@ -10,6 +11,47 @@ from flax import traverse_util
 def flatten(config):
     """{"gvu.group": 12, ..}: the settings of a config (ConfigDict) under the names they have on a command line."""
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+def path(text):
+    """The Path that a flag or a setting means: "~" is the home folder, which shells leave alone in --out=~/x.
+
+    Raises ValueError for an empty one (as of a shell's variable that is not set), a home folder that does not exist,
+    and an address such as gs://bucket/x.
+    """
+    text = os.fspath(text)
+    if not text.strip():
+        raise ValueError("a path is empty: which file or folder is meant?")
+    if "://" in text:
+        raise ValueError(f"{text} is no path in a file system: mount the bucket (see launch/README.md), or fetch what "
+                         f"is there, and give the path where it appears")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise ValueError(f"{text}: nobody here has the home folder {text.split('/')[0]}")
+    return Path(found)
+
+
+def keep_compiled(cache=None):
+    """Keeps compiled programs for the next process, below `cache`; None: where GVU_CACHE says, or in the home folder."""
+    cache = cache or os.environ.get("GVU_CACHE") or "~/.cache/gvu_jax"
+    jax.config.update("jax_compilation_cache_dir", str(path(cache) / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+flags.disclaim_key_flags()                       # flags that this file defines belong to the file that asks for them
+
+
+class PathParser(flags.ArgumentParser):
+    syntactic_help = "a path"
+
+    def parse(self, text):
+        return str(path(text))
+
+
+def path_flag(name, help, required=False):
+    """A flag for a file or folder: a str, as `path` reads it; None where it is not given. Two commands that one process
+    imports may both have it."""
+    return flags.DEFINE(PathParser(), name, None, help, required=required, allow_override=True)
 
 
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
@@ -59,4 +101,7 @@ def run(main):
             sys.exit(f"error: the device has too little memory ({str(error).splitlines()[0]}). What takes less: a "
                      f"smaller --batch; in training waves, micro_batches, model.remat, or a mesh of more devices")
 
+    # The flag of the configs reads sys.argv itself, and a preset may follow its path.
+    sys.argv[1:] = [f"--config={os.path.expanduser(argument.partition('=')[2])}"
+                    if argument.startswith(("--config=~", "-config=~")) else argument for argument in sys.argv[1:]]
     app.run(guarded, flags_parser=parse)

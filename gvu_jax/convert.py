@@ -2,7 +2,7 @@
 
     python -m gvu_jax.convert --src=X-Omni-En --dst=DIR [--flux=FLUX.1-dev] [--image_size=576]
     python -m gvu_jax.convert --export=hf --src=DIR --dst=X-OMNI-AGAIN
-    python -m gvu_jax.convert --export=peft --src=RUN --dst=ADAPTER
+    python -m gvu_jax.convert --export=peft --src=RUN --dst=ADAPTER [--base=X-Omni/X-Omni-En]
 
 The way in reads a directory as published: config.json with a vision_config that names the other parts, safetensors
 (one file, or shards with an index), tokenizer files, the image tokenizer's .pt files, the image decoder in diffusers'
@@ -33,19 +33,22 @@ from absl import flags
 from transformers import AutoTokenizer
 
 from gvu_jax import base_of_run, checkpoint, cli, lora, read_run_config
+from gvu_jax.adapters import read_peft, write_peft
+from gvu_jax.checkpoint import Described
 from gvu_jax.metrics import Progress, read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.policy import init_trainable
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile, read_header, safetensors_header, write_file
 from gvu_jax.umm import XOmni
 
-_SRC = flags.DEFINE_string("src", None, "What to convert: a published directory, a model folder or a run's folder.",
-                           required=True)
-_DST = flags.DEFINE_string("dst", None, "The folder to write; it must not exist yet.", required=True)
-_FLUX = flags.DEFINE_string("flux", None, "A FLUX.1-dev folder; default: `base` beside the decoder transformer.")
+_SRC = cli.path_flag("src", "What to convert: a published directory, a model folder or a run's folder.", required=True)
+_DST = cli.path_flag("dst", "The folder to write; it must not exist yet.", required=True)
+_FLUX = cli.path_flag("flux", "A FLUX.1-dev folder; default: `base` beside the decoder transformer.")
 _IMAGE_SIZE = flags.DEFINE_integer(
     "image_size", None, "Side in pixels of the pictures to draw; default 576, or the transform's short_size where "
     "its long_size is below 576.", lower_bound=1)
+_BASE = flags.DEFINE_string("base", None, "What an exported adapter calls its base, for peft to load: a name on the "
+                            "Hugging Face Hub or a folder; without it, what the base was converted from.")
 _EXPORT = flags.DEFINE_enum("export", None, ["hf", "peft"], "The way back: the published layout, or a peft adapter.")
 
 IMAGE_SIZE = 576                                       # what X-Omni and GvU draw
@@ -55,47 +58,6 @@ WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h
 
 
 # ------------------------------------------------------------------ what the source says
-
-class Described:
-    """The dict of a JSON file, which names itself when asked for what it does not have or for what is not ours."""
-
-    def __init__(self, path, values=None):
-        self.path, self.values = path, values
-        if values is None:
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no {path}")
-            self.values = read_json(path)
-        if not isinstance(self.values, dict):
-            raise ValueError(f"{path} holds no JSON object")
-
-    def __getitem__(self, name):
-        if name not in self.values:
-            raise ValueError(f"{self.path} does not say {name!r}")
-        value = self.values[name]
-        return Described(f"{self.path}, {name},", value) if isinstance(value, dict) else value
-
-    def a(self, kind, name):
-        """The entry `name`, which is a `kind`: dict (as Described), list, str, int or float."""
-        value = self[name]
-        if not isinstance(value, Described) if kind is dict else not checkpoint.is_a(value, kind):
-            raise ValueError(f"{self.path} says {name} = {self.values[name]!r}, which is no {kind.__name__}")
-        return value
-
-    def get(self, name, default=None):
-        return self.values.get(name, default)
-
-    def insist(self, **wanted):
-        """Refuses a file whose settings, where it has them, differ from `wanted`: the ones that are implemented."""
-        for name, value in wanted.items():
-            if self.values.get(name, value) != value:
-                raise ValueError(f"{self.path} says {name} = {self.values[name]!r}; implemented is {value!r} only")
-
-    def numbers(self, cls, **more):
-        """A config of ours whose fields have the names of the file; `more` are the fields that do not."""
-        asked = [f for f in dataclasses.fields(cls) if f.name not in more and f.name != "remat"]
-        values = {f.name: self[f.name] for f in asked if f.default is dataclasses.MISSING or f.name in self.values}
-        return _named(self.path, lambda: checkpoint.typed(cls, values | more))
-
 
 def ar_config(described):
     """config.json -> xomni.Config."""
@@ -327,13 +289,6 @@ def _export_paths(src, head, base, weights, siglip):
     return kept, names
 
 
-def _named(path, read):
-    try:
-        return read()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
 # ------------------------------------------------------------------ the plan
 
 class Place(NamedTuple):
@@ -419,7 +374,7 @@ def convert(src, dst, flux_folder=None, image_size=None):
     needed = total - sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
     if (free := shutil.disk_usage(partial).free) < needed:
         raise OSError(f"no space left for {dst}: {needed} bytes are needed, {free} are free")
-    _keep_source(partial / "source", source, planned, identity)
+    _keep_source(partial / "source", source, planned, identity, src)
     store = ParameterStore(partial / "params")
     for path, (shape, dtype, stacked) in parameters.items():
         store.create(path, shape, dtype, stacked)
@@ -454,7 +409,7 @@ def _identity(folder):
     return read_json(manifest).get("identity") if manifest.is_file() else None
 
 
-def _keep_source(folder, source, planned, identity):
+def _keep_source(folder, source, planned, identity, src):
     """Writes `source/`: files as they were, X.header and X.unread.safetensors of each weight file X, manifest.json."""
     for name, path in source.kept.items():
         (folder / "files" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -468,7 +423,8 @@ def _keep_source(folder, source, planned, identity):
             if unread:
                 write_file(target.with_name(target.name + ".unread.safetensors"), safetensors_header(unread), file.read)
     parts = {source.names[file.path]: part for part, files in source.weights.items() for file in files}
-    replace_file(folder / "manifest.json", json.dumps({"parts": parts, "identity": identity}, indent=1))
+    replace_file(folder / "manifest.json", json.dumps(
+        {"parts": parts, "identity": identity, "source": str(Path(src).absolute())}, indent=1))
 
 
 # ------------------------------------------------------------------ and back
@@ -532,71 +488,45 @@ class _Whole:
 
 # ------------------------------------------------------------------ adapters
 
-def export_peft(run, dst):
-    """The newest adapter of a run's folder -> a folder that peft loads. Returns the number of its tensors."""
+def export_peft(run, dst, base=None):
+    """The newest adapter of a run's folder -> a folder that peft loads. base: what it is an adapter of, as transformers
+    finds it; None: what the run's base was converted from. Returns the number of its tensors."""
     run = Path(run)
     if not (run / "config.json").exists() or not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{run} is no run's folder: it has no config.json and checkpoints/")
     config = read_run_config(run)
     if config.lora.rank == 0:
         raise ValueError(f"{run} trained the whole backbone (lora.rank = 0): there is no adapter to export")
-    umm = checkpoint.read_metadata(base_of_run(run, config))
+    folder = base_of_run(run, config)
+    umm, manifest = checkpoint.read_metadata(folder), folder / "source" / "manifest.json"
+    if base is None and manifest.is_file():
+        base = read_json(manifest).get("source")
     states = checkpoint.Checkpoints(run)
     try:
         if (step := states.newest_whole()) is None:
             raise FileNotFoundError(f"{run} has no checkpoint yet: the run ended before its first one")
-        base = checkpoint.shapes(umm)
-        like = jax.eval_shape(lambda base: init_trainable(base, config, jax.random.key(0)), base)
+        like = jax.eval_shape(lambda params: init_trainable(params, config, jax.random.key(0)), checkpoint.shapes(umm))
         adapter = states.load(step, trainable=like)["trainable"]["adapter"]
     finally:
         states.close()
     tensors = lora.to_peft(adapter, xomni.rules(umm.ar))
     with _Whole(Path(dst).absolute()) as partial:
-        write_peft(partial, tensors, config.lora.rank, config.lora.alpha)
+        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base)
     return len(tensors)
-
-
-def write_peft(folder, tensors, rank, alpha):
-    """adapter_model.safetensors and adapter_config.json; tensors as from `lora.to_peft`."""
-    # Modules by their full names: a short one ("q_proj") would also mean layers that have no adapter.
-    modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
-    described = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": None, "inference_mode": True,
-                 "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
-                 "use_rslora": False, "use_dora": False, "target_modules": sorted(modules)}
-    (folder / "adapter_config.json").write_text(json.dumps(described, indent=1))
-    specs = {name: Spec(array.dtype, array.shape, 0) for name, array in tensors.items()}
-    write_file(folder / "adapter_model.safetensors", safetensors_header(specs), tensors.__getitem__)
-
-
-def read_peft(folder, config):
-    """A peft adapter of the backbone -> (adapter tree for `lora.scaled`, alpha / r). config: its xomni.Config.
-
-    Raises ValueError for keys that do not fit and for kinds of adapter that are not implemented.
-    """
-    folder = Path(folder)
-    described = Described(folder / "adapter_config.json")
-    described.insist(peft_type="LORA", bias="none", fan_in_fan_out=False, use_dora=False, use_rslora=False,
-                     lora_bias=False, modules_to_save=None, alpha_pattern={}, rank_pattern={},
-                     trainable_token_indices=None, target_parameters=None, layer_replication=None)
-    file = TensorFile(folder / "adapter_model.safetensors")
-    shapes = jax.eval_shape(lambda: xomni.init(config, jax.random.key(0)))
-    try:
-        adapter = lora.from_peft({name: file.read(name) for name in file.specs}, shapes, xomni.rules(config))
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    return adapter, described["lora_alpha"] / described["r"]
 
 
 # ------------------------------------------------------------------ the command line
 
 def main(_):
     src, dst = _SRC.value, _DST.value
+    if _BASE.value and _EXPORT.value != "peft":
+        raise ValueError("--base is for --export=peft")
     if _EXPORT.value and (_FLUX.value or _IMAGE_SIZE.value):
         raise ValueError("--flux and --image_size are for the way in, not for --export")
     if _EXPORT.value == "hf":
         print(f"{export_hf(src, dst) / 1e9:.3f} GB in {dst}")
     elif _EXPORT.value == "peft":
-        print(f"{export_peft(src, dst)} tensors in {dst}")
+        print(f"{export_peft(src, dst, _BASE.value)} tensors in {dst}")
     else:
         print(f"{convert(src, dst, _FLUX.value, _IMAGE_SIZE.value) / 1e9:.3f} GB in {dst}")
 

@@ -60,10 +60,14 @@ def _count(jaxpr, fractions):
                 features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
                 total += _product(eqn, ins, kernel.size // features)
             case "scan":
-                carried = slice(params["num_consts"], params["num_consts"] + params["num_carry"])
-                ins[carried] = [DATA] * params["num_carry"]
-                cost, _ = _count(params["jaxpr"].jaxpr, ins)
-                total += cost * params["length"]
+                body = params["jaxpr"].jaxpr
+                # Which are carried: versions of jax say it in ways of their own, but all put constants first, then what
+                # is carried, which leaves the body as it entered the loop, then what the loop cuts into slices.
+                carry = sum(out.aval.ndim == var.aval.ndim for out, var in zip(body.outvars, eqn.outvars))
+                sliced = sum(var.aval.ndim < atom.aval.ndim for var, atom in zip(body.invars, eqn.invars))
+                carried = slice(len(ins) - sliced - carry, len(ins) - sliced)
+                ins[carried] = [DATA] * carry
+                total += _count(body, ins)[0] * params["length"]
             case "cond":
                 sides = [_count(side.jaxpr, ins[1:])[0] for side in params["branches"]]
                 total += max(sides, key=lambda cost: cost.flops)

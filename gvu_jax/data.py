@@ -3,6 +3,7 @@ multiple-choice questions about them: read."""
 import collections
 import contextlib
 import csv
+import functools
 import io
 import itertools
 import json
@@ -10,13 +11,17 @@ import os
 import re
 import string
 import sys
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grain
 import numpy as np
 from PIL import Image, ImageOps
 
+from gvu_jax import cli
 from gvu_jax.decode import FORMATS, decode_picture, from_base64, read_picture, read_text
+
 
 
 def read_prompts(source, key="prompt"):
@@ -36,7 +41,7 @@ def read_prompts(source, key="prompt"):
     folder only what `list_files` names is read. Raises FileNotFoundError, or ValueError naming the file and line that
     is wrong, and the keys that are there.
     """
-    path = Path(source)
+    path = cli.path(source)
     if str(source).startswith("tfds:"):
         metas = [(f"{source}, record {i}", {"prompt": text}) for i, text in enumerate(read_tfds(str(source)))]
     elif path.is_dir():
@@ -349,7 +354,7 @@ def decode_choice(choice):
 
 def picture_files(folder):
     """The pictures of a folder, sorted. FileNotFoundError where there is no such folder, ValueError where it has none."""
-    folder = Path(folder).expanduser()
+    folder = cli.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of pictures {folder}")
     paths = list_files(folder, SUFFIXES)
@@ -358,19 +363,47 @@ def picture_files(folder):
     return paths
 
 
+def check_pictures(folder):
+    """Raises ValueError, naming every one, where pictures of a folder, or the texts beside them, cannot be read: before
+    a run that takes them in turn, and not when their turn comes. Also what `picture_files` raises."""
+    def read(path):
+        read_picture(path)
+        if (caption := path.with_suffix(".txt")).exists():
+            read_text(caption)
+
+    paths = picture_files(folder)
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:          # reading one changes how all threads warn
+        refuse("pictures", folder, len(paths), pool.map(functools.partial(refusal, read), paths))
+
+
 def check_captions(folder, encode):
-    """Raises ValueError, naming the file, where a picture of a folder has no ID.txt beside ID.png, or one of which
+    """Raises ValueError, naming every one, where pictures of a folder have no ID.txt beside ID.png, or one of which
     encode([text]) raises ValueError: before a run that needs all captions, and not when their turn comes."""
-    for path in picture_files(folder):
-        caption = path.with_suffix(".txt")
+    def read(caption):
         if not caption.exists():
-            raise ValueError(f"the cold start needs a caption beside each picture, but there is no {caption}: write it, "
-                             f"or set uae.cold=0")
+            raise ValueError(f"there is no {caption}")
         try:
             encode([read_text(caption).strip()])
         except ValueError as error:
-            raise ValueError(f"{caption} is no caption for the cold start, which takes uae.words tokens: "
-                             f"{error}") from error
+            raise ValueError(f"{caption} is no caption of at most uae.words tokens: {error}") from error
+
+    captions = [path.with_suffix(".txt") for path in picture_files(folder)]
+    refuse("captions", folder, len(captions), map(functools.partial(refusal, read), captions),
+           ": write it, or set uae.cold=0 (the cold start needs one beside each picture)")
+
+
+def refusal(read, path):
+    """Why read(path) refuses a file, in one line, or None."""
+    try:
+        read(path)
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def refuse(what, folder, count, refusals, advice=""):
+    """Raises ValueError with all refusals among those of `count` files (None: it is well), where there are any."""
+    if told := [refusal for refusal in refusals if refusal]:
+        raise ValueError(f"{len(told)} of the {count} {what} in {folder} cannot be used: {'; '.join(told)}{advice}")
 
 
 def picture_stream(folder, size, seed):
@@ -378,7 +411,8 @@ def picture_stream(folder, size, seed):
     float32 in [0, 1], cut at the sides and resized to `size` (height, width), and "prompt", what the file ID.txt beside
     ID.png says, or None.
 
-    Raises what `picture_files` raises; a picture that cannot be read raises `read_picture`'s when its turn comes.
+    Raises what `picture_files` raises; a picture that cannot be read raises `read_picture`'s when its turn comes, so
+    `check_pictures` first.
     """
     def example(path):
         fitted = ImageOps.fit(Image.fromarray(read_picture(path)), size[::-1], Image.Resampling.BICUBIC)

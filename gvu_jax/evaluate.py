@@ -38,21 +38,22 @@ from gvu_jax.shapes import checker, world
 from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified"],
                            "What to measure.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for results.json.", required=True)
+_OUT = cli.path_flag("out", "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
-_PROMPT_FILE = flags.DEFINE_string("prompt_file", None, "Prompts of nonunification and cycle, instead of the world's.")
+_PROMPT_FILE = cli.path_flag("prompt_file", "Prompts of nonunification and cycle, instead of the world's.")
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
-_PICTURES = flags.DEFINE_string("pictures", None, "A folder of pictures for unified, instead of rendered scenes.")
+_PICTURES = cli.path_flag("pictures", "A folder of pictures for unified, instead of rendered scenes.")
 _MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, five.",
                              lower_bound=1)
 _WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
-_TSV = flags.DEFINE_string("tsv", None, "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
+_TSV = cli.path_flag("tsv", "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
 _QUESTION = flags.DEFINE_string("question", "Describe the image in detail.", "What cycle asks about each picture.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the prompts and of the pictures.", 0, 2**31 - 1)
 _BATCH = flags.DEFINE_integer("batch", 24, "Prompts, or pictures of unified, at a time: fewer where memory is short.",
@@ -69,7 +70,11 @@ def main(_):
     left_out = collections.Counter()
     choices = data.read_choices(_TSV.value, left_out) if _TSV.value else None
     metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
-    model, out = gvu_jax.load(_CHECKPOINT.value), Path(_OUT.value)
+    if _PICTURES.value:
+        data.check_pictures(_PICTURES.value)
+    cli.keep_compiled()
+    given = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}
+    model, out = gvu_jax.load(_CHECKPOINT.value, **given), Path(_OUT.value)
     check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
     if _SUITE.value == "shapes":
@@ -81,7 +86,8 @@ def main(_):
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
-    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), "temperature": _TEMPERATURE.value} | results
+    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), **given,
+               "temperature": _TEMPERATURE.value} | results
     replace_file(out / "results.json", json.dumps(results, indent=1))
     if picture:
         write_picture(out / "samples.png", picture)

@@ -58,7 +58,7 @@ ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in
 PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
 
 _NAME = flags.DEFINE_enum("name", None, list(ARMS), "Which experiment.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Folder for runs and results; the same for all experiments.", required=True)
+_OUT = cli.path_flag("out", "Folder for runs and results; the same for all experiments.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Runs of each arm: seed and pretrain.seed are 0, 1, ..", lower_bound=1)
 
 

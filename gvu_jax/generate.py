@@ -35,11 +35,12 @@ from gvu_jax.sampling import How
 LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10}     # pictures a prompt, as published
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_PROMPTS = flags.DEFINE_string("prompts", None, ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder "
-                               "of .txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
+_PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of .txt files "
+                         "(a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
-_OUT = flags.DEFINE_string("out", None, "Folder for the pictures.", required=True)
+_OUT = cli.path_flag("out", "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
                                lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", gvu_jax.BATCH, "Prompts drawn at a time: fewer where memory is short, the same "
@@ -61,10 +62,15 @@ def main(_):
         raise ValueError(f"--layout={layout} has {LAYOUTS[layout]} pictures a prompt, not {count}")
     how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)
     out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
+    if layout == "geneval":
+        check_geneval(metas)
     files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
     check_folder(layout, out, files)
-    model = gvu_jax.load(_CHECKPOINT.value, **({"diffusion_steps": _STEPS.value} if _STEPS.value else {}))
+    cli.keep_compiled()
+    given = {"diffusion_steps": _STEPS.value, "adapter": _ADAPTER.value}
+    model = gvu_jax.load(_CHECKPOINT.value, **{name: value for name, value in given.items() if value})
     origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
+              **({"adapter": identify(Path(_ADAPTER.value))} if _ADAPTER.value else {}),
               "diffusion_steps": model.umm.diffusion_steps,
               **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
     records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
@@ -94,15 +100,41 @@ def name_files(layout, out, i, meta, count):
     if layout == "genevalpp":
         return [out / f"{i + 1}.jpg"]
     if layout == "dpg":
-        if not isinstance(meta.get("id"), str) or Path(meta["id"]).name != meta["id"]:
-            raise ValueError("--layout=dpg names pictures after prompts: give DPG-Bench's folder of ID.txt as "
-                             "--prompts, or a .jsonl with an \"id\"")
+        if not isinstance(meta.get("id"), str) or not is_name(f"{meta['id']}.png"):
+            raise ValueError(f"--layout=dpg names pictures after prompts, and prompt {i} has the \"id\" "
+                             f"{meta.get('id')!r:.40}: give DPG-Bench's folder of ID.txt as --prompts, or a .jsonl "
+                             f"with an \"id\" that is a file's name")
         return [out / f"{meta['id']}.png"]
     names = [f"{meta['prompt']}_{i * count + j:06d}.png" for j in range(count)]
-    if "_" in meta["prompt"] or "/" in meta["prompt"] or len(names[-1].encode()) > 251:             # .tmp while written
+    if "_" in meta["prompt"] or not is_name(names[-1]):
         raise ValueError(f"--layout=t2icompbench names pictures after prompts, which {meta['prompt'][:40]!r} does not "
-                         f"allow: it is too long, or holds _ or /")
+                         f"allow: it is too long, begins with a dot, or holds _ or /")
     return [out / "samples" / name for name in names]
+
+
+def is_name(text):
+    """Whether a file of a folder may have this name: one that stays there, is not hidden, and leaves room for .tmp."""
+    return not (text.startswith(".") or "/" in text or "\0" in text or len(text.encode()) > 251)
+
+
+def check_geneval(metas):
+    """Raises ValueError for prompts that GenEval's evaluator could not grade: it reads a "tag" and, in "include" and
+    "exclude", objects by "class" and "count", of which "position" names one before."""
+    def graded(meta):
+        wanted = meta.get("include"), meta.get("exclude", [])
+        if not meta.get("tag") or not all(isinstance(objects, list) for objects in wanted):
+            return False
+        whole = all(isinstance(one, dict) and isinstance(one.get("class"), str) and type(one.get("count")) is int
+                    for objects in wanted for one in objects)
+        places = [(i, one["position"]) for i, one in enumerate(wanted[0]) if whole and one.get("position") is not None]
+        return whole and all(isinstance(at, list) and len(at) == 2 and at[1] in range(i) for i, at in places)
+
+    wrong = [i for i, meta in enumerate(metas) if not graded(meta)]
+    if wrong:
+        raise ValueError(f"--layout=geneval is graded by what each prompt carries, a \"tag\" and an \"include\" of "
+                         f"objects with \"class\" and \"count\", and {len(wrong)} of {len(metas)} prompts lack it, the "
+                         f"first {metas[wrong[0]]['prompt'][:40]!r}: give GenEval's evaluation_metadata.jsonl as "
+                         f"--prompts, or take --layout=flat")
 
 
 def check_folder(layout, out, files):
@@ -120,10 +152,11 @@ def check_folder(layout, out, files):
                              f"with them: remove {'it' if len(strays) == 1 else 'them'}, or choose another --out")
 
 
-def identify(checkpoint, step):
-    """The model's name and what its files are: a name alone may have been another model's."""
+def identify(checkpoint, step=None):
+    """The name of a model or an adapter and what its files are: a name alone may have been another one's."""
     told = [checkpoint / DIGEST, checkpoint / "source" / "manifest.json", checkpoint / "base" / DIGEST,
-            checkpoint / "checkpoints" / str(step) / DIGEST]
+            checkpoint / "checkpoints" / str(step) / DIGEST, checkpoint / "adapter_config.json",
+            checkpoint / "adapter_model.safetensors"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in told if path.exists()))
     return f"{checkpoint.resolve().name} {digest.hexdigest()[:16]}"
 

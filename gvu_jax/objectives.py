@@ -21,6 +21,14 @@ def group_advantages(rewards, group, eps):
     return (centred / (jnp.std(grouped, axis=1, ddof=1, keepdims=True) + eps)).reshape(-1)
 
 
+def flat_groups(rewards, group):
+    """Share of groups whose rewards are all equal, to float32's last digits: their advantages are zero, or the noise of
+    sums, and nothing is learned from them. rewards [S] -> []."""
+    grouped = rewards.reshape(-1, group)                                                            # [S/G, G]
+    spread = jnp.max(grouped, axis=1) - jnp.min(grouped, axis=1)
+    return jnp.mean(spread <= 1e-6 * jnp.max(jnp.abs(grouped), axis=1))
+
+
 def equal_samples(tokens, group):
     """Which samples of a group are the same, [S, N] -> bool [S/G, G, G]."""
     grouped = tokens.reshape(-1, group, tokens.shape[-1])                                           # [S/G, G, N]

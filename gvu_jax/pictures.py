@@ -61,11 +61,17 @@ def write_picture(path: str | os.PathLike, picture: Image.Image) -> None:
 
     Raises ValueError for an unknown ending, OSError naming the path where the disk refuses.
     """
+    kind = picture_kind(path)
+    with replacing(path) as temporary:
+        picture.save(temporary, kind)
+
+
+def picture_kind(path: str | os.PathLike) -> str:
+    """The format that a path's ending names. Raises ValueError for an unknown one."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower())
     if kind not in Image.SAVE:
         raise ValueError(f"{path} does not end as a picture does: call it, for example, {Path(path).stem}.png")
-    with replacing(path) as temporary:
-        picture.save(temporary, kind)
+    return kind
 
 
 HEATMAP_COLORS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))  # viridis, p = 0 to 1

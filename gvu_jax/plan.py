@@ -38,6 +38,9 @@ from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
 GIB = 2 ** 30
 FITS = 0.9                       # of a chip's memory; the runtime and what evaluation holds beside a step need the rest
 WORDS, PROMPT = 32, 40           # padded lengths planned for: a prompt alone, and with the image header
+# What spares the compiler's tuning: an effort up to jax 0.11, and from then on only a level.
+UNTUNED = ({"exec_time_optimization_effort": -1.0} if hasattr(jax.config, "jax_exec_time_optimization_effort") else
+           {"optimization_level": "O1"})
 WEIGHTS = r"\['(ar|vision|flux|vae|t5|clip)'\]"
 
 
@@ -61,6 +64,8 @@ def main(_):
         raise ValueError(f"the plan knows the steps of the method gvu, not of {_CONFIG.value.method}: plan for "
                          f"configs/xomni.py, whose model and sampling are the same")
     cli.check_numbers(_CONFIG.value)
+    if _JSON.value:
+        Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")
     devices = chips_of(_TOPOLOGY.value)
     umm, params = model_of(_CONFIG.value)
@@ -105,9 +110,9 @@ class Published(XOmni):
 
 def model_of(config):
     """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
-    override, folder = config.model.get("override", {}), config.model.get("checkpoint", "")
-    if not config.get("world") and Path(folder).expanduser().exists():
-        umm, params = checkpoint.describe_model(Path(folder).expanduser(), override)
+    override, folder = config.model.get("override", {}), config.model.get("checkpoint")
+    if folder and not config.get("world") and cli.path(folder).exists():
+        umm, params = checkpoint.describe_model(cli.path(folder), override)
     else:
         from gvu_jax.shapes import pretrain
         umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
@@ -195,7 +200,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
     cost, moved = costs.count(traced.jaxpr, fractions(args, mesh)), []
     figures = {"flops": cost.flops / busy, "traffic": cost.weights + cost.data / busy, "fits": False}
     try:
-        compiled = traced.lower().compile(compiler_options={"exec_time_optimization_effort": -1.0})
+        compiled = traced.lower().compile(compiler_options=UNTUNED)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -302,5 +307,5 @@ if __name__ == "__main__":
     _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/xomni.py.")
     _TOPOLOGY = flags.DEFINE_string("topology", None, "Chip and shape of the slice: v5e:8x8, v5p:2x2x2, v6e:4x4.")
     _MESH = flags.DEFINE_string("mesh", None, "Sizes of the mesh, e.g. data:2,fsdp:8,tensor:4; default: the config's.")
-    _JSON = flags.DEFINE_string("json", None, "A file for all figures.")
+    _JSON = cli.path_flag("json", "A file for all figures.")
     cli.run(main)

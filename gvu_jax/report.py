@@ -485,6 +485,8 @@ def _health_curves(run: dict) -> list[dict]:
     charts = [
         _chart("KL to the base model", "nats a token", {"kl": [_curve(run, "kl")]}, (0.0,)),
         _chart("Entropy", "nats a token; a fall to zero is collapse", {"entropy": [_curve(run, "entropy")]}),
+        _chart("Flat groups", "share of groups whose rewards are all equal: nothing is learned from them",
+               {"flat groups": [_curve(run, "reward/flat")]}, (0.0, 1.0)),
         _chart("Gradient norm", "before clipping", {"grad norm": [_curve(run, "grad_norm")]}, (0.0,)),
         _chart("Log-prob gap", "sampler against trainer, nats a token", {"logp gap": [_curve(run, "logp_gap")]}),
     ]
@@ -620,7 +622,7 @@ def main() -> None:
     """`python -m gvu_jax.report WORKDIR`."""
     parser = argparse.ArgumentParser(prog="python -m gvu_jax.report", description="Write a run's report.html anew.")
     parser.add_argument("workdir", type=Path)
-    workdir = parser.parse_args().workdir
+    workdir = parser.parse_args().workdir.expanduser()
     if not any((workdir / name).is_file() for name in ("config.json", METRICS_FILE)):
         sys.exit(f"{workdir} is not a run's workdir: it holds neither config.json nor {METRICS_FILE}")
     try:

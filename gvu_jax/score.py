@@ -13,18 +13,23 @@ from absl import flags
 import gvu_jax
 from gvu_jax import cli
 from gvu_jax.data import FORMATS, read_picture
-from gvu_jax.pictures import word_heatmap, write_picture
+from gvu_jax.pictures import picture_kind, word_heatmap, write_picture
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's folder or a model folder.", required=True)
-_IMAGE = flags.DEFINE_string("image", None, f"The picture: {', '.join(FORMATS)}.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
+_IMAGE = cli.path_flag("image", f"The picture: {', '.join(FORMATS)}.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "What the picture should show.", required=True)
-_HEATMAP = flags.DEFINE_string("heatmap", None, "Where to draw the words' probabilities, e.g. out.png.")
+_HEATMAP = cli.path_flag("heatmap", "Where to draw the words' probabilities, e.g. out.png.")
 
 
 def main(_):
     if not _PROMPT.value.strip():
         raise ValueError("--prompt is empty: it needs at least one word")
-    picture, model = read_picture(_IMAGE.value), gvu_jax.load(_CHECKPOINT.value)
+    if _HEATMAP.value:
+        picture_kind(_HEATMAP.value)
+    cli.keep_compiled()
+    picture, model = read_picture(_IMAGE.value), gvu_jax.load(
+        _CHECKPOINT.value, **({"adapter": _ADAPTER.value} if _ADAPTER.value else {}))
     score = model.score(picture[None], [_PROMPT.value])[0]
     print(f"{'reward':>11}  {figure(score.reward)}\n{'probability':>11}  word")
     for word, probability in zip(score.words, score.probabilities):

@@ -15,6 +15,7 @@ Nothing in a model depends on the mesh: samples get their keys from their place 
 compute what one device does, up to the order of sums.
 """
 import contextlib
+import functools
 import math
 import os
 import re
@@ -23,11 +24,11 @@ import traceback
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
-from gvu_jax import rewards
+from gvu_jax import hosts, rewards
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.models.layers import AXES, BATCH
 
@@ -74,8 +75,12 @@ def make_mesh(sizes="fsdp:-1", devices=None):
     if jax.process_count() > 1 and math.prod(shape) < jax.device_count():
         raise ValueError(f"the mesh {named(shape)} leaves out some of the {jax.device_count()} devices of "
                          f"{jax.process_count()} processes: set one axis to -1")
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3,
-                         devices=devices[:math.prod(shape)])
+    arrange = functools.partial(mesh_utils.create_device_mesh, shape, devices[:math.prod(shape)])
+    try:
+        placed = arrange()
+    except NotImplementedError:         # no axis of the slice has this length: parts of one then, the nearest to tensor
+        placed = arrange(allow_split_physical_axes=True)
+    return jax.sharding.Mesh(placed, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3)
 
 
 def mesh_of(umm):
@@ -91,13 +96,15 @@ def mesh_under(params):
     return jax.tree.leaves(params)[0].sharding.mesh
 
 
-def join_hosts(how):
+def join_hosts(how, timeout=300):
     """Joins the processes of a run; before anything asks for a device.
 
-    how: "auto" where the machines know each other (TPU pods, Slurm), or "ADDRESS:PORT,COUNT,INDEX". ValueError else.
+    how: "auto" where the machines know each other (TPU pods, Slurm), or "ADDRESS:PORT,COUNT,INDEX". timeout: seconds to
+    wait for each other. ValueError for anything else, and, naming them, where processes do not come in time.
     """
     if how == "auto":
-        return jax.distributed.initialize()
+        with hosts.watch(timeout):
+            return jax.distributed.initialize(initialization_timeout=2 * timeout)
     try:
         address, count, index = how.split(",")
         count, index = int(count), int(index)
@@ -105,7 +112,8 @@ def join_hosts(how):
         raise ValueError(f"--hosts={how} is neither auto nor ADDRESS:PORT,COUNT,INDEX") from error
     if not 0 <= index < count or ":" not in address:
         raise ValueError(f"--hosts={how}: the index must lie in [0, {count}), and the address must name a port")
-    jax.distributed.initialize(address, count, index)
+    left = hosts.meet(address, count, index, timeout)
+    jax.distributed.initialize(address, count, index, initialization_timeout=max(60, int(left)))
 
 
 @contextlib.contextmanager
@@ -212,6 +220,12 @@ def divide(shape, axes, mesh, layout, name):
 def place(tree, mesh):
     """Shapes and dtypes -> the same with their shardings: what Orbax reads into and what programs are lowered for."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                        tree, shardings(tree, mesh))
+
+
+def lay(tree, mesh):
+    """Arrays of the host, whole in every process, where their paths put them on the mesh: parameters."""
+    return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
                         tree, shardings(tree, mesh))
 
 

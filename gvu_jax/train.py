@@ -7,9 +7,11 @@ report. DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summar
 stopped goes on when the same command is given again; one that a signal stopped ends with status 75 (see stop.py).
 
 On several hosts the same command runs on each of them, with a DIR that all of them see: --hosts=auto where the machines
-know each other (TPU pods, Slurm), else --hosts=ADDRESS:PORT,COUNT,INDEX with the address of process 0. Each process
-encodes the prompts of its own devices; process 0 writes metrics and pictures; checkpoints are written by all.
+know each other (TPU pods, Slurm), else --hosts=ADDRESS:PORT,COUNT,INDEX with the address of process 0. They wait for
+each other for --hosts_timeout seconds. Each process encodes the prompts of its own devices; process 0 writes metrics
+and pictures; checkpoints are written by all.
 """
+import collections
 import contextlib
 import dataclasses
 import fcntl
@@ -26,7 +28,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import alarms, checkpoint, cli, data, optim, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, optim, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
@@ -41,8 +43,11 @@ from gvu_jax.suite import Suite, Unified, choose_prompts
 from gvu_jax.umm import compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run writes; give it again to resume.")
+_WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
+_ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) whose adapter the run starts from.")
 _HOSTS = flags.DEFINE_string("hosts", None, "auto, or ADDRESS:PORT,COUNT,INDEX: this is process INDEX of COUNT.")
+_HOSTS_TIMEOUT = flags.DEFINE_integer("hosts_timeout", 300, "How many seconds the processes of --hosts wait for each "
+                                      "other.", lower_bound=1)
 
 
 def main(_):
@@ -50,11 +55,11 @@ def main(_):
         raise ValueError("--config is missing: give a file of configs/, e.g. --config=configs/shapes.py:smoke")
     if _WORKDIR.value is None:
         raise ValueError("--workdir is missing: where should the run write?")
-    if "://" in _WORKDIR.value:
-        raise ValueError(f"--workdir={_WORKDIR.value} is no folder of a file system: mount the bucket (see "
-                         f"launch/README.md) and give the folder where it appears")
+    if _ADAPTER.value:
+        with _CONFIG.value.unlocked():
+            _CONFIG.value.lora.adapter = _ADAPTER.value                # of the run's settings: it says what it began as
     if _HOSTS.value:
-        sharding.join_hosts(_HOSTS.value)
+        sharding.join_hosts(_HOSTS.value, _HOSTS_TIMEOUT.value)
     with Stop() as stop, sharding.one_fails_all_fail():      # after joining, which has handlers of its own
         if train(_CONFIG.value, Path(_WORKDIR.value), stop) is None:
             return STOPPED
@@ -68,6 +73,7 @@ def train(config, workdir, stop=Stop()):
     cli.check_numbers(config)
     method_of(config).check(config)
     check_checkpoint(config)
+    adapters.check_start(config.lora)
     with alone(workdir):
         return train_alone(config, workdir, stop)
 
@@ -79,9 +85,11 @@ def train_alone(config, workdir, stop):
     how = How(images_per_prompt=settings.group, **config.sampling)
     optimizer = optim.build(config.optim, config.steps * settings.get("inner_steps", 1))
     train_metas, held_out = prompts_of(config)
+    if "pictures" in config and not config.get("world"):
+        for folder in (config.pictures.folder, config.pictures.held_out):
+            data.check_pictures(folder)
     started = time.time()
-    jax.config.update("jax_compilation_cache_dir", str(Path(config.cache).expanduser() / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    cli.keep_compiled(config.cache)
     if first_process:
         claim(workdir, config)
         prepare_base(config, workdir)
@@ -109,6 +117,8 @@ def train_alone(config, workdir, stop):
     resumed = checkpoints.newest_whole()
     if resumed is not None:
         state = State(sharding.put(np.int32(resumed), mesh), **checkpoints.load(resumed, **state.saved()))
+    elif config.lora.get("adapter"):
+        state = adapters.start_from(state, umm, config.lora.adapter, mesh)
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
     unified = pictures and build_unified(config, method.loop, pictures)
@@ -177,6 +187,7 @@ def train_alone(config, workdir, stop):
         # A run that was stopped during an evaluation repeats it.
         if evaluation_due(first) and not sharding.first_says(writer.has(first, "eval/overall")):
             evaluate(first)
+        recent = collections.deque(maxlen=alarms.PATIENCE)                      # metrics of the last logged steps
         for step in range(first, config.steps):
             began = time.time()
             if stop.requested():
@@ -193,9 +204,11 @@ def train_alone(config, workdir, stop):
             if clock.on:
                 metrics = jax.device_get(metrics)
                 writer.write(step + 1, metrics | clock.seconds(method.pictures))
+                recent.append(metrics)
                 shown = {name: metrics[of] for name, of in (("loss", "loss"), ("reward", "reward/mean"), ("kl", "kl"))
                          if of in metrics}
                 alarms.collapse(config.alarm, step + 1, metrics)
+                alarms.idle(step + 1, recent)
             progress.update(1, **shown)
             timings["training"] += time.time() - began
             if evaluation_due(step + 1) or (step + 1) % config.checkpoint_every == 0:
@@ -271,7 +284,7 @@ def claim(workdir, config):
 
 def check_checkpoint(config):
     """Raises FileNotFoundError where the converted model that the config starts from is not there."""
-    folder = Path(config.model.get("checkpoint") or ".").expanduser()
+    folder = cli.path(config.model.get("checkpoint") or ".")
     if not folder.exists():
         raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
                                 f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")

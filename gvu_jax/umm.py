@@ -21,6 +21,7 @@ and, in a policy that carries one, "adapter". Without "adapter" the same call is
 """
 import dataclasses
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,9 @@ class XOmni:
             if max(ids) >= self.ar.vocab_size:
                 mark = self.tokenizer.decode(max(ids))
                 raise ValueError(f"prompt {i} holds {mark}, which is a piece of a picture and no word")
+        for tokenizer in filter(None, (self.tokenizer, self.t5_tokenizer, self.clip_tokenizer)):
+            check_plain(tokenizer, texts, "prompt {}")
+        check_plain(self.tokenizer, list(dict.fromkeys(questions)), "question {}")
         self._check_read_whole(texts, words)
         stop = [self.tokenizer.eos_token_id] if end else []
         return (self._ids([text + self.image_header for text in texts]),
@@ -321,6 +325,28 @@ class XOmni:
         """Pixels [B, H, W, 3] in [0, 1] -> [B, N, D] float32: the vision encoder's output, before quantisation."""
         return siglip_vq.SiglipVQ(self.vision).apply(
             {"params": params["vision"]}, pixels, method="features").astype(jnp.float32)
+
+
+@functools.lru_cache(maxsize=16)
+def control_tokens(tokenizer):
+    """{id: token} of those that steer a model and that no text may spell: whatever the tokenizer has as special, and
+    what else was added to it in brackets, such as <tool_call>. Added letters and runs of blanks are text."""
+    return {id: token.content for id, token in tokenizer.added_tokens_decoder.items()
+            if token.special or re.fullmatch(r"<.+>|\[.+\]", token.content)}
+
+
+def check_plain(tokenizer, texts, name):
+    """Raises ValueError where a text would become a control token; name: what to call text number {}.
+
+    The unknown token is what a tokenizer makes of any strange word: only who writes it out is refused.
+    """
+    control, unknown = control_tokens(tokenizer), tokenizer.unk_token_id
+    for i, (text, ids) in enumerate(zip(texts, tokenizer(list(texts), add_special_tokens=False)["input_ids"])):
+        spelled = [control[id] for id in ids
+                   if id in control and (id != unknown or control[id].lower() in text.lower())]
+        if spelled:
+            raise ValueError(f"{name.format(i)} ({text[:40]!r}) holds {spelled[0]}, which steers the model and is no "
+                             f"text: leave it out, or write it otherwise")
 
 
 def count_positions(mask):

@@ -300,6 +300,14 @@ def test_a_prompt_that_cannot_be_read_whole_is_refused(tiny, prompt, message):
         assert len(str(error.value)) < 200
 
 
+class Wordy:
+    """A tokenizer that makes too much of everything."""
+    added_tokens_decoder, unk_token_id = {}, 0
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[0] * 513]}
+
+
 def test_what_the_text_encoders_read_of_a_prompt_is_explicit(converted, monkeypatch):
     umm, said = checkpoint.read_metadata(converted), []
     monkeypatch.setattr("absl.logging.log_first_n", lambda _, message, n, *values: said.append((n, message % values)))
@@ -309,9 +317,8 @@ def test_what_the_text_encoders_read_of_a_prompt_is_explicit(converted, monkeypa
     assert not said
     umm.encode_prompts([short + " a"])
     assert said[0][0] == 1 and "CLIP" in said[0][1]
-    rows = [[0] * 513]
     with pytest.raises(ValueError, match="T5 reads at most 512"):
-        object.__setattr__(umm, "t5_tokenizer", lambda texts: {"input_ids": rows})
+        object.__setattr__(umm, "t5_tokenizer", Wordy())
         umm.encode_prompts(["a"])
 
 

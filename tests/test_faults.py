@@ -219,3 +219,14 @@ def test_pictures_that_fill_up_warn_and_can_end_a_run(capsys):
         alarms.spam(config, 5, drawn(single=1.0, two=2.6), before)
     del config.objects
     assert alarms.spam(config, 5, drawn(single=9.0, two=9.0), before) is None, "a config that wants no warning"
+
+
+@pytest.mark.parametrize("metrics, words", [
+    ([{"reward/flat": 0.5, "loss": 0.1, "grad_norm": 1.0}, {"reward/flat": 0.25, "loss": 0.2, "grad_norm": 1.1}], []),
+    ([{"reward/flat": 0.9, "loss": 0.1, "grad_norm": 1.0}, {"reward/flat": 0.4, "loss": 0.2, "grad_norm": 1.1}], ["65% of the"]),
+    ([{"loss": 0.7, "grad_norm": 0.0}] * 2, ["have not changed"]), ([{"loss": 0.7}, {"loss": 0.7 + 1e-9}], ["have not changed"]),
+    ([{"loss": 0.0, "grad_norm": 1.0}, {"loss": 0.0, "grad_norm": 2.0}], []), ([{"loss": 1e-9}, {"loss": 2e-9}], []),
+    ([{"reward/flat": 1.0, "loss": 0.0, "grad_norm": 0.0}] * 2, ["100% of the", "have not changed"]), ([{"skipped": 0}] * 2, [])])
+def test_signs_that_nothing_is_learned(metrics, words):
+    signs = alarms.idle_signs(metrics)
+    assert len(signs) == len(words) and all(word in sign for word, sign in zip(words, signs))

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import re
+import shutil
 import types
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from PIL import Image
 
 import gvu_jax
-from conftest import one_device
-from gvu_jax import sharding
+from conftest import ROOT, load_config, one_device
+from gvu_jax import data, load, sharding, train
 
 PROMPTS = ["a photo of a red circle", "a photo of two crosses", "a photo of a red circle"]      # one stands there twice
 METAS = [{"tag": "colors", "include": [{"class": "circle", "count": 1}], "prompt": prompt} for prompt in PROMPTS]
@@ -139,7 +140,8 @@ def test_t2icompbench_finds_the_prompt_in_the_name(generate):
     (("p.txt", "--layout=dpg"), "ID.txt"), (("dpg", "--layout=dpg", "--images_per_prompt=2"), "4 pictures"),
     (("p.txt", "--layout=genevalpp", "--images_per_prompt=4"), "1 pictures"), (("p.txt", "--layout=coco"), "coco"),
     (("slash.txt", "--layout=t2icompbench"), "holds _ or /"), (("empty",), "no prompts"),
-    (("twice.jsonl", "--layout=dpg"), "an \"id\" of its own")])
+    (("twice.jsonl", "--layout=dpg"), "an \"id\" of its own"), (("p.txt", "--layout=geneval"), "3 of 3 prompts lack it"),
+    (("gs://bucket/p.txt",), "mount the bucket"), (("",), "a path is empty"), (("~no_such_user/p.txt",), "home folder ~no_such_user")])
 def test_a_mistake_ends_in_one_line_before_anything_is_drawn(generate, arguments, words):
     os.mkdir("empty")
     with open("slash.txt", "w") as file:
@@ -148,3 +150,68 @@ def test_a_mistake_ends_in_one_line_before_anything_is_drawn(generate, arguments
         file.write('{"prompt": "a cross", "id": "x"}\n{"prompt": "a circle", "id": "x"}\n')
     end, files, drawn = generate(*arguments)
     assert words in end and not files and not drawn
+
+
+@pytest.mark.parametrize("id", ["..", "", ".", "../x", "/x", "a/b", ".hidden", "x" * 252, "a\0b", 5, None])
+def test_no_picture_is_written_outside_of_the_folder(generate, tmp_path, id):
+    (tmp_path / "ids.jsonl").write_text(json.dumps({"prompt": "a cross", "id": id}))
+    (tmp_path / "dots.jsonl").write_text(json.dumps({"prompt": f"{id}"}))
+    before = sorted(tmp_path.rglob("*"))
+    end, files, drawn = generate("ids.jsonl", "--layout=dpg")
+    assert "ID.txt" in end and not files and not drawn and sorted(tmp_path.rglob("*")) == before
+    generate("dots.jsonl", "--layout=t2icompbench")
+    assert {path for path in sorted(tmp_path.rglob("*")) if path.is_file()} - set(before) <= set((tmp_path / "out").rglob("*"))
+
+
+INCLUDE = [{"class": "dog", "count": 1}]
+
+
+@pytest.mark.parametrize("meta", [
+    {"include": INCLUDE}, {"tag": "x"}, {"tag": "", "include": INCLUDE}, {"tag": "x", "include": None},
+    {"tag": "x", "include": [{"class": "dog"}]}, {"tag": "x", "include": ["dog"]}, {"tag": "x", "include": "dog"},
+    {"tag": "x", "include": [{"class": "dog", "count": "1"}]}, {"tag": "x", "include": INCLUDE, "exclude": [{"class": "a"}]},
+    {"tag": "x", "include": [{"class": "dog", "count": 1, "position": ["left of", 0]}]}])
+def test_what_geneval_could_not_grade_is_not_drawn(generate, tmp_path, meta):
+    (tmp_path / "wrong.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (METAS[0], meta | {"prompt": "a dog"})))
+    end, files, drawn = generate("wrong.jsonl", "--layout=geneval")
+    assert "1 of 2 prompts" in end and "'a dog'" in end and not files and not drawn
+
+
+def test_geneval_as_published_is_drawn(generate, tmp_path):
+    two = {"tag": "position", "include": [*INCLUDE, {"class": "cat", "count": 2, "color": "red", "position": ["left of", 0]}],
+           "exclude": [{"class": "cat", "count": 3}], "prompt": "two cats left of a dog"}
+    (tmp_path / "p.jsonl").write_text(json.dumps(two))
+    assert generate("p.jsonl", "--layout=geneval")[0] is None
+
+
+def test_home_is_where_every_path_says_it_is(generate, command, monkeypatch, tmp_path):
+    """Of flags and of settings: the shell leaves "~" alone after "=". And no folder is called so."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    os.rename("p.txt", home / "p.txt")
+    shutil.copy(ROOT / "configs/shapes.py", home / "mine.py")
+    assert generate("~/p.txt", "--out=~/drawn/here")[0] is None and (home / "drawn/here/grid.png").exists()
+    assert "no picture file" in command("score", "--checkpoint=~/x", "--prompt=a", "--image=~/a.png")
+    for tool, flag in (("score", "image"), ("evaluate", "tsv"), ("evaluate", "pictures"), ("evaluate", "prompt_file")):
+        needs = {"score": ["--prompt=a"], "evaluate": ["--out=~/o", f"--suite={dict(tsv='understanding', pictures='unified').get(flag, 'cycle')}"]}
+        assert str(home / "missing") in command(tool, "--checkpoint=~/x", f"--{flag}=~/missing", *needs[tool])
+    assert str(home / "src") in command("convert", "--src=~/src", "--dst=~/dst")
+    assert "no preset" in command("train", "--config=~/mine.py:odd", "--workdir=~/w")
+    assert str(home / "none") in command("train", f"--config={ROOT}/configs/xomni.py", "--workdir=~/w",
+                                         "--config.model.checkpoint=~/none")
+    config = load_config("xomni")
+    config.data.update(prompts="~/train.txt", held_out="~/test.txt")
+    with pytest.raises(FileNotFoundError, match=str(home / "train.txt")):
+        train.prompts_of(config)
+    with pytest.raises(FileNotFoundError, match=str(home / "pictures")):
+        data.picture_files("~/pictures")
+    with pytest.raises(FileNotFoundError, match=str(home / "run")):
+        load("~/run")
+    assert not list(tmp_path.rglob("~*"))
+
+
+def test_a_heat_map_that_cannot_be_written_is_known_before_the_model_is_loaded(command, tmp_path):
+    Image.new("RGB", (48, 48)).save(tmp_path / "a.png")
+    assert "as a picture does" in command("score", f"--image={tmp_path}/a.png", "--prompt=a", "--checkpoint=nowhere",
+                                          "--heatmap=heat.doc")

@@ -21,6 +21,14 @@ def test_equal_rewards_give_no_advantage():
     assert (objectives.group_advantages(jnp.full(6, 0.3), 3, 1e-4) == 0).all()
 
 
+@pytest.mark.parametrize("rewards_, share", [
+    ([[1, 1, 1], [0, 0, 0]], 1), ([[1, 1, 0], [0, 0, 0]], 0.5), ([[0.3, 0.3 + 1e-8, 0.3], [1e-9, 2e-9, 3e-9]], 0.5),
+    ([[np.nan, 1, 1], [-2, -2, -2]], 0.5), ([[0.25, 0.75, 0.75], [0.5, 0.25, 0.5]], 0)])
+def test_flat_groups_are_those_with_equal_rewards(rewards_, share):
+    rewards_ = np.array(rewards_, np.float32)
+    assert objectives.flat_groups(jnp.asarray(rewards_.ravel()), 3) == share
+
+
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         objectives.group_advantages(jnp.ones(4), 1, 1e-4)

@@ -1,11 +1,14 @@
 """Meshes, partition tables, and the one promise: what several devices compute together is what one computes alone."""
+import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +17,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from conftest import ROOT, one_device, tiny_config
-from gvu_jax import checkpoint, sharding
+from conftest import ROOT, load_config, one_device, tiny_config
+from gvu_jax import checkpoint, hosts, plan, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
@@ -129,6 +132,33 @@ def test_a_mesh_that_cannot_be_is_refused(sizes, reason):
         sharding.make_mesh(sizes)
 
 
+SLICES = ["v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16",            # Google's tables
+          "v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16",
+          "v5p:2x2x1", "v5p:2x2x2", "v5p:2x2x4", "v5p:2x4x4", "v5p:4x4x4", "v5p:4x4x8", "v5p:4x8x8", "v5p:8x8x8",
+          "v5p:8x8x12", "v5p:8x8x16", "v5p:8x12x16", "v5p:8x16x16", "v5p:12x16x16", "v5p:16x16x16", "v5p:16x16x24"]
+DOCUMENTED = ["fsdp:-1,tensor:4", "data:-1", "fsdp:-1", "fsdp:-1,tensor:2", "data:-1,tensor:4", "data:2,fsdp:-1,tensor:2",
+              "data:2,fsdp:-1,tensor:4", "fsdp:4,tensor:4", "data:4,tensor:4", "fsdp:4,tensor:2"]
+
+
+@pytest.mark.parametrize("topology", SLICES)
+def test_every_documented_mesh_on_every_slice(topology):
+    """Of libtpu's descriptions of slices that are not here. What shares a token's work are neighbours, one link apart."""
+    chips = plan.chips_of(topology)
+    configs = [dict(load_config(name).mesh) for name in ("shapes", "xomni")]
+    for sizes in [*configs, *DOCUMENTED]:
+        try:
+            mesh = sharding.make_mesh(sizes, chips)
+        except ValueError as error:                                              # a small slice has not so many chips
+            assert re.search("needs \\d+ devices|cannot be divided", str(error)) and len(chips) < 16
+            continue
+        assert len(set(mesh.devices.flat)) == mesh.size
+        for row in mesh.devices.reshape(-1, mesh.shape["tensor"]):
+            places = np.array([chip.coords for chip in row])
+            hops = np.abs(places[:, None] - places).sum(axis=-1)
+            assert hops.max(initial=0) < len(row), "further apart than in a line of neighbours"
+            assert all((hop == 1).any() for hop in hops) or len(row) == 1
+
+
 @pytest.mark.parametrize("mesh, changes, reason", [
     ("tensor:8", {}, "4 query heads"), ("tensor:4", {}, "2 key/value heads"),
     ("data:8", {"gvu.prompts": 3, "gvu.group": 3}, "9 samples"), ("data:8", {"gvu.waves": 2}, "waves"),
@@ -218,6 +248,46 @@ def start_two(work, config):
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     return [start(f"localhost:{port},2,{i}", work, config, 1) for i in range(2)]
+
+
+@pytest.mark.parametrize("index, missing", [(0, "processes 1, 2 of 3 did not come"), (1, "process 0 of 3 is missing")])
+def test_one_process_alone_says_who_is_missing(command, tmp_path, index, missing):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        address = f"localhost:{probe.getsockname()[1]}"
+    began = time.time()
+    line = command("train", f"--config={ROOT}/configs/shapes.py", f"--workdir={tmp_path}/w", "--hosts_timeout=1",
+                   f"--hosts={address},3,{index}")
+    assert missing in line and address in line and "--hosts_timeout" in line and time.time() - began < 60
+    assert not (tmp_path / "w").exists()
+
+
+def test_processes_meet_or_all_of_them_hear_why_not(monkeypatch):
+    def meet(count, *indices, timeout=20):
+        """What each process says, or None where it has met the others; by its place in `indices`."""
+        with socket.socket() as probe:
+            probe.bind(("localhost", 0))
+            address = f"localhost:{probe.getsockname()[1]}"
+
+        def one(index, count=count):
+            try:
+                hosts.meet(address, count, index, timeout)
+            except ValueError as error:
+                return str(error)
+        with ThreadPoolExecutor(len(indices)) as pool:
+            waiting = [pool.submit(one, *np.atleast_1d(index).tolist()) for index in indices]
+            with contextlib.suppress(OSError), socket.create_connection(address.split(":"), 5) as stranger:
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            return [of.result() for of in waiting]
+
+    assert meet(3, 2, 0, 1) == [None] * 3
+    assert all("process 2 of 3 did not come" in said for said in meet(3, 1, 0, timeout=3))
+    assert any("two processes say that they are number 1 of 3" in said for said in meet(3, 1, 1, 0, timeout=5))
+    assert all("started as one of 4" in said for said in meet(3, (1, 4), 0))
+    with pytest.raises(ValueError, match="names no port"):
+        hosts.meet("localhost", 2, 0, 1)
+    with socket.create_server(("", 0)) as taken, pytest.raises(ValueError, match="cannot listen at port"):
+        hosts.meet(f"localhost:{taken.getsockname()[1]}", 2, 0, 1)
 
 
 def ended(process):

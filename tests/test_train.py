@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from conftest import ROOT, one_device, tiny_config
-from gvu_jax import optim, sharding
+from gvu_jax import alarms, optim, sharding
 from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_json, read_metrics
@@ -60,7 +60,7 @@ def test_it_writes_what_its_contract_says(run):
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/overall" in line]
     assert [line["step"] for line in training] == [1, 2, 3, 4] and [line["step"] for line in evaluations] == [0, 2, 4]
-    for name in ("reward/mean reward/std kl entropy loss grad_norm logp_gap images_per_second seconds/sample "
+    for name in ("reward/mean reward/std reward/flat kl entropy loss grad_norm logp_gap images_per_second seconds/sample "
                  "seconds/render seconds/reward seconds/update").split():
         assert all(name in line for line in training), name
     for tag in "single_object two_object counting colors position color_attr".split():
@@ -76,6 +76,22 @@ def test_it_writes_what_its_contract_says(run):
     for name in "config.json summary.json report.html samples/before.png samples/step_000002.png samples/after.png".split():
         assert (work / name).stat().st_size > 0, name
     assert all(line["logp_gap"] < 1e-4 for line in training)
+
+
+def test_a_run_that_learns_nothing_says_so(run, tmp_path, capfd):
+    """The checker calls all that an untrained model draws wrong: every group is flat, and nothing moves."""
+    config = run[0].copy_and_resolve_references()
+    config.reward.mean = "oracle"
+    config.gvu.update(anchor=0.0, beta=0.0)
+    config.update(steps=alarms.PATIENCE + 1, checkpoint_every=100)
+    config.eval.every = 100
+    train(config, tmp_path)
+    lines = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "loss" in line]
+    assert all(line["reward/flat"] == 1 and line["grad_norm"] == 0 for line in lines)
+    said = capfd.readouterr().err
+    assert said.count(f"warning: step {alarms.PATIENCE}: 100% of the groups in the last {alarms.PATIENCE} logged steps") == 1
+    assert said.count("loss and gradient have not changed") == 1
+    assert "Flat groups" in (tmp_path / "report.html").read_text()
 
 
 def test_giving_the_command_again_continues_a_longer_run(run):
@@ -165,7 +181,9 @@ def test_the_same_pictures_are_read_before_and_after(run):
 
 def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     _, work = run
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a photo of a red circle"}\n\n{"prompt": "a photo of a cross"}\n')
+    metas = [{"tag": "x", "include": [{"class": "x", "count": 1}], "prompt": f"a photo of a {x}"}
+             for x in ("red circle", "cross")]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(map(json.dumps, metas)))
     call("generate", f"--checkpoint={work}", f"--prompts={tmp_path}/prompts.jsonl", f"--out={tmp_path}/geneval",
          "--layout=geneval", "--images_per_prompt=1")
     assert (tmp_path / "geneval/00001/samples/0000.png").exists()

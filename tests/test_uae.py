@@ -67,6 +67,7 @@ def test_each_stage_moves_the_policy_towards_its_reward(method):
                 "draw": jax.jit(lambda policy, prompts, tokens, old: built.umm.image_logps(policy, prompts, tokens))}
     for step in (2, 3):
         (stage, *drawn, reward), after, metrics = step_of(built, base, stream, state, step)
+        assert metrics["reward/flat"] == np.mean(np.ptp(np.asarray(reward).reshape(-1, 4), axis=1) == 0)
         assert metrics["kl"] < 1e-6 and metrics["logp_gap"] < 1e-4 and metrics["ratio_max"] == 1
         jax.tree.map(np.testing.assert_array_equal, after.reference, state.reference)
         old, new = (logps_of[stage](built.policy(base, of.trainable), *drawn).sum(axis=1) for of in (state, after))
@@ -152,8 +153,38 @@ def test_pictures_of_a_folder(tmp_path, method):
     (tmp_path / "b.txt").write_text("a red circle " * 20)
     with pytest.raises(ValueError, match="b.txt is no caption .* has 64 tokens"):
         data.check_captions(tmp_path, method[0].loop.encode)
-    (tmp_path / "b.txt").write_text("a red circle")
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(ValueError, match="2 of the 2 captions .*no .*a.txt; .*b.txt is no caption"):     # all at once
+        data.check_captions(tmp_path, method[0].loop.encode)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("a red circle")
     data.check_captions(tmp_path, method[0].loop.encode)
+
+
+def test_broken_pictures_are_all_named_before_anything_begins(tmp_path, command, monkeypatch):
+    """At the start of a run, of either folder, and of an evaluation; not at the step where their turn comes."""
+    folders = {name: tmp_path / name for name in ("train", "test")}
+    for folder in folders.values():
+        folder.mkdir()
+        for i in range(4):
+            Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 40, 3), np.uint8)).save(folder / f"{i}.jpg")
+        data.check_pictures(folder)
+    for name in ("1.jpg", "3.jpg"):
+        with open(folders["test"] / name, "r+b") as file:
+            file.truncate(400)
+    (folders["test"] / "0.txt").write_bytes(b"\xff\xfe")
+    monkeypatch.setitem(train.__globals__, "load_base", lambda *_: pytest.fail("it began"))
+    (tmp_path / "prompts.txt").write_text("a red circle")
+    config = load_config("xomni_uae")
+    config.mesh.tensor, config.model.checkpoint = 1, str(tmp_path)
+    config.pictures.update(folder=str(folders["train"]), held_out=str(folders["test"]))
+    config.data.update(prompts=str(tmp_path / "prompts.txt"), held_out=str(tmp_path / "prompts.txt"))
+    with pytest.raises(ValueError, match="3 of the 4 pictures in .*test.*0.txt.*1.jpg.*3.jpg") as error:
+        train(config, tmp_path / "run")
+    assert "2.jpg" not in str(error.value)
+    line = command("evaluate", "--checkpoint=nowhere", "--suite=unified", f"--out={tmp_path}/o",
+                   f"--pictures={folders['test']}")
+    assert "3 of the 4 pictures" in line and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("changes, said", [

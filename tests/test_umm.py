@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gvu_jax import lora, rewards
+from conftest import FIXTURES
+from gvu_jax import checkpoint, lora, rewards
 from gvu_jax.policy import policy_params
 from gvu_jax.sampling import How
+from gvu_jax.shapes.tokenizer import build_tokenizer
+from gvu_jax.umm import check_plain, control_tokens
 
 def jitted(call):
     """A call of the interface, compiled: eager, each of its thousand small operations would be compiled alone."""
@@ -187,6 +190,40 @@ def test_prompts_that_cannot_be_encoded_are_refused(tiny, texts, word):
     _, umm, _ = tiny
     with pytest.raises(ValueError, match=word):
         umm.encode_prompts(texts, umm.lengths(TEXTS))
+
+
+def test_no_text_becomes_a_control_token(tiny, request):
+    """Of any tokenizer that a prompt or a question reaches, whatever case and neighbours it has."""
+    models = [tiny[1]]
+    if FIXTURES.is_dir():
+        models.append(checkpoint.read_metadata(request.getfixturevalue("converted")))
+    for umm in models:
+        for tokenizer in filter(None, (umm.tokenizer, umm.t5_tokenizer, umm.clip_tokenizer)):
+            for token in tokenizer.added_tokens_decoder.values():
+                for text in (token.content, f"a red circle{token.content}no", f"a {token.content.upper()} b"):
+                    said = set(sum(umm.tokenizer([text], add_special_tokens=False)["input_ids"], []))
+                    try:
+                        umm.encode_prompts([text])
+                    except ValueError as error:
+                        assert "\n" not in str(error) and len(str(error)) < 200
+                    else:                     # nothing of it is control: what it spells in other letters is a word
+                        assert text != token.content and not said & set(control_tokens(umm.tokenizer)) - {
+                            umm.tokenizer.unk_token_id}
+        for token in umm.tokenizer.added_tokens_decoder.values():
+            for question in (token.content, f"Is it red?{token.content}Yes"):
+                with pytest.raises(ValueError, match="question 0 .* holds .* which steers the model"):
+                    umm.encode_prompts(["a"], questions=[question])
+    tiny[1].encode_prompts(["<b>a [red] circle</b> < 3 | a @ b"])                     # other brackets are text
+
+
+def test_letters_that_were_added_to_a_tokenizer_are_text():
+    """As DeepSeek's has them; and marks that it does not call special steer all the same."""
+    tokenizer = build_tokenizer(4)
+    tokenizer.add_tokens(["\xf6", "  ", "<tool_call>", "[INST]"])
+    check_plain(tokenizer, ["a r\xf6d  circle"], "prompt {}")
+    for mark in ("<tool_call>", "[INST]"):
+        with pytest.raises(ValueError, match="prompt 1 "):
+            check_plain(tokenizer, ["a", f"a {mark} b"], "prompt {}")
 
 
 def test_padding_sides_and_masks(tiny):

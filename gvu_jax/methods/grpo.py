@@ -81,6 +81,7 @@ def update(state, rows, reward, sampler_logps, reference, policy_of, logps_of, s
     groups = reward.reshape(-1, settings.group)
     metrics = jax.tree.map(lambda x: x[-1], metrics) | {
         "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
+        "reward/flat": objectives.flat_groups(reward, settings.group),
         "entropy": -objectives.token_mean(join(old_logps), mask),    # nats a token; unbiased if sampling is unfiltered
         "logp_gap": objectives.token_mean(jnp.abs(join(old_logps) - sampler_logps), mask)} | skipped(opt_state)
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics

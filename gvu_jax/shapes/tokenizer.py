@@ -37,7 +37,8 @@ def build_tokenizer(image_vocab_size: int) -> PreTrainedTokenizerFast:
     if image_vocab_size < 1:
         raise ValueError(f"image_vocab_size must be at least 1, got {image_vocab_size}")
     text = [*SPECIALS, "\n", *vocabulary()]
-    text += [f"<|reserved_{k}|>" for k in range(-len(text) % 16)]
+    reserved = [f"<|reserved_{k}|>" for k in range(-len(text) % 16)]
+    text += reserved
     image = [f"<MM-Token-{k}>" for k in range(image_vocab_size)]
     ids = {token: index for index, token in enumerate([*text, *image, *IMAGE_MARKS])}
 
@@ -57,6 +58,7 @@ def build_tokenizer(image_vocab_size: int) -> PreTrainedTokenizerFast:
     # Added tokens are found before a text is lower-cased and split, so images and marks need no spaces around them.
     marks = [*SPECIALS, *image, *IMAGE_MARKS]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in reserved])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -1,0 +1,55 @@
+"""What all commands share: how they read paths, what they keep for the next time, and that they say nothing needless."""
+import glob
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from gvu_jax import ACCELERATORS, checkpoint, cli
+
+
+@pytest.mark.parametrize("text, found", [
+    ("~", "HOME"), ("~/a/b.txt", "HOME/a/b.txt"), ("a~/~b", "a~/~b"), ("./~x", "~x"), ("/a b/\u00fc", "/a b/\u00fc")])
+def test_a_path_is_what_the_shell_would_have_made_of_it(monkeypatch, text, found):
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert cli.path(text) == Path(found.replace("HOME", "/somewhere"))
+
+
+@pytest.mark.parametrize("text", ["", "  ", "gs://bucket/x", "https://example.com/x.png", "~no_such_user/x"])
+def test_what_is_no_path_is_refused(text):
+    with pytest.raises(ValueError):
+        cli.path(text)
+
+
+def run(*arguments, **environment):
+    """A command as a user starts it: (stdout, stderr)."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    environment = {name: value for name, value in environment.items() if value is not None}
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
+
+
+@pytest.mark.skipif(any(map(glob.glob, ACCELERATORS)), reason="this machine has accelerators, whose libraries may speak")
+def test_a_machine_without_accelerators_hears_nothing_of_them():
+    program = "import gvu_jax.train, gvu_jax.evaluate, jax; print(jax.default_backend(), jax.config.jax_platforms)"
+    assert run("-c", program, JAX_PLATFORMS=None) == ("cpu cpu\n", "")
+    assert run("-c", "import gvu_jax, os; print(os.environ['JAX_PLATFORMS'])", JAX_PLATFORMS="cuda,cpu")[0] == "cuda,cpu\n"
+
+
+def test_what_one_command_compiles_the_next_one_has(tiny, tmp_path):
+    """And neither of them prints more than it has to say."""
+    checkpoint.save_model(tmp_path / "model", *tiny[1:])
+    (tmp_path / "p.txt").write_text("a photo of a red circle")
+    cache, kept = tmp_path / "cache", []
+    for turn in "12":
+        out, err = run("-m", "gvu_jax.generate", f"--checkpoint={tmp_path}/model", f"--prompts={tmp_path}/p.txt",
+                       f"--out={tmp_path}/{turn}", "--images_per_prompt=1", GVU_CACHE=str(cache), JAX_PLATFORMS=None,
+                       JAX_COMPILATION_CACHE_DIR=None)
+        assert out.count("\n") == 1 and all(line.startswith("drawing") for line in err.split("\n") if line)
+        kept.append(sorted(path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")))
+    assert kept[0] == kept[1] and any("sample" in name for name in kept[0]) and any("render" in name for name in kept[0])
+    assert (tmp_path / "1/00000_0.png").read_bytes() == (tmp_path / "2/00000_0.png").read_bytes()
