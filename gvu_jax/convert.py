@@ -18,7 +18,6 @@ the few tensors that the model does not read. --export=hf restores the source fr
 byte, the .pt files tensor for tensor (their zip checksums are not filled in; torch does not ask for them). Parts that
 config.json names outside of the model directory ("../decoder") are written inside of it ("decoder").
 """
-import dataclasses
 import hashlib
 import json
 import math
@@ -33,12 +32,12 @@ from absl import flags
 from transformers import AutoTokenizer
 
 from gvu_jax import base_of_run, checkpoint, cli, lora, read_run_config
-from gvu_jax.adapters import read_peft, write_peft
+from gvu_jax.adapters import write_peft
 from gvu_jax.checkpoint import Described
 from gvu_jax.metrics import Progress, read_json, replace_file
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.policy import init_trainable
-from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile, read_header, safetensors_header, write_file
+from gvu_jax.tensor_files import ParameterStore, TensorFile, read_header, safetensors_header, write_file
 from gvu_jax.umm import XOmni
 
 _SRC = cli.path_flag("src", "What to convert: a published directory, a model folder or a run's folder.", required=True)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from gvu_jax import cli
-from gvu_jax.decode import FORMATS, decode_picture, from_base64, read_picture, read_text
+from gvu_jax.decode import decode_picture, from_base64, read_picture, read_text
 
 
 

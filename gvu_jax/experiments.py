@@ -200,7 +200,8 @@ def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
         "overall", "exact overall", "objects overall", "understanding four_way", "judgement non_unification",
-        "judgement non_unification_by_words", *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
+        "judgement non_unification_by_words",
+        *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"
     head = lambda first, second, *names: start(first, second) + "".join(f"{n:>9}" for n in names) + "   95 %"

@@ -37,8 +37,8 @@ FIXED = ("genevalpp", "dpg")                                                    
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
-_PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of .txt files "
-                         "(a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of .txt "
+                         "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _OUT = cli.path_flag("out", "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",

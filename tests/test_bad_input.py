@@ -23,7 +23,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import ROOT, load_config, one_device, tiny_config
-from gvu_jax import checkpoint, cli, convert, data, optim, tensor_files
+from gvu_jax import checkpoint, cli, convert, data, decode, optim, tensor_files
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
 from gvu_jax.pictures import image_grid, word_heatmap
@@ -110,7 +110,7 @@ def saved(kind, mode="RGB", **options):
     return buffer.getvalue()
 
 
-PICTURES = [saved(kind) for kind in data.FORMATS] + [
+PICTURES = [saved(kind) for kind in decode.FORMATS] + [
     saved("PNG", "P", transparency=1), saved("PNG", "LA"), saved("PNG", "1"), saved("TIFF", "F"), saved("JPEG", "CMYK"),
     saved("TIFF", "RGBA", compression="tiff_lzw"), saved("GIF", "P", transparency=0)]
 

@@ -19,7 +19,7 @@ from orbax.checkpoint import v1 as ocp
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
-from gvu_jax import checkpoint, convert, lora, tensor_files
+from gvu_jax import adapters, checkpoint, convert, lora, tensor_files
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.models.published import PUBLISHED
 from gvu_jax.policy import init_trainable, policy_params
@@ -641,7 +641,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     convert.export_peft(run, tmp_path / "adapter")
     policy = policy_params(params, trainable, config.lora)
     ours_and_peft_agree(tmp_path / "adapter", params["ar"], policy["adapter"], umm.ar)
-    again, scale = convert.read_peft(tmp_path / "adapter", umm.ar)
+    again, scale = adapters.read_peft(tmp_path / "adapter", umm.ar)
     assert scale == 2
     jax.tree.map(same_bytes, trainable["adapter"], again)
     with pytest.raises(FileExistsError):
@@ -651,7 +651,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
 @pytest.mark.parametrize("name", ["lora_adapter", "lora_all_adapter"])
 def test_golden_adapters_come_in_and_go_out(fixtures, converted, tmp_path, name):
     umm, params = checkpoint.load_model(converted, one_device())
-    adapter, scale = convert.read_peft(fixtures / "grpo" / name, umm.ar)
+    adapter, scale = adapters.read_peft(fixtures / "grpo" / name, umm.ar)
     told = json.loads((fixtures / "grpo" / name / "adapter_config.json").read_text())
     assert scale == told["lora_alpha"] / told["r"] and ("mm_head" in adapter) == (name == "lora_all_adapter")
     golden = load_file(fixtures / "grpo" / name / "adapter_model.safetensors")
@@ -674,10 +674,10 @@ def test_adapters_that_do_not_fit_are_named(fixtures, tmp_path):
                             ({"other": np.zeros(1, np.float32)}, r"unknown keys \['other'\]")):
         save(file, {k: v for k, v in (tensors | change).items() if v is not None})
         with pytest.raises(ValueError, match=message):
-            convert.read_peft(tmp_path / "adapter", config)
+            adapters.read_peft(tmp_path / "adapter", config)
     edit(tmp_path / "adapter/adapter_config.json", use_dora=True)
     with pytest.raises(ValueError, match="use_dora"):
-        convert.read_peft(tmp_path / "adapter", config)
+        adapters.read_peft(tmp_path / "adapter", config)
     with pytest.raises(FileNotFoundError, match="no run's folder"):
         convert.export_peft(tmp_path / "adapter", tmp_path / "x")
 

@@ -167,8 +167,7 @@ def train_tokenizer(umm, params, scenes, settings, rng, key):
 
 
 NAMES = 1 + len(world.SHAPES) * len(world.COLORS)          # what a cell can hold: nothing, or one object
-DRAWING = 400                                              # weight of drawing beside naming: the diffusion head can only
-                                                           # tell apart what is laid out as pictures are
+DRAWING = 400   # weight of drawing beside naming: the diffusion head tells apart what is laid out as pictures are
 
 
 def unit(x):

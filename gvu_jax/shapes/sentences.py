@@ -72,7 +72,7 @@ def true_prompt(
 ) -> dict | None:
     """Draws a prompt that is true of a scene [cells], its category by `weights` among those the scene allows.
 
-    It is built from the scene's own objects, hence fast. None means that nothing was found (in an empty scene, for one).
+    It is built from the scene's own objects, hence fast. None means that there was nothing to say (of an empty scene).
     """
     objects, side = objects_of(scene), side_of(len(scene))
     make = lambda tag: true_spec(tag, objects, side, rng)

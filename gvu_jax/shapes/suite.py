@@ -70,7 +70,7 @@ def four_way(rng, scenes, count, forbidden=frozenset()):
             continue
         others = [sentences.near_miss(spec, rng), *(sentences.any_spec(tag, rng) for _ in range(32))]
         others = [other._replace(lead_in=spec.lead_in) for other in others if is_prompt(other)]
-        others = {world.spec_composition(other): world.write(other) for other in others}  # one wording of each, in order
+        others = {world.spec_composition(other): world.write(other) for other in others}  # one wording each, in order
         false = [meta for key, meta in others.items() if key not in forbidden and not world.judge_scene(scene, meta)]
         if len(false) >= 3:
             choices.append(Choice(scene, (world.write(spec), *false[:3])))
