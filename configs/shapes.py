@@ -76,10 +76,11 @@ def get_config(preset="normal"):
     if preset == "smoke":
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
-        config.pretrain.diffusion.update(steps=900, lr=1e-3)
+        config.pretrain.diffusion.update(steps=1200, lr=1e-3)
+        config.pretrain.positions.steps = 0                            # left and right take longer than a smoke run has
         config.pretrain.backbone.steps = 400
-        config.pretrain.backbone.batch.captions = 12
-        config.pretrain.scenes = 6144
+        config.pretrain.backbone.batch.update(positions=4, captions=10, questions=3, prompts=12)
+        config.pretrain.scenes = 4096
         config.pretrain.crowded = 4096
         config.gvu.update(prompts=12, group=12)
         config.eval.update(every=30, batches=4, choices=48)
