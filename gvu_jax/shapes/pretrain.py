@@ -315,13 +315,14 @@ def begin_with_codebook(ar, codebook, rng):
 
 
 CAPTIONS = 4        # of one picture
+CARELESS = 0.1      # share of them that may leave things out
 
 
 def write_captions(umm, seen, scenes, rng, forbidden, weights=sentences.TAG_WEIGHTS):
     """CAPTIONS of each scene that a caption can tell: Pairs."""
     captions = []
     for i, scene in enumerate(scenes):
-        told = [sentences.caption(scene, rng, forbidden, weights) for _ in range(CAPTIONS)]
+        told = [sentences.caption(scene, rng, forbidden, weights, CARELESS) for _ in range(CAPTIONS)]
         if None not in told:
             captions += [(i, None, meta["prompt"]) for meta in told]
     return side_by_side(encode_pairs(umm, seen, captions), CAPTIONS)
@@ -329,25 +330,29 @@ def write_captions(umm, seen, scenes, rng, forbidden, weights=sentences.TAG_WEIG
 
 def write_questions(umm, seen, scenes, rng, forbidden):
     """What is asked of each scene, and the answers: Pairs."""
-    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in ask_all(scene, rng, forbidden)]
+    captions = [sentences.caption(scene, rng, forbidden) for scene in scenes]
+    others = [meta for meta in captions if meta]
+    asked = [(i, *pair) for i, (scene, own) in enumerate(zip(scenes, captions))
+             for pair in ask_all(scene, own, [sentences.pick(rng, others) for _ in range(2)], rng, forbidden)]
     return side_by_side(put_into_words(encode_pairs(umm, seen, asked)), QUESTIONS)
 
 
 QUESTIONS = 6       # of one picture: two for yes or no, four of detail
 
 
-def ask_all(scene, rng, forbidden):
-    """QUESTIONS about a scene, (question, answer): does a true prompt describe it, does a false one, and its details.
-    Or none, where the scene leaves too little to ask.
+def ask_all(scene, caption, others, rng, forbidden):
+    """QUESTIONS about a scene, (question, answer): whether a prompt describes it, twice, and its details. Or none, where
+    the scene leaves too little to ask.
 
-    Yes is said of captions, which tell all there is, where the scene has one.
+    Yes is said of `caption`, which tells all there is, and no of wrong captions (others: two of other scenes). Where
+    nothing tells the scene whole (caption is None), no is said twice.
     """
-    true = sentences.caption(scene, rng, forbidden) or sentences.true_prompt(scene, rng, forbidden)
-    false = sentences.false_prompt(scene, rng, forbidden)
+    wrong = [sentences.wrong_caption(scene, other, rng, forbidden) for other in others]
     details = [sentences.ask(scene, rng, forbidden) for _ in range(QUESTIONS - 2)]
-    if None in (true, false, *details):
+    if None in (*wrong, *details):
         return []
-    return [(rewards.question(true["prompt"]), "yes"), (rewards.question(false["prompt"]), "no"), *details]
+    judged = [(caption, "yes") if caption else (wrong[1], "no"), (wrong[0], "no")]
+    return [*((rewards.question(meta["prompt"]), answer) for meta, answer in judged), *details]
 
 
 def encode_pairs(umm, seen, texts):

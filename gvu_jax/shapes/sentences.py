@@ -4,8 +4,8 @@ People's captions tell what there is: one object, two, or a number of a kind, an
 out. So must these. If any true statement would do, a model learns that the more stands in a picture, the more is true
 of it, and a reward that asks it for a prompt's probability is best served by filling the picture.
 
-    captions     caption                 a prompt that tells all there is
-    statements   true_prompt, false_prompt      prompts that are true, or false, of a scene
+    captions     caption, wrong_caption  a prompt that tells all there is, and one that does not
+    statements   true_prompt             a prompt that is true of a scene, whatever else it holds
     places       describe, ask           what is where, in full or one question at a time
     words        vocabulary              every word that any of the above can produce
 
@@ -15,7 +15,7 @@ Every random choice comes from an explicit `rng`. Compositions (world.compositio
 import numpy as np
 
 from gvu_jax.shapes.world import (
-    COLORS, COUNTS, INVERSE, LEAD_INS, MOST_SIDE, NUMBERS, RELATIONS, SHAPES, TAGS, Spec, holds, judge_scene, noun,
+    COLORS, COUNTS, INVERSE, LEAD_INS, MOST_SIDE, NUMBERS, RELATIONS, SHAPES, TAGS, Spec, exact_scene, holds, noun,
     plural, side_of, spec_composition, write)
 
 INSTRUCTIONS = ("Describe the image.", "Describe the image in detail.")
@@ -33,15 +33,16 @@ TAG_WEIGHTS = dict(zip(TAGS, (1, 1, 3, 1, 4, 3)))
 
 
 def caption(
-    scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset(), weights: dict = TAG_WEIGHTS
+    scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset(), weights: dict = TAG_WEIGHTS,
+    careless: float = 0.0,
 ) -> dict | None:
     """Draws a prompt that tells what there is in a scene [cells]: all of its objects, and no other.
 
-    Its category is drawn by `weights` among those that can. One in ten may be any true prompt, as people's captions
-    sometimes are. None where no prompt tells this scene whole (three objects of two shapes, for one), or where
+    Its category is drawn by `weights` among those that can. A share `careless` may be any true prompt, as people's
+    captions sometimes are. None where no prompt tells this scene whole (three objects of two shapes, for one), or where
     `forbidden` leaves none.
     """
-    if rng.random() < 0.1:
+    if rng.random() < careless:
         return true_prompt(scene, rng, forbidden, weights)
     objects, side = objects_of(scene), side_of(len(scene))
     make = lambda tag: whole_spec(tag, objects, side, rng)
@@ -62,6 +63,30 @@ def whole_spec(tag: str, objects: list[tuple[int, str, str]], side: int, rng: np
     return true_spec(tag, objects, side, rng)
 
 
+def wrong_caption(
+    scene: np.ndarray, another: dict, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()
+) -> dict | None:
+    """Draws a prompt that does not tell what there is in a scene [cells]: something of it is false, or left out.
+
+    Half of the time it is `another`, a caption of another scene: so the same sentences are right and wrong, and none can
+    be told by its words. Else one of the scene's own captions is missed narrowly: in the one point that its category is
+    about (see `near_miss`), or in any one word. None where nothing is found.
+    """
+    objects, side = objects_of(scene), side_of(len(scene))
+    miss = near_miss if rng.random() < 0.5 else slip
+
+    def near(tag):
+        spec = whole_spec(tag, objects, side, rng)
+        return None if spec is None else miss(spec, rng)
+
+    def accepts(spec):
+        return spec_composition(spec) not in forbidden and not exact_scene(scene, write(spec))
+
+    if rng.random() < 0.5 and (spec := draw(near, accepts, rng)):
+        return write(spec)
+    return None if exact_scene(scene, another) else another
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Statements
 # ---------------------------------------------------------------------------------------------------------------------
@@ -77,29 +102,6 @@ def true_prompt(
     objects, side = objects_of(scene), side_of(len(scene))
     make = lambda tag: true_spec(tag, objects, side, rng)
     spec = draw(make, lambda spec: spec_composition(spec) not in forbidden, rng, weights)
-    return None if spec is None else write(spec)
-
-
-def false_prompt(scene: np.ndarray, rng: np.random.Generator, forbidden: frozenset[str] = frozenset()) -> dict | None:
-    """Draws a prompt that is FALSE of a scene [cells], its category by TAG_WEIGHTS.
-
-    Half of the draws miss a true one narrowly, in the one point that its category is about (see `near_miss`); a quarter
-    in any one word; the others may be about anything. None as in `true_prompt`.
-    """
-    objects, side = objects_of(scene), side_of(len(scene))
-
-    def near(tag):
-        spec = whole_spec(tag, objects, side, rng) or true_spec(tag, objects, side, rng)
-        return None if spec is None else miss(spec, rng)
-
-    def accepts(spec):
-        return spec_composition(spec) not in forbidden and not judge_scene(scene, write(spec))
-
-    how = rng.random()
-    miss = near_miss if how < 0.5 else slip
-    spec = draw(near, accepts, rng) if how < 0.75 else None
-    if spec is None:
-        spec = draw(lambda tag: any_spec(tag, rng), accepts, rng)
     return None if spec is None else write(spec)
 
 
