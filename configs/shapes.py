@@ -82,6 +82,6 @@ def get_config(preset="normal"):
         config.pretrain.backbone.batch.update(positions=4, captions=10, questions=3, prompts=12)
         config.pretrain.scenes = 4096
         config.pretrain.crowded = 4096
-        config.gvu.update(prompts=12, group=12)
-        config.eval.update(every=30, batches=4, choices=48)
+        config.gvu.prompts = 12
+        config.eval.update(every=30, choices=48)
     return config

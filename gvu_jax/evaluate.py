@@ -49,7 +49,7 @@ _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _PICTURES = cli.path_flag("pictures", "A folder of pictures for unified, instead of rendered scenes.")
-_MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, five.",
+_MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, nine.",
                              lower_bound=1)
 _WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)

@@ -13,6 +13,7 @@
     beta             KL to the base; at 0, and with the policy its own judge, what collapse looks like
     oracle           the ceiling: the verdict of the checker on the pixels, which no method has, as the reward
     gap              GvU against learning from accepted pictures (Internal Gap, configs/shapes_gap.py) and the ceiling
+    methods          all methods on one base, and the ceiling
     uae              picture -> caption -> picture (configs/shapes_uae.py): both stages in turn, and each alone
     all              all of these
 
@@ -52,9 +53,12 @@ ARMS = {                                                         # {} is the con
     "oracle": [{}, {"reward.mean": "oracle"}],
     "gap": [{}, *({"config": f"configs/shapes_gap.py:{preset}"} for preset in ("sft", "csft", "dpo", "cdpo")),
             {"config": "configs/shapes_gap.py:sft", "internal_gap.group": 2}, {"reward.mean": "oracle"}],
+    "methods": [{}, *({"config": f"configs/shapes_gap.py:{preset}"} for preset in ("sft", "csft", "dpo", "cdpo")), UAE,
+                {"reward.mean": "oracle"}],
     "uae": [UAE, UAE | {"uae.stages": "draw:1"}, UAE | {"uae.stages": "caption:1", "steps": 200}],
 }
 ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in ARMS.values() for arm in arms)]
+PARTS = ("exact", "objects", "auc", "understanding", "judgement", "unified")               # of a summary, measured
 PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
 
 _NAME = flags.DEFINE_enum("name", None, list(ARMS), "Which experiment.", required=True)
@@ -139,9 +143,12 @@ def measure(arm, summaries):
     pictures are right) is left out."""
     minutes = [(summary["timings"]["training"] + summary["timings"]["evaluation"]) / 60 for summary in summaries]
     found = {}
+    for summary in summaries:                                   # before training the base's pictures are the model's own
+        own = summary.get("judgement_before", {})
+        own |= {f"{name}_on_base": value for name, value in own.items()}
     for moment in ("before", "after"):
         found[moment] = [summary[moment] | {f"{part} {name}": summary[f"{part}_{moment}"][name]
-                                            for part in ("exact", "objects", "understanding", "judgement", "unified")
+                                            for part in PARTS
                                             for name in summary.get(f"{part}_{moment}", {})} for summary in summaries]
     shared = [name for name in found["after"][0] if all(name in values for runs in found.values() for values in runs)]
     found["change"] = [{name: after[name] - before[name] for name in shared}
@@ -199,7 +206,9 @@ def drop_words(policy, teacher):
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
-        "overall", "exact overall", "objects overall", "understanding four_way", "judgement non_unification",
+        "overall", "exact overall", "objects overall", "auc overall", "understanding four_way",
+        "understanding relation", "understanding count", "understanding binding", "judgement non_unification",
+        "judgement accuracy_on_base",
         "judgement non_unification_by_words",
         *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))

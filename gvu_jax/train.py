@@ -129,7 +129,7 @@ def train_alone(config, workdir, stop):
     first, start = int(state.step), settings.get("cold", 0)          # a cold start is over before there is a "before"
     summary["judged"] = suite.judge is not None                      # else the scores are the model's own rewards
     if first < config.steps:                                         # a longer run continues a finished one
-        for name in [name for name in summary if name.endswith("after")]:
+        for name in [name for name in summary if name.endswith("after") or name == "spam"]:
             del summary[name]
         replace_file(notes / "summary.json", json.dumps(summary, indent=1))
     # A run stopped before its first checkpoint starts over, and so do its metrics: no line of theirs is kept.
@@ -175,11 +175,12 @@ def train_alone(config, workdir, stop):
             picture = sample_grid(drawn, suite.metas, verdicts and verdicts.marks)
             picture.save(notes / "samples" / f"{moment}.png")
             writer.image(step, "samples", np.asarray(picture))
-            if spam := alarms.spam(config.alarm, step, found, summary.get("objects_before", {})):
-                summary["spam"] = spam
             timings["evaluation"] += time.time() - began
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
-            writer.write(step, values)                                       # last: it says that the rest is there
+            writer.write(step, values)                                    # after the rest: it says that that is there
+            if spam := alarms.spam(config.alarm, step, found, summary.get("objects_before", {})):
+                summary["spam"] = spam
+                replace_file(notes / "summary.json", json.dumps(summary, indent=1))
 
         def evaluation_due(step):
             return step in (0, start, config.steps) or step % config.eval.every == 0

@@ -50,20 +50,57 @@ def find(prompt):
 
 
 def test_captions_tell_all_there_is(scenes, split):
-    """Nine in ten at least are exact; no word of theirs is of a held-out composition; every kind of scene that a prompt
-    can tell whole has one."""
+    """All are exact; no word of theirs is of a held-out composition; every category has its share."""
     forbidden, rng = w.compositions(split[1]), np.random.default_rng(0)
-    told, exact, tags = 0, 0, Counter()
+    told, tags = 0, Counter()
     for one in scenes:
-        meta = s.caption(one, rng, forbidden)
-        if meta is None:
-            continue
-        assert w.judge_scene(one, meta) and w.composition(meta) not in forbidden
-        told, exact = told + 1, exact + w.exact_scene(one, meta)
-        tags[meta["tag"]] += 1
-    assert told > 0.85 * len(scenes)
-    assert exact > 0.9 * told
+        if meta := s.caption(one, rng, forbidden):
+            assert w.exact_scene(one, meta) and w.composition(meta) not in forbidden
+            told += 1
+            tags[meta["tag"]] += 1
+    assert told > 0.9 * len(scenes)
     assert set(tags) == set(w.TAGS) and min(tags.values()) > 0.04 * told
+
+
+@pytest.mark.parametrize("objects, said", [
+    (dict(c0="red circle", c1="red circle", c2="blue square"), {"three shapes"}),
+    (dict(c0="red circle", c1="red cross", c2="red square"), {"three shapes", "three red shapes"}),
+    (dict(c0="red circle", c1="blue circle", c2="red circle"), {"three circles"}),
+])
+def test_a_crowd_is_told_by_its_number(objects, said):
+    rng, one = np.random.default_rng(0), scene(**objects)
+    assert {s.caption(one, rng)["prompt"].split(" of ")[1] for _ in range(60)} == said
+
+
+def test_careless_captions_are_true_and_leave_things_out(scenes):
+    rng = np.random.default_rng(0)
+    told = [(one, meta) for one in scenes if (meta := s.caption(one, rng, careless=1.0))]
+    assert all(w.judge_scene(one, meta) for one, meta in told)
+    assert 0.2 < np.mean([w.exact_scene(one, meta) for one, meta in told]) < 0.9
+
+
+def test_wrong_captions_are_wrong_and_say_what_right_ones_say(scenes, split, known):
+    """None is exact, some are true of more than they tell; and a category, or a number, is said as often of scenes that
+    it describes as of others: what a question says must not tell its answer."""
+    forbidden, rng = w.compositions(split[1]), np.random.default_rng(0)
+    captions = [s.caption(one, rng, forbidden) for one in scenes]
+    others = [meta for meta in captions if meta]
+    right, wrong, left_out, near, missing = Counter(), Counter(), 0, 0, 0
+    for one, own in zip(scenes, captions):
+        if own is None:
+            continue
+        if (meta := s.wrong_caption(one, s.pick(rng, others), rng, forbidden)) is None:
+            missing += 1
+            continue
+        assert not w.exact_scene(one, meta) and w.composition(meta) not in forbidden
+        left_out += w.judge_scene(one, meta)
+        near += w.objects_asked(meta) == w.objects_asked(own) and meta["tag"] == own["tag"]
+        for found, said in ((right, own), (wrong, meta)):
+            found[said["tag"]] += 1
+            found.update(word for word in said["prompt"].split() if word in ("two", "three", "four", "five"))
+    assert missing < 0.02 * len(scenes) and left_out > 0.01 * len(scenes) and near > 0.2 * len(scenes)
+    for what in right:
+        assert 0.42 < right[what] / (right[what] + wrong[what]) < 0.58, what
 
 
 def test_captions_count_as_far_as_there_is_to_count():
@@ -78,13 +115,13 @@ def test_captions_count_as_far_as_there_is_to_count():
     (dict(c0="red circle", c1="blue square"), {"two_object", "position", "color_attr"}),
     (dict(c0="red circle", c1="red square"), {"two_object", "position"}),
     (dict(c0="red circle", c1="red circle"), {"counting"}),
-    (dict(c0="red circle", c1="red circle", c2="blue square"), set()),
+    (dict(c0="red circle", c1="red circle", c2="blue square"), {"counting"}),
+    ({}, set()),
 ])
 def test_which_captions_tell_a_scene(objects, told):
     one = scene(**objects)
-    specs = {tag for tag in w.TAGS for rng in [np.random.default_rng(0)]
-             if s.whole_spec(tag, s.objects_of(one), 3, rng) is not None}
-    assert specs == told
+    rng = np.random.default_rng(0)
+    assert {tag for tag in w.TAGS if s.whole_spec(tag, s.objects_of(one), 3, rng) is not None} == told
 
 
 # Statements ---------------------------------------------------------------------------------------------------------
@@ -113,24 +150,10 @@ def test_true_prompts_reach_the_whole_training_space(scenes, split):
     assert len(missing) < 0.02 * len(seen), missing
 
 
-def test_false_prompts_are_false_allowed_and_often_near(scenes, split, known):
-    forbidden = w.compositions(split[1])
-    rng = np.random.default_rng(0)
-    about_present = 0
-    for one in scenes:
-        meta = s.false_prompt(one, rng, forbidden)
-        assert not w.judge_scene(one, meta)
-        assert w.composition(meta) not in forbidden
-        assert known.get(meta["prompt"], meta) == meta  # captions count further than prompts
-        about_present += all(w.find(one.tolist(), {"class": item["class"]}) for item in meta["include"])
-    assert about_present > 0.3 * len(scenes)  # cannot be refused for a missing shape
-    assert not w.judge_scene(np.zeros(9, np.int8), s.false_prompt(np.zeros(9, np.int8), rng))
-
-
 def test_sentences_are_fast(scenes):
     rng = np.random.default_rng(0)
     meta = find("a photo of a red circle above a square")
-    for limit_us, act in [(150, s.true_prompt), (250, s.false_prompt), (50, lambda one, _: w.judge_scene(one, meta))]:
+    for limit_us, act in [(150, s.true_prompt), (250, lambda one, rng: s.wrong_caption(one, meta, rng)), (50, lambda one, _: w.judge_scene(one, meta))]:
         start = time.perf_counter()
         for one in scenes[:1000]:
             act(one, rng)
@@ -183,6 +206,7 @@ def test_ask_tells_the_place_the_thing_or_the_number(scenes, split):
             assert f"{answer} {w.COLORS[(one[cells[0]] - 1) % 5]} {shape}" in s.describe(one)
         else:
             assert answer == w.NUMBERS[len(cells) - 1]
+            assert f"counting: {len(cells)} {color + ' ' if color else ''}{shape}" not in hidden
         forms["where" if where else "many"] += 1
     assert min(forms[form] for form in ("what", "where", "many")) > 400
     assert s.ask(np.zeros(9, np.int8), rng) is None

@@ -9,7 +9,7 @@ from conftest import one_device
 
 from gvu_jax import checkpoint
 from gvu_jax.models import vae
-from gvu_jax.shapes import pretrain, suite, world
+from gvu_jax.shapes import pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
 from gvu_jax.suite import auc, choose_prompts
@@ -49,14 +49,20 @@ def test_nothing_held_out_is_ever_written_for_pretraining(tiny):
     rng, (_, held_out) = np.random.default_rng(0), world.split_prompts()
     scenes, forbidden = world.sample_scenes(rng, 300), world.compositions(held_out)
     seen = np.zeros((300, 3, 3), np.int32)
-    parts = [pretrain.write_captions(umm, seen, scenes, rng, forbidden),
-             pretrain.write_captions(umm, seen, scenes, rng, forbidden, {"position": 1}),
-             pretrain.write_questions(umm, seen, scenes, rng, forbidden)]
-    said = [text for part in parts for text in umm.tokenizer.batch_decode(
-        part.prompts.words.reshape(-1, part.prompts.words.shape[-1]), skip_special_tokens=True)]
     secret = {meta["prompt"] for meta in held_out}
-    assert len(said) > 1500
-    assert not any(prompt == text or f"describe {prompt}?" in text for text in said for prompt in secret)
+
+    def told(forbidden):
+        """How many texts are written, and how many of them say a held-out prompt."""
+        parts = [pretrain.write_captions(umm, seen, scenes, rng, forbidden),
+                 pretrain.write_captions(umm, seen, scenes, rng, forbidden, {"position": 1}),
+                 pretrain.write_questions(umm, seen, scenes, rng, forbidden)]
+        said = [text for part in parts for text in umm.tokenizer.batch_decode(
+            pretrain.flat(part.prompts.words), skip_special_tokens=True)]
+        return len(said), sum(prompt == text or f"describe {prompt}?" in text for text in said for prompt in secret)
+
+    count, leaked = told(forbidden)
+    assert count > 1500 and leaked == 0
+    assert told(frozenset())[1] > 100, "the search would find them"
 
 
 def test_a_question_among_the_words_is_read_as_before_them(tiny):
@@ -67,7 +73,10 @@ def test_a_question_among_the_words_is_read_as_before_them(tiny):
     rng = np.random.default_rng(1)
     scenes = world.sample_scenes(rng, 8)
     seen = rng.integers(umm.vision.codebook_size, size=(8, 3, 3)).astype(np.int32)
-    asked = [(i, *pair) for i, scene in enumerate(scenes) for pair in pretrain.ask_all(scene, rng, frozenset())]
+    captions = [sentences.caption(scene, rng) for scene in scenes]
+    others = [meta for meta in captions if meta] * 2
+    asked = [(i, *pair) for i, scene in enumerate(scenes)
+             for pair in pretrain.ask_all(scene, captions[i], others[:2], rng, frozenset())]
     apart = pretrain.encode_pairs(umm, seen, asked)
     packed = pretrain.side_by_side(pretrain.put_into_words(apart), pretrain.QUESTIONS)
     logps, mask = umm.text_logps(params, apart.seen, apart.prompts)

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from gvu_jax.shapes import suite
+from gvu_jax.shapes import sentences, suite
 from gvu_jax.shapes import world as w
 
 
@@ -50,3 +50,22 @@ def test_hard_pairs(kind):
         assert numbers == {(2, 3): 50, (3, 2): 50, (3, 4): 50, (4, 3): 50}
     with pytest.raises(ValueError):
         suite.hard_pairs(np.random.default_rng(0), "colour", 1)
+
+
+def test_captions_of_this_world_are_sentences_of_it(scenes):
+    """Whatever pretraining may say of a picture, the judge of captions finds true."""
+    rng = np.random.default_rng(0)
+    for one in scenes[:1000]:
+        if meta := sentences.caption(one, rng, careless=0.1):
+            assert suite.judge_caption(meta["prompt"], one)[:2] == (True, True)
+        assert suite.judge_caption(sentences.describe(one), one) == (True, True, True)
+
+
+@pytest.mark.parametrize("side", [2, 4, 5])
+def test_grids_of_other_sides_have_their_tests(side):
+    rng, place = np.random.default_rng(0), w.World(side, min(9, side * side))
+    for kind, tag in suite.HARD_KINDS.items():
+        for one, (true, false) in suite.hard_pairs(rng, kind, 20, place):
+            assert len(one) == side * side and true["tag"] == tag
+            assert w.judge_scene(one, true) and not w.judge_scene(one, false)
+    assert len(suite.four_way(rng, w.sample_scenes(rng, 1000, place), 12)) == 12

@@ -5,7 +5,7 @@
     2. autoencoder      pixels <-> latents of the diffusion head, by principal components
     3. diffusion head   rectified flow from noise to latents, given the image tokens
     4. backbone         next-token prediction in both directions: pictures -> captions, full descriptions, answers to
-                        questions (understanding); prompts -> pictures (generation, given less and taught worse)
+                        questions (understanding); prompts -> pictures (generation, some of them of other prompts)
 
 The result is cached under a hash of everything that shaped it. Held-out prompts occur nowhere in it.
 
@@ -64,6 +64,10 @@ def ensure_base(config):
 
 def model(config):
     """The model of a config, whose parameters are yet to be made."""
+    codes = NAMES * config.world.side
+    if config.model.vision.codebook_size < codes:
+        raise ValueError(f"model.vision.codebook_size is {config.model.vision.codebook_size}, but a world of side "
+                         f"{config.world.side} needs {codes} codes: one for each thing in each column")
     tokenizer = build_tokenizer(config.model.vision.codebook_size)
     text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
@@ -253,8 +257,9 @@ def train_backbone(umm, params, place, settings, rng, key):
     """Next-token prediction both ways, through the very calls that GvU uses, in two lessons.
 
     Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
-    nothing else: so captions of positions, of two objects, are the first lesson, and stay a part of the second. How
-    unequal the diet of the two branches is in that one decides how weak generation starts.
+    nothing else: so captions of positions, of two objects, are the first lesson (unless it has 0 steps), and stay a
+    part of the second. Drawing is taught in the second alone, a share `mismatched` of it with pictures of other prompts:
+    that decides how weak it starts.
     """
     see, forbidden = jax.jit(umm.see), world.compositions(world.split_prompts()[1])
     look = lambda scenes: np.concatenate([jax.device_get(see(params, world.render(chunk, rng)))
@@ -345,7 +350,7 @@ def ask_all(scene, caption, others, rng, forbidden):
     the scene leaves too little to ask.
 
     Yes is said of `caption`, which tells all there is, and no of wrong captions (others: two of other scenes). Where
-    nothing tells the scene whole (caption is None), no is said twice.
+    the scene's own is held out (caption is None), no is said twice.
     """
     wrong = [sentences.wrong_caption(scene, other, rng, forbidden) for other in others]
     details = [sentences.ask(scene, rng, forbidden) for _ in range(QUESTIONS - 2)]

@@ -1,7 +1,7 @@
 """What is said of scenes (see world.py): the captions, descriptions and questions that pretraining reads.
 
-People's captions tell what there is: one object, two, or a number of a kind, and nothing that stands there is left
-out. So must these. If any true statement would do, a model learns that the more stands in a picture, the more is true
+People's captions tell what there is: one object, two, a number of a kind, or of shapes where they differ, and nothing
+that stands there is left out. So must these. If any true statement would do, a model learns that the more stands in a picture, the more is true
 of it, and a reward that asks it for a prompt's probability is best served by filling the picture.
 
     captions     caption, wrong_caption  a prompt that tells all there is, and one that does not
@@ -15,7 +15,7 @@ Every random choice comes from an explicit `rng`. Compositions (world.compositio
 import numpy as np
 
 from gvu_jax.shapes.world import (
-    COLORS, COUNTS, INVERSE, LEAD_INS, MOST_SIDE, NUMBERS, RELATIONS, SHAPES, TAGS, Spec, exact_scene, holds, noun,
+    ANY, COLORS, COUNTS, INVERSE, LEAD_INS, MOST_SIDE, NUMBERS, RELATIONS, SHAPES, TAGS, Spec, exact_scene, holds, noun,
     plural, side_of, spec_composition, write)
 
 INSTRUCTIONS = ("Describe the image.", "Describe the image in detail.")
@@ -39,8 +39,7 @@ def caption(
     """Draws a prompt that tells what there is in a scene [cells]: all of its objects, and no other.
 
     Its category is drawn by `weights` among those that can. A share `careless` may be any true prompt, as people's
-    captions sometimes are. None where no prompt tells this scene whole (three objects of two shapes, for one), or where
-    `forbidden` leaves none.
+    captions sometimes are. None where `forbidden` leaves none, or where there is nothing.
     """
     if rng.random() < careless:
         return true_prompt(scene, rng, forbidden, weights)
@@ -54,10 +53,11 @@ def whole_spec(tag: str, objects: list[tuple[int, str, str]], side: int, rng: np
     """A random spec of one category that tells all of a scene's objects, or None where there is none."""
     if tag == "counting":
         shapes, colors = {shape for _, shape, _ in objects}, {color for _, _, color in objects}
-        if len(objects) < 2 or len(shapes) > 1:
+        if len(objects) < 2 or (len(objects) == 2 and len(shapes) == 2):
             return None
+        shape = shapes.pop() if len(shapes) == 1 else ANY
         color = colors.pop() if len(colors) == 1 and rng.random() < 0.75 else None
-        return Spec(pick(rng, LEAD_INS), tag, ((shapes.pop(), color),), len(objects))
+        return Spec(pick(rng, LEAD_INS), tag, ((shape, color),), len(objects))
     if len(objects) != (1 if tag in ("single_object", "colors") else 2):
         return None
     return true_spec(tag, objects, side, rng)
@@ -320,7 +320,7 @@ PUNCTUATION = (",", ".", "?")
 def vocabulary() -> list[str]:
     """Every word and punctuation mark, in lower case, that the functions above and world.py's prompts can produce for
     any grid, and the digits of the grid sizes; in a fixed order and without repetition."""
-    texts = [*LEAD_INS, *COLORS, *SHAPES, *map(plural, SHAPES), "and", *RELATIONS, *NUMBERS]
+    texts = [*LEAD_INS, *COLORS, *SHAPES, *map(plural, (*SHAPES, ANY)), "and", *RELATIONS, *NUMBERS]
     texts += [*place_names(3), *place_names(2), "nothing", "does this image describe", "where is the", "what is at the",
               "how many are there", *ANSWERS]
     texts += [instruction.rstrip(".").lower() for instruction in INSTRUCTIONS]

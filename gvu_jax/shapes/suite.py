@@ -85,7 +85,7 @@ HARD_KINDS = {"relation": "position", "count": "counting", "binding": "color_att
 
 
 def hard_pairs(rng, kind, count, place=world.World()):
-    """Builds `count` two-way Choices that bags of words cannot solve: a true prompt against its near miss.
+    """Builds `count` two-way Choices that words alone cannot solve: a true prompt against its near miss.
 
     `kind` is "relation" (A left of B against A right of B), "count" (n against n +- 1) or "binding" (exchanged
     colors); another raises ValueError. Text alone is at chance: every pair of prompts is as likely either way round,
@@ -162,5 +162,8 @@ def judge_caption(caption, scene):
 
 @functools.cache
 def prompts():
-    """{text: meta} of every prompt of the world."""
-    return {meta["prompt"]: meta for meta in world.all_prompts()}
+    """{text: meta} of every prompt of the world, and of the captions that count further."""
+    counts = range(2, len(world.NUMBERS) + 1)
+    crowds = [world.Spec(lead_in, "counting", ((world.ANY, color),), count) for lead_in in world.LEAD_INS
+              for color in (None, *world.COLORS) for count in counts]
+    return {meta["prompt"]: meta for meta in [*world.all_prompts(counts), *map(world.write, crowds)]}

@@ -12,8 +12,8 @@ true of which scene, progress can be judged exactly. The file reads in the order
 What a model in this world reads is said in sentences.py, how it is tested in suite.py.
 
 Prompts are dicts with the keys of GenEval's metadata (Ghosh et al., 2023): `tag`, `include`, `exclude`, `prompt`.
-A scene is an int8 array [side * side] in reading order: 0 is an empty cell (so is -1, a cell that the checker could
-not read), and 1 + shape * len(COLORS) + color is an object. Every random choice comes from an explicit `rng`.
+A scene is an int8 array [side * side] in reading order: 0 is an empty cell, 1 + shape * len(COLORS) + color an object,
+and -1 a cell that the checker could not read: none of the objects, but not empty either. Every random choice comes from an explicit `rng`.
 """
 
 import itertools
@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+ANY = "shape"  # what a caption calls things that differ in shape: "five shapes". Prompts never do
 COLORS = ("red", "green", "blue", "yellow", "purple")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 MOST_SIDE = 5  # of a grid
@@ -66,22 +67,22 @@ class World:
 
 
 # What scenes are made of: one object; two of different shapes; a number of one shape; or anything. The first three are
-# what prompts ask for, and a caption tells all that is there. The last teaches to read what is where in a crowd.
-SCENES = {"one": 0.15, "two": 0.3, "number": 0.45, "anything": 0.1}
+# what prompts ask for. The last is what a picture must not become: captions speak of it in other words.
+SCENES = {"one": 0.15, "two": 0.3, "number": 0.4, "anything": 0.15}
 
 
 def sample_scenes(rng: np.random.Generator, count: int, world: World = World(), kinds: dict = SCENES) -> np.ndarray:
     """Draws `count` scenes, int8 [count, cells], of the kinds of SCENES, each with its probability in `kinds`.
 
     A number is two to `max_objects`, in three of four scenes five at most; in 60 % of them all are of one color.
-    Anything is three to `max_objects` objects of any shape and color.
+    Anything is three to `max_objects` objects of any shape and color, in half of these scenes three.
     """
     kind = rng.choice(list(kinds), size=(count, 1), p=list(kinds.values()))
     one, two, number = (kind == name for name in ("one", "two", "number"))
     slot = np.arange(world.max_objects)  # an object's place in the drawing order
     few = np.where(rng.random((count, 1)) < 0.75, min(5, world.max_objects), world.max_objects)
-    objects = np.where(number, rng.integers(2, few, endpoint=True),
-                       rng.integers(3, world.max_objects, size=(count, 1), endpoint=True))
+    many = np.where(rng.random((count, 1)) < 0.5, 3, world.max_objects)
+    objects = np.where(number, rng.integers(2, few, endpoint=True), rng.integers(3, many, endpoint=True))
     objects = np.where(one, 1, np.where(two, 2, objects))
 
     shape = rng.integers(len(SHAPES), size=(count, world.max_objects))
@@ -206,13 +207,14 @@ class Spec(NamedTuple):
     link: str | int | None = None
 
 
-def all_prompts() -> list[dict]:
-    """Every prompt of the world in a fixed order. At most one object of a position prompt carries a color."""
+def all_prompts(counts: tuple[int, ...] = COUNTS) -> list[dict]:
+    """Every prompt of the world in a fixed order, with the numbers `counts`. At most one object of a position prompt
+    carries a color."""
     specs = []
     for lead_in, shape in itertools.product(LEAD_INS, SHAPES):
         specs.append(Spec(lead_in, "single_object", ((shape, None),)))
         specs.extend(Spec(lead_in, "colors", ((shape, color),)) for color in COLORS)
-        for color, number in itertools.product((None, *COLORS), COUNTS):
+        for color, number in itertools.product((None, *COLORS), counts):
             specs.append(Spec(lead_in, "counting", ((shape, color),), number))
     for lead_in, (first, second) in itertools.product(LEAD_INS, itertools.permutations(SHAPES, 2)):
         specs.append(Spec(lead_in, "two_object", ((first, None), (second, None))))
@@ -255,7 +257,7 @@ def composition(meta: dict) -> str:
 
 
 def compositions(metas: list[dict]) -> frozenset[str]:
-    """The set of compositions of many prompts: of the held-out ones, it is what `true_prompt` takes as forbidden."""
+    """The set of compositions of many prompts: of the held-out ones, what sentences.py takes as forbidden."""
     return frozenset(composition(meta) for meta in metas)
 
 
@@ -352,12 +354,11 @@ def exact_scene(scene: np.ndarray, meta: dict) -> bool:
 
 
 def find(codes: list[int], item: dict) -> list[int]:
-    """The cells that hold an object of the item's class and, where it names one, color."""
-    first = 1 + SHAPES.index(item["class"]) * len(COLORS)
-    if "color" in item:
-        wanted = first + COLORS.index(item["color"])
-        return [cell for cell, code in enumerate(codes) if code == wanted]
-    return [cell for cell, code in enumerate(codes) if first <= code < first + len(COLORS)]
+    """The cells that hold an object of the item's class (ANY: of whichever) and, where it names one, color."""
+    shapes = SHAPES if item["class"] == ANY else (item["class"],)
+    colors = (item["color"],) if "color" in item else COLORS
+    wanted = {1 + SHAPES.index(shape) * len(COLORS) + COLORS.index(color) for shape in shapes for color in colors}
+    return [cell for cell, code in enumerate(codes) if code in wanted]
 
 
 def holds(relation: str, a: int, b: int, side: int) -> bool:
