@@ -125,6 +125,38 @@ def assert_same_picture(pixels, expected):
     np.testing.assert_array_less(np.where(drawn == expected["image_uint8"], 0, away), 0.502)
 
 
+@pytest.fixture(scope="session")
+def scenes():
+    from gvu_jax.shapes import world
+    return world.sample_scenes(np.random.default_rng(0), 4000)
+
+
+@pytest.fixture(scope="session")
+def split():
+    from gvu_jax.shapes import world
+    return world.split_prompts(held_out=0.2, seed=0)
+
+
+def code(color, shape):
+    """How a scene holds an object."""
+    from gvu_jax.shapes import world
+    return 1 + world.SHAPES.index(shape) * len(world.COLORS) + world.COLORS.index(color)
+
+
+def scene(**objects):
+    """A 3 x 3 scene from pairs such as c0="red circle"."""
+    cells = np.zeros(9, np.int8)
+    for cell, name in objects.items():
+        cells[int(cell[1:])] = code(*name.split())
+    return cells
+
+
+def find(prompt):
+    """The prompt of this text, as a dict."""
+    from gvu_jax.shapes import world
+    return next(meta for meta in world.all_prompts() if meta["prompt"] == prompt)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -9,16 +9,6 @@ from gvu_jax.shapes import sentences, suite
 from gvu_jax.shapes import world as w
 
 
-@pytest.fixture(scope="module")
-def scenes():
-    return w.sample_scenes(np.random.default_rng(0), 4000)
-
-
-@pytest.fixture(scope="module")
-def split():
-    return w.split_prompts(held_out=0.2, seed=0)
-
-
 def test_four_way(scenes):
     choices = suite.four_way(np.random.default_rng(0), scenes, 120)
     assert Counter(choice.prompts[0]["tag"] for choice in choices) == {tag: 20 for tag in w.TAGS}

@@ -6,36 +6,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from conftest import find, scene
+
 from gvu_jax.shapes import sentences
 from gvu_jax.shapes import world as w
 
 WORLD = w.World()
-
-
-@pytest.fixture(scope="module")
-def scenes():
-    return w.sample_scenes(np.random.default_rng(0), 4000, WORLD)
-
-
-@pytest.fixture(scope="module")
-def split():
-    return w.split_prompts(held_out=0.2, seed=0)
-
-
-def code(color, shape):
-    return 1 + w.SHAPES.index(shape) * len(w.COLORS) + w.COLORS.index(color)
-
-
-def scene(**objects):
-    """A 3 x 3 scene from pairs such as c0="red circle"."""
-    cells = np.zeros(9, np.int8)
-    for cell, name in objects.items():
-        cells[int(cell[1:])] = code(*name.split())
-    return cells
-
-
-def find(prompt):
-    return next(meta for meta in w.all_prompts() if meta["prompt"] == prompt)
 
 
 # Scenes -------------------------------------------------------------------------------------------------------------
