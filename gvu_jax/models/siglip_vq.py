@@ -98,7 +98,7 @@ class SiglipVQ(nn.Module):
 
 
 def unit(x):
-    """Vectors [.., C] of length 1 (of length 0: where they were shorter than 1e-12, nearly so)."""
+    """Vectors [.., C] brought to length 1, except those shorter than 1e-12, which are only divided by that."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 

@@ -30,7 +30,7 @@ class Config:
     shift_factor: float
 
     # What FLUX's encoder and decoder have otherwise than VQ-16's (vq.py), which are built of the same blocks.
-    projection = nn.Dense        # of the attention, how the checkpoint keeps it
+    projection = nn.Dense        # in the attention
     attends = False              # whether attention follows each residual block of the deepest level
 
     @property
@@ -93,7 +93,7 @@ class ResnetBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Every position reads every other one, with a single head as wide as the channels.
 
-    projection: nn.Dense, or a convolution of 1 x 1, which is the same where the checkpoint keeps it as one.
+    projection: nn.Dense, or what does the same with a kernel that the checkpoint keeps otherwise.
     """
     config: Config
     projection: Any = nn.Dense
@@ -101,10 +101,10 @@ class AttentionBlock(nn.Module):
     @nn.compact
     def __call__(self, x):                                                                          # [B, h, w, D]
         B, h, w, D = x.shape
-        y = GroupNorm(self.config.norm_num_groups, name="group_norm")(x)
-        q, k, v = (self.projection(D, name=name)(y).reshape(B, h * w, 1, D) for name in ("to_q", "to_k", "to_v"))
-        y = full_attention(q, k, v).reshape(B, h, w, D)
-        return x + self.projection(D, name="to_out_0")(y)
+        y = GroupNorm(self.config.norm_num_groups, name="group_norm")(x).reshape(B, h * w, D)
+        q, k, v = (self.projection(D, name=name)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+        y = self.projection(D, name="to_out_0")(full_attention(q, k, v)[:, :, 0, :])                # [B, h*w, D]
+        return x + y.reshape(B, h, w, D)
 
 
 class MidBlock(nn.Module):

@@ -10,7 +10,6 @@ softmax and the choice of the code are float32. Letters as in layers.py; a grid 
 row-major.
 """
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,16 @@ from flax import linen as nn
 
 from gvu_jax.models import torch_keys, vae
 from gvu_jax.models.siglip_vq import cosines, unit
+
+
+class Pointwise(nn.Module):
+    """`x @ kernel + bias`, the kernel kept as the convolution of 1 x 1 that it is in the checkpoint."""
+    features: int
+
+    @nn.compact
+    def __call__(self, x):                                                            # [..., in] -> [..., features]
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (1, 1, x.shape[-1], self.features))
+        return x @ kernel[0, 0] + self.param("bias", nn.initializers.zeros, (self.features,))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Config:
 
     # What vae.Encoder and vae.Decoder ask for.
     norm_num_groups = 32
-    projection = staticmethod(functools.partial(nn.Conv, kernel_size=(1, 1)))
+    projection = Pointwise
     attends = True
 
     @property
