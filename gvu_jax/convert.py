@@ -317,7 +317,7 @@ def plan(umm, found):
             places = torch_keys.places(found[part], tree, rules[part], ignored.get(part, ()))
         except ValueError as error:
             raise ValueError(f"{part}: {error}") from error
-        planned[part] = {key: Place(f"{part}/{path}", row) for key, (path, row) in places.items()}
+        planned[part] = {key: Place(f"{part}/{path}", row) for key, (path, row, _) in places.items()}
     return planned
 
 

@@ -33,6 +33,11 @@ class How:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1] and min_p {self.min_p} in [0, 1]")
 
 
+def guided(conditional, unconditional, guidance):
+    """u + guidance (c - u) (Ho & Salimans 2022) of logits or of log-probabilities: the distribution is the same."""
+    return unconditional + guidance * (conditional - unconditional)
+
+
 def filter_logits(logits, how, negative=None):
     """The scores a token is drawn from: removed entries are -inf. logits, negative [..., V] float32 -> [..., V].
 
@@ -41,8 +46,7 @@ def filter_logits(logits, how, negative=None):
     ascending tail whose mass is <= 1 - top_p; min-p drops what is below min_p times the largest probability.
     """
     if how.guidance != 1.0:
-        conditional, unconditional = jax.nn.log_softmax(logits), jax.nn.log_softmax(negative)
-        logits = unconditional + how.guidance * (conditional - unconditional)
+        logits = guided(jax.nn.log_softmax(logits), jax.nn.log_softmax(negative), how.guidance)
     if how.suppress:
         logits = logits.at[..., jnp.array(how.suppress)].set(-jnp.inf)
     if how.temperature not in (0.0, 1.0):
@@ -68,15 +72,18 @@ def sample_keys(key, index):
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index)
 
 
-def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=None, stop=None, negative=None):
+def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=None, stop=None, negative=None,
+           seen=None):
     """Draws `steps` tokens after each prompt.
 
-    model, variables   the backbone (an `xomni.XOmni`) and what its `apply` takes
+    model, variables   the backbone (an `xomni.XOmni` or `llama.Llama`) and what its `apply` takes
     tokens, mask       [B, P] int and bool, left-padded prompts
     head, offset       name of the logits method ("image_logits" or "text_logits"), and the id of its first entry
     index              [B * G] int, the place of each sample in the whole that `key` is for; None: this is the whole
     stop               index that ends a row (it goes on repeating it, at log-probability 0), or None
-    negative           ids [M] of the context without a prompt, same for all rows; needed with guidance
+    negative           ids of the context without a prompt, needed with guidance: [M], the same for all rows, or [B, P]
+                       beside the prompts, whose mask is theirs too. It is read once a prompt and not once a sample
+    seen               what a picture is to the backbone, where the prompts hold one that is not made of tokens
     Returns head indices [B * G, steps] int32 and policy log-probabilities [B * G, steps] float32, prompt-major,
     G = how.images_per_prompt.
     """
@@ -86,13 +93,14 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     text_only = head == "text_logits"
     logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
 
-    def prefill(tokens, mask):
+    def prefill(tokens, mask, **pictures):
         B, P = tokens.shape
         mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
         positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                    # [B, P + steps]
         dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
         cache = model.empty_cache(B, P + steps, dtype)
-        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only)
+        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only,
+                                    **pictures)
         times = rows // B
         repeat = lambda x: jnp.repeat(x, times, axis=0)
         return repeat(hidden[:, -1]), cache.repeat(times), repeat(mask), repeat(positions)
@@ -125,9 +133,10 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         return (tuple(advance(context, drawn, t) for context in contexts), done), (drawn, logp)
 
     keys = sample_keys(key, jnp.arange(rows) if index is None else index)
-    contexts = (prefill(tokens, mask),)
+    contexts = (prefill(tokens, mask, **({} if seen is None else {"seen": seen})),)
     if how.guidance != 1.0:
-        contexts += (prefill(negative[None], jnp.ones((1, len(negative)), bool)),)
+        unprompted = (negative, mask) if negative.ndim == 2 else (negative[None], jnp.ones((1, len(negative)), bool))
+        contexts += (prefill(*unprompted),)
     stepper, weights, caches = model.for_steps(variables, [context[1] for context in contexts])
     contexts = tuple((hidden, cache, *rest) for (hidden, _, *rest), cache in zip(contexts, caches))
     # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 # Programs of tests run for milliseconds, so they had better be compiled fast than well. The second flag is one that XLA
@@ -115,6 +116,50 @@ def converted(fixtures, tmp_path_factory):
     step = told["decoder"]["upscale_factor"]
     convert.convert(fixtures / "xomni", folder, image_size=-(-told["transform"]["short_size"] // step) * step)
     return folder
+
+
+def janus_configs(folder):
+    """The configs of llama, siglip and vq from a config.json in the published layout, with the fixture's extra keys."""
+    from gvu_jax.models import llama, siglip, vq
+    told = json.loads((folder / "config.json").read_text())
+    tower, codes = told["vision_config"]["params"], told["gen_vision_config"]["params"]
+    depth = tower["layers"] if tower["select_layer"] >= 0 else tower["layers"] + tower["select_layer"] + 1
+    numbers = {k: v for k, v in told["language_config"].items() if k in llama.Config.__dataclass_fields__}
+    heads = numbers["num_attention_heads"]
+    return {
+        "ar": llama.Config(
+            **{"num_key_value_heads": heads} | numbers, image_vocab_size=codes["image_token_size"],
+            code_width=told["gen_aligner_config"]["params"]["input_dim"],
+            vision_width=told["aligner_config"]["params"]["input_dim"],
+            image_head_width=told["gen_head_config"]["params"]["image_token_embed"]),
+        "vision": siglip.Config(
+            width=tower["width"], layers=depth, heads=tower["heads"],
+            mlp_hidden=int(tower["width"] * tower["mlp_ratio"]), patch_size=tower["patch_size"],
+            pos_table_side=tower["image_size"] // tower["patch_size"]),
+        "vq": vq.Config(
+            codebook_size=codes["image_token_size"], codebook_dim=codes["n_embed"], z_channels=codes["z_channels"],
+            channels=codes["ch"], multipliers=tuple(codes["ch_mult"]), res_blocks=codes["num_res_blocks"])}
+
+
+def janus_params(tensors, configs, layout):
+    """The params of all three parts from a checkpoint's tensors (name -> array), in their dtypes."""
+    from gvu_jax.models import llama, siglip, torch_keys, vq
+    rooms = {"ar": llama, "vision": siglip, "vq": vq}
+    parts = torch_keys.split(tensors, {part: room.KEYS[layout] for part, room in rooms.items()})
+    return {part: room.from_torch(parts[part], configs[part], layout) for part, room in rooms.items()}
+
+
+@pytest.fixture(scope="session")
+def janus(fixtures):
+    """The golden Janus-Pro in float32: its folder, configs, params, texts and scores, and arrays(name) of an archive."""
+    from safetensors.numpy import load_file
+    folder = fixtures / "janus"
+    configs = janus_configs(folder)
+    params = janus_params(load_file(folder / "model.safetensors"), configs, "published")
+    return types.SimpleNamespace(
+        folder=folder, configs=configs, params=jax.tree.map(lambda leaf: leaf.astype(np.float32), params),
+        cases=json.loads((folder / "expected/cases.json").read_text()),
+        arrays=lambda name: dict(np.load(folder / "expected" / f"{name}.npz")))
 
 
 def assert_same_picture(pixels, expected):

@@ -1,6 +1,8 @@
-"""The Qwen2 decoder layer: pre-norm, grouped-query attention with biases on q, k, v, rotary positions, SwiGLU.
+"""The decoder layer of Qwen2 and Llama: pre-norm, grouped-query attention, rotary positions, SwiGLU; and how it is
+stacked.
 
-The key/value cache is one pair of arrays for all layers, carried through the layers' scan and written in place.
+Qwen2 has biases on q, k, v and Llama has none: the config's `qkv_bias`. The key/value cache is one pair of arrays for
+all layers, carried through the layers' scan and written in place.
 """
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,16 @@ from flax import linen as nn
 from flax import struct
 
 from gvu_jax.models import splash
-from gvu_jax.models.layers import Dense, RMSNorm, attention, rotary, spread
+from gvu_jax.models.layers import Dense, RMSNorm, attention, platform, rotary, spread
+
+# What of a layer is computed again in the backward pass: "nothing", "all", or all but the results of its matrix
+# products ("elementwise").
+REMAT = {"nothing": None, "all": None, "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+
+
+def check_remat(remat):
+    if remat not in REMAT:
+        raise ValueError(f"remat is {remat!r}; it must be one of {', '.join(REMAT)}")
 
 
 @struct.dataclass
@@ -51,7 +62,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, cache, layer, positions, mask, at):
         c, (B, T, _) = self.config, x.shape
-        heads = lambda name, n: Dense(n * c.head_dim, True, 1, name=name)(x).reshape(B, T, n, c.head_dim)
+        heads = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, 1, name=name)(x).reshape(B, T, n, c.head_dim)
         q = rotary(heads("q_proj", c.num_attention_heads), positions, c.rope_theta)                 # [B, T, H, E]
         k = rotary(heads("k_proj", c.num_key_value_heads), positions, c.rope_theta)                 # [B, T, K, E]
         v = heads("v_proj", c.num_key_value_heads)                                                  # [B, T, K, E]
@@ -96,3 +107,56 @@ class DecoderLayer(nn.Module):
         x = x + y
         x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x))
         return x, cache
+
+
+def rematted(layer, config):
+    """The module class `layer`, of which the backward pass computes again what the config says."""
+    return layer if config.remat == "nothing" else nn.remat(layer, prevent_cse=False, policy=REMAT[config.remat])
+
+
+def stack(layer, config, length, per_layer, shared):
+    """`length` layers in a scan. layer: a module class called with a carry, `per_layer` arguments that differ from
+    layer to layer and `shared` ones; it returns the carry and None."""
+    return nn.scan(
+        rematted(layer, config), variable_axes={"params": 0, "lora": 0, "intermediates": 0},
+        split_rngs={"params": True}, in_axes=(0,) * per_layer + (nn.broadcast,) * shared, length=length)(config)
+
+
+def readable(mask, T, at, head_dim, window=None):
+    """What each of T positions from slot `at` on may read, as `DecoderLayer` takes it: (mask, near).
+
+    mask     [B, S] bool, True where the slot holds a real token, read in causal order; or [B, T, S], what a position
+             may read besides
+    at       int or traced; the int 0 says that rows begin here, which is what splash can read
+    window   a position reads the last so many; near [T, S] says which, None without a window
+    """
+    ago = (at + jnp.arange(T))[:, None] - jnp.arange(mask.shape[-1])[None, :]                       # [T, S]
+    near = None if window is None else ago < window                                                 # [T, S]
+    if near is None and mask.ndim == 2 and isinstance(at, int) and at == 0 and splash.serves(T, head_dim):
+        return mask[:, :T], near                                        # the rows begin here: the rest is causal order
+    return (ago >= 0) & (mask if mask.ndim == 3 else mask[:, None, :]), near                        # [B, T, S]
+
+
+def for_steps(model, variables, caches, stacks):
+    """(model, variables, caches) that read one token after the other: what this one gave, as every step reads it.
+
+    A loop over tokens around a loop over layers makes XLA copy each layer's weights and slots out of their stacks
+    before it multiplies with them, three times the traffic of a step that does little else; so each layer is then
+    by itself. Not on a TPU, which reads from the stack, and where a second copy of the weights would be the cost.
+
+    stacks: {name of a stack in the variables: the layer it begins with}. A model whose `apart` is set calls its layers
+    `layers_0`, `layers_1`, .. and takes a list of caches.
+    """
+    if platform() == "tpu":
+        return model, variables, caches
+
+    def each_layer(tree):
+        whole = {name: part for name, part in tree.items() if name not in stacks}
+        for name, first in stacks.items():
+            for i in range(jax.tree.leaves(tree[name])[0].shape[0] if name in tree else 0):
+                whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
+        return whole
+
+    slots = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(model.config.num_hidden_layers)]
+    weights = {name: each_layer(tree) for name, tree in variables.items()}
+    return model.clone(apart=True), weights, [slots(cache) for cache in caches]

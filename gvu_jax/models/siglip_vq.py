@@ -15,8 +15,8 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from gvu_jax.models import torch_keys
-from gvu_jax.models.layers import AXES, attention, spread
+from gvu_jax.models import siglip, torch_keys
+from gvu_jax.models.siglip import VisionTransformer, centred
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,56 +32,7 @@ class Config:
     z_channels: int          # channels of the latents
     groups: int = 32         # of the group norms in the residual blocks
 
-
-class Attention(nn.Module):
-    heads: int
-
-    @nn.compact
-    def __call__(self, x):                                                                          # [B, N, D]
-        B, N, D = x.shape
-        qkv = nn.Dense(3 * D, name="qkv")(x).reshape(B, N, 3, self.heads, D // self.heads)          # [B, N, 3, H, E]
-        mixed = attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])                                 # [B, N, H, E]
-        return nn.Dense(D, name="proj")(mixed.reshape(B, N, D))
-
-
-class Mlp(nn.Module):
-    hidden: int
-
-    @nn.compact
-    def __call__(self, x):                                                                          # [B, N, D]
-        hidden = nn.gelu(nn.Dense(self.hidden, name="fc1")(x), approximate=False)                   # [B, N, F]
-        return nn.Dense(x.shape[-1], name="fc2")(hidden)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block. The second argument and result are what nn.scan asks for."""
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, _):                                                                       # [B, N, D]
-        x = spread(x, over=AXES)
-        x = x + Attention(self.config.heads, name="attn")(nn.LayerNorm(1e-6, name="norm1")(x))
-        x = x + Mlp(self.config.mlp_hidden, name="mlp")(nn.LayerNorm(1e-6, name="norm2")(x))
-        return x, None
-
-
-class VisionTransformer(nn.Module):
-    """SigLIP's image tower: no class token and no final norm, because the quantiser was trained without one."""
-    config: Config
-
-    @nn.compact
-    def __call__(self, x):                                             # [B, H, W, 3] in [-1, 1] -> [B, N, D]
-        c, patch = self.config, (self.config.patch_size,) * 2
-        x = nn.Conv(c.width, patch, strides=patch, padding="VALID", name="patch_embed")(x)          # [B, r, c, D]
-        B, rows, cols, D = x.shape
-        side = c.pos_table_side
-        table = self.param("pos_embed", nn.initializers.normal(0.02), (1, side * side, D))
-        if (rows, cols) != (side, side):
-            # Half-pixel centres; jax.image.resize would blur when it shrinks the table, torch's interpolate does not.
-            table = jax.image.resize(table.reshape(1, side, side, D), (1, rows, cols, D), "bilinear", antialias=False)
-        x = x.reshape(B, rows * cols, D) + table.reshape(1, rows * cols, D)                         # [B, N, D]
-        blocks = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers)
-        return blocks(c, name="blocks")(x, None)[0]
+    final_norm = False       # the quantiser was trained on a tower without one
 
 
 class ResidualBlock(nn.Module):
@@ -114,11 +65,7 @@ class SiglipVQ(nn.Module):
 
     def features(self, pixels):
         """pixels [B, H, W, 3] in [0, 1], sides multiples of `patch_size` -> [B, N, D], the ViT's output."""
-        if pixels.shape[1] % self.config.patch_size or pixels.shape[2] % self.config.patch_size:
-            raise ValueError(f"picture of {pixels.shape[1:3]} pixels: sides must be multiples of the patch size "
-                             f"{self.config.patch_size}")
-        centred = (pixels - 0.5) / 0.5                                      # in float32: bfloat16 is finest at 0
-        return self.vit(centred.astype(self.codebook.dtype))
+        return self.vit(centred(pixels, self.config.patch_size).astype(self.codebook.dtype))
 
     def project(self, pixels):
         """pixels [B, H, W, 3] in [0, 1] -> [B, rows, cols, codebook_dim], before normalisation and quantisation."""
@@ -128,9 +75,7 @@ class SiglipVQ(nn.Module):
 
     def quantise(self, projected):
         """[B, rows, cols, codebook_dim] -> tokens int32 [B, N]: the nearest code by cosine, the first one on ties."""
-        vectors, codes = (_unit(x.astype(jnp.float32)) for x in (projected, self.codebook))
-        cosine = jnp.einsum("brcd,kd->brck", vectors, codes, precision="highest")               # [B, rows, cols, K]
-        return jnp.argmax(cosine, axis=-1).astype(jnp.int32).reshape(len(projected), -1)
+        return jnp.argmax(cosines(projected, self.codebook), axis=-1).astype(jnp.int32).reshape(len(projected), -1)
 
     def encode(self, pixels):
         """pixels [B, H, W, 3] in [0, 1] -> tokens int32 [B, N]."""
@@ -152,19 +97,23 @@ class SiglipVQ(nn.Module):
         return x
 
 
-def _unit(x):
+def unit(x):
+    """Vectors [.., C] brought to length 1, except those shorter than 1e-12, which are only divided by that."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def cosines(projected, codebook):
+    """Of each vector [B, rows, cols, C] with each code [K, C]: float32 [B, rows, cols, K]. Between vectors of length 1
+    the squared distance is 2 - 2 cosine, so the largest is also the nearest."""
+    vectors, codes = (unit(x.astype(jnp.float32)) for x in (projected, codebook))
+    return jnp.einsum("brcd,kd->brck", vectors, codes, precision="highest")
 
 
 # ------------------------------------------------------------------ parameters
 
-# As in flux.py; of fc1 the rows, because 4304 columns divide badly.
-PARTITION = ((r"(?<!fc1)/kernel$", ("any",)), (r"fc1/kernel$", ("any", None)),
-             (r"(bias|scale|codebook|pos_embed)$", (None,)))
+PARTITION = siglip.PARTITION
 
-RULES = (
-    (r"^blocks/", "blocks.{layer}."),
-    (r"^patch_embed", "patch_embed.proj"),
+RULES = siglip.TOWER + (
     (r"^codebook$", "quantize.embedding.weight"),
     (r"^post_conv_(\d)", r"post_conv.\1"),
 )

@@ -1,4 +1,5 @@
-"""The KL autoencoder of FLUX.1 (diffusers' `AutoencoderKL` without quantisation convolutions), channels last.
+"""The KL autoencoder of FLUX.1 (diffusers' `AutoencoderKL` without quantisation convolutions), channels last. Its
+encoder and decoder serve VQ-16 too (vq.py).
 
     pixels [B, H, W, 3] -> encoder -> mean, log-variance [B, h, w, C]        h = H / 2^(levels - 1)
     latents [B, h, w, C] -> decoder -> pixels
@@ -7,6 +8,7 @@ The diffusion model works on shifted and scaled latents: see `to_latents` and `f
 computed in the common dtype of inputs and parameters; norm statistics and softmax are float32.
 """
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,24 @@ class Config:
     scaling_factor: float
     shift_factor: float
 
+    # What FLUX's encoder and decoder have otherwise than VQ-16's (vq.py), which are built of the same blocks.
+    projection = nn.Dense        # in the attention
+    attends = False              # whether attention follows each residual block of the deepest level
+
     @property
     def downscale(self):
         """Pixels per latent, along each side."""
         return 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def stem_channels(self):
+        """What the encoder's first convolution gives."""
+        return self.block_out_channels[0]
+
+    @property
+    def moment_channels(self):
+        """What the encoder's last one gives: mean and log-variance."""
+        return 2 * self.latent_channels
 
 
 class GroupNorm(nn.Module):
@@ -75,15 +91,19 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Every position reads every other one, with a single head as wide as the channels."""
+    """Every position reads every other one, with a single head as wide as the channels.
+
+    projection: nn.Dense, or what does the same with a kernel that the checkpoint keeps otherwise.
+    """
     config: Config
+    projection: Any = nn.Dense
 
     @nn.compact
     def __call__(self, x):                                                                          # [B, h, w, D]
         B, h, w, D = x.shape
         y = GroupNorm(self.config.norm_num_groups, name="group_norm")(x).reshape(B, h * w, D)
-        q, k, v = (nn.Dense(D, name=name)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))   # [B, h*w, 1, D]
-        y = nn.Dense(D, name="to_out_0")(full_attention(q, k, v)[:, :, 0, :])                       # [B, h*w, D]
+        q, k, v = (self.projection(D, name=name)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+        y = self.projection(D, name="to_out_0")(full_attention(q, k, v)[:, :, 0, :])                # [B, h*w, D]
         return x + y.reshape(B, h, w, D)
 
 
@@ -93,7 +113,7 @@ class MidBlock(nn.Module):
     @nn.compact
     def __call__(self, x):                                                                          # [B, h, w, D]
         x = ResnetBlock(self.config, x.shape[-1], name="resnets_0")(x)
-        x = AttentionBlock(self.config, name="attentions_0")(x)
+        x = AttentionBlock(self.config, self.config.projection, name="attentions_0")(x)
         return ResnetBlock(self.config, x.shape[-1], name="resnets_1")(x)
 
 
@@ -111,16 +131,20 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks at one resolution, then the way to the next one (`resample`), except at the last level."""
+    """Residual blocks at one resolution, each followed by attention where the level `attends`; then the way to the next
+    one (`resample`), except at the last level."""
     config: Config
     features: int
     layers: int
     resample: str                                                                # "downsamplers", "upsamplers" or ""
+    attends: bool
 
     @nn.compact
     def __call__(self, x):                                                                          # [B, h, w, in]
         for i in range(self.layers):
             x = ResnetBlock(self.config, self.features, name=f"resnets_{i}")(x)
+            if self.attends:
+                x = AttentionBlock(self.config, self.config.projection, name=f"attentions_{i}")(x)
         if self.resample:
             x = (Downsample if self.resample == "downsamplers" else Upsample)(name=f"{self.resample}_0")(x)
         return x
@@ -130,15 +154,16 @@ class Encoder(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x):                                             # [B, H, W, 3] in [-1, 1] -> [B, h, w, 2C]
+    def __call__(self, x):                                # [B, H, W, 3] in [-1, 1] -> [B, h, w, moment_channels]
         c = self.config
-        x = nn.Conv(c.block_out_channels[0], (3, 3), name="conv_in")(x)
+        x = nn.Conv(c.stem_channels, (3, 3), name="conv_in")(x)
         for i, features in enumerate(c.block_out_channels):
-            resample = "downsamplers" if i + 1 < len(c.block_out_channels) else ""
-            x = Level(c, features, c.layers_per_block, resample, name=f"down_blocks_{i}")(x)
+            deepest = i + 1 == len(c.block_out_channels)
+            x = Level(c, features, c.layers_per_block, "" if deepest else "downsamplers", c.attends and deepest,
+                      name=f"down_blocks_{i}")(x)
         x = MidBlock(c, name="mid_block")(x)
         x = nn.silu(GroupNorm(c.norm_num_groups, name="conv_norm_out")(x))
-        return nn.Conv(2 * c.latent_channels, (3, 3), name="conv_out")(x)
+        return nn.Conv(c.moment_channels, (3, 3), name="conv_out")(x)
 
 
 class Decoder(nn.Module):
@@ -151,7 +176,7 @@ class Decoder(nn.Module):
         x = MidBlock(c, name="mid_block")(x)
         for i, features in enumerate(reversed(c.block_out_channels)):
             resample = "upsamplers" if i + 1 < len(c.block_out_channels) else ""
-            x = Level(c, features, c.layers_per_block + 1, resample, name=f"up_blocks_{i}")(x)
+            x = Level(c, features, c.layers_per_block + 1, resample, c.attends and i == 0, name=f"up_blocks_{i}")(x)
         x = nn.silu(GroupNorm(c.norm_num_groups, name="conv_norm_out")(x))
         return nn.Conv(3, (3, 3), name="conv_out")(x)
 

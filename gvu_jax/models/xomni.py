@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from gvu_jax.models import splash, torch_keys
-from gvu_jax.models.layers import Dense, Embed, RMSNorm, platform, spread
+from gvu_jax.models import qwen2, torch_keys
+from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 
 
@@ -36,19 +36,16 @@ class Config:
     rope_theta: float = 1e6
     sliding_window: int | None = None     # None: every position is read; else the last `sliding_window`
     max_window_layers: int = 0            # layers below this index ignore the window
-    remat: str = "nothing"                # what of a layer is computed again in the backward pass: "nothing",
-                                          # "all", or all but the results of its matrix products ("elementwise")
+    remat: str = "nothing"                # see qwen2.REMAT
+
+    qkv_bias = True                       # of every Qwen2
 
     @property
     def head_dim(self):
         return self.hidden_size // self.num_attention_heads
 
     def __post_init__(self):
-        if self.remat != "nothing" and self.remat not in REMAT:
-            raise ValueError(f"remat is {self.remat!r}; it must be 'nothing' or one of {', '.join(REMAT)}")
-
-
-REMAT = {"all": None, "elementwise": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        qwen2.check_remat(self.remat)
 
 
 class Layer(nn.Module):
@@ -74,12 +71,9 @@ class XOmni(nn.Module):
         c = self.config
         self.lm_embed_tokens = Embed(c.vocab_size, c.hidden_size)
         self.mm_embed_tokens = Embed(c.mm_vocab_size, c.hidden_size)
-        layer = Layer if c.remat == "nothing" else nn.remat(Layer, prevent_cse=False, policy=REMAT[c.remat])
-        stack = lambda length: nn.scan(
-            layer, variable_axes={"params": 0, "lora": 0, "intermediates": 0}, split_rngs={"params": True},
-            in_axes=(0, 0, 0) + (nn.broadcast,) * 5, length=length)(c)
+        stack = lambda length: qwen2.stack(Layer, c, length, per_layer=3, shared=5)
         if self.apart:
-            self.layers = [layer(c) for _ in range(c.num_hidden_layers)]
+            self.layers = [qwen2.rematted(Layer, c)(c) for _ in range(c.num_hidden_layers)]
         else:
             self.layers = stack(c.num_hidden_layers - c.num_mm_head_layers)
             self.mm_head_layers = stack(c.num_mm_head_layers) if c.num_mm_head_layers else None
@@ -102,7 +96,6 @@ class XOmni(nn.Module):
         Returns (hidden [B, T, D] after the final norm, cache).
         """
         c, (B, T) = self.config, tokens.shape
-        S = mask.shape[-1]
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         is_image = tokens >= c.vocab_size                                                           # [B, T]
@@ -110,12 +103,7 @@ class XOmni(nn.Module):
         image = self.mm_embed_tokens(jnp.where(is_image, tokens - c.vocab_size, 0))
         x = spread(jnp.where(is_image[:, :, None], image, text))                                    # [B, T, D]
 
-        ago = (at + jnp.arange(T))[:, None] - jnp.arange(S)[None, :]                                # [T, S]
-        near = None if c.sliding_window is None else ago < c.sliding_window                         # [T, S]
-        if near is None and mask.ndim == 2 and isinstance(at, int) and at == 0 and splash.serves(T, c.head_dim):
-            readable = mask[:, :T]                                      # the rows begin here: the rest is causal order
-        else:
-            readable = (ago >= 0) & (mask if mask.ndim == 3 else mask[:, None, :])                  # [B, T, S]
+        readable, near = qwen2.readable(mask, T, at, c.head_dim, c.sliding_window)
         index = jnp.arange(c.num_hidden_layers)
         multimodal = (index < c.num_mm_adap_layers) | (index >= c.num_hidden_layers - c.num_mm_head_layers)
         per_layer = (index, multimodal, index >= c.max_window_layers)
@@ -150,26 +138,9 @@ class XOmni(nn.Module):
 
     @nn.nowrap
     def for_steps(self, variables, caches):
-        """(module, variables, caches) that read one token after the other: what this one gave, as every step reads it.
-
-        A loop over tokens around a loop over layers makes XLA copy each layer's weights and slots out of their stacks
-        before it multiplies with them, three times the traffic of a step that does little else; so each layer is then
-        by itself. Not on a TPU, which reads from the stack, and where a second copy of the weights would be the cost.
-        """
-        if platform() == "tpu":
-            return self, variables, caches
-        c = self.config
-
-        def each_layer(tree):
-            whole = {name: part for name, part in tree.items() if name not in ("layers", "mm_head_layers")}
-            for name, first in ("layers", 0), ("mm_head_layers", c.num_hidden_layers - c.num_mm_head_layers):
-                for i in range(jax.tree.leaves(tree[name])[0].shape[0] if name in tree else 0):
-                    whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
-            return whole
-
-        slots = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(c.num_hidden_layers)]
-        weights = {name: each_layer(tree) for name, tree in variables.items()}
-        return self.clone(apart=True), weights, [slots(cache) for cache in caches]
+        """What reads one token after the other: see qwen2.for_steps."""
+        cut = self.config.num_hidden_layers - self.config.num_mm_head_layers
+        return qwen2.for_steps(self, variables, caches, {"layers": 0, "mm_head_layers": cut})
 
 
 def init(config, key):
