@@ -32,7 +32,7 @@ def test_captions_tell_all_there_is(scenes, split):
             told += 1
             tags[meta["tag"]] += 1
     assert told > 0.9 * len(scenes)
-    assert set(tags) == set(w.TAGS) and min(tags.values()) > 0.04 * told
+    assert set(tags) == set(w.TAGS) and min(tags.values()) > 0.03 * told
 
 
 @pytest.mark.parametrize("objects, said", [
@@ -208,6 +208,7 @@ def all_texts():
     texts += [question(meta["prompt"]) for meta in w.all_prompts()[::50]]
     texts += [s.describe(one) for side in (2, 3, 4, 5) for one in w.sample_scenes(rng, 100, w.World(side, 4))]
     texts += [text for one in w.sample_scenes(rng, 300) for text in s.ask(one, rng)]
+    texts += [s.caption(one, rng)["prompt"] for one in w.sample_scenes(rng, 1000)]
     return texts + [*s.INSTRUCTIONS, *s.ANSWERS, "nothing"]
 
 
