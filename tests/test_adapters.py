@@ -72,7 +72,7 @@ def test_a_run_starts_from_an_adapter(run, tmp_path, command):
     first, *_ = [line for line in read_metrics(tmp_path / "run/metrics.jsonl") if "eval/reward" in line]
     assert (first["step"], last["step"]) == (0, 2) and first["eval/reward"] == pytest.approx(last["eval/reward"], rel=1e-5)
     kl = [[line["kl"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line] for folder in (work, tmp_path / "run")]
-    assert kl[0][0] < 1e-6 < kl[0][1] and kl[1][0] > 1e-6
+    assert max(kl[0]) < 1e-6 < min(kl[1]), "the first step of a run warms up, and moves nothing"
 
 
 @pytest.mark.parametrize("changes, said", [
