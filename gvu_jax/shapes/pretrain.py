@@ -208,23 +208,29 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
     """Rectified flow (Liu et al. 2023): at x = (1 - s) latents + s noise, predict noise - latents.
 
     The noise levels s are the few that sampling visits: a small model has no capacity to spare for others. Trains the
-    FLUX head and the decoding half of the tokenizer together; the tokens are those of the picture.
+    FLUX head and the decoding half of the tokenizer together; the tokens are those of the picture, but in a share
+    ASTRAY of the cells the code is that of any column. A policy may pick any code anywhere, and what has never been
+    drawn comes out as ghosts, which nobody reads as an object and no reward forbids.
     """
-    N = umm.image_tokens
+    N, columns = umm.image_tokens, umm.grid[1]
     levels = jnp.asarray(flux.sigmas(umm.diffusion_steps, N)[:-1])
     pixels = world.render(scenes, rng)
 
     @jax.jit
     def prepare(params, pixels):
         mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
-        return {"tokens": umm.see(params, pixels).reshape(-1, N), "latents": flux.pack(vae.to_latents(mean, umm.vae))}
+        moved = [umm.see(params, jnp.roll(pixels, k * umm.vision.patch_size, axis=2)) for k in range(columns)]
+        tokens = jnp.stack([jnp.roll(tokens, -k, axis=2).reshape(-1, N) for k, tokens in enumerate(moved)], axis=1)
+        return {"tokens": tokens, "latents": flux.pack(vae.to_latents(mean, umm.vae))}              # [B, c, N], [B, N, C]
 
     data = [jax.device_get(prepare(params, chunk)) for chunk in np.array_split(pixels, -(-len(pixels) // 256))]
     data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}
 
     def loss(trained, batch, key):
-        tokens, latents = batch["pictures"]["tokens"], batch["pictures"]["latents"]                 # [B, N], [B, N, C]
-        keys, B = jax.random.split(key), len(tokens)
+        tokens, latents = batch["pictures"]["tokens"], batch["pictures"]["latents"]
+        keys, B = jax.random.split(key, 4), len(tokens)
+        other = jax.random.bernoulli(keys[2], ASTRAY, (B, N)) * jax.random.randint(keys[3], (B, N), 0, columns)
+        tokens = jnp.take_along_axis(tokens, other[:, None], axis=1)[:, 0]                          # [B, N]
         siglip = siglip_vq.SiglipVQ(umm.vision).apply({"params": trained["vision"]}, tokens, umm.grid, method="decode")
         sigma = jax.random.choice(keys[0], levels, (B,))
         noise = jax.random.normal(keys[1], latents.shape)
@@ -240,6 +246,9 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
     # Weight decay touched what the loss does not reach: the encoding half goes on as stage 1 left it.
     vision = {name: (trained if name.startswith("post_") else params)["vision"][name] for name in params["vision"]}
     return {**params, "flux": trained["flux"], "vision": vision}
+
+
+ASTRAY = 0.5
 
 
 # ---- 4. backbone -------------------------------------------------------------------------------------------------
