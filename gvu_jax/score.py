@@ -12,7 +12,8 @@ from absl import flags
 
 import gvu_jax
 from gvu_jax import cli
-from gvu_jax.data import FORMATS, read_picture
+from gvu_jax.data import read_picture
+from gvu_jax.decode import FORMATS
 from gvu_jax.pictures import picture_kind, word_heatmap, write_picture
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)

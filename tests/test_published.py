@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
-from gvu_jax import checkpoint, convert, lora, objectives, optim, rewards, sharding
+from gvu_jax import adapters, checkpoint, convert, lora, objectives, optim, rewards, sharding
 from gvu_jax.methods import grpo, gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
@@ -43,7 +43,7 @@ def trainable_of(fixtures, case, umm):
     """(what is trained, lora settings) of a golden case."""
     if case == "full":
         return {"ar": xomni.from_torch(load_file(fixtures / "grpo/policy/model.safetensors"), umm.ar)}, None
-    adapter, scale = convert.read_peft(fixtures / "grpo" / f"{case}_adapter", umm.ar)
+    adapter, scale = adapters.read_peft(fixtures / "grpo" / f"{case}_adapter", umm.ar)
     rank = jax.tree.leaves(adapter["layers"])[0].shape[-1]
     return {"adapter": adapter}, ConfigDict(dict(rank=rank, alpha=scale * rank, targets="."))
 

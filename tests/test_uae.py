@@ -172,7 +172,7 @@ def test_broken_pictures_are_all_named_before_anything_begins(tmp_path, command,
     for name in ("1.jpg", "3.jpg"):
         with open(folders["test"] / name, "r+b") as file:
             file.truncate(400)
-    (folders["test"] / "0.txt").write_bytes(b"\xff\xfe")
+    (folders["test"] / "0.txt").write_bytes(b"\xff\xff")
     monkeypatch.setitem(train.__globals__, "load_base", lambda *_: pytest.fail("it began"))
     (tmp_path / "prompts.txt").write_text("a red circle")
     config = load_config("xomni_uae")
