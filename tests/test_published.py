@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
-from gvu_jax import adapters, checkpoint, convert, lora, objectives, optim, rewards, sharding
+from gvu_jax import adapters, checkpoint, lora, objectives, optim, rewards, sharding
 from gvu_jax.methods import grpo, gvu
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
