@@ -1,7 +1,7 @@
 """GvU in the shapes world, on a laptop, with nothing to download.
 
-    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # twelve minutes
-    python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # a couple of minutes
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # a quarter of an hour
+    python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
 Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16.

@@ -30,7 +30,7 @@ from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.tokenizer import build_tokenizer
 from gvu_jax.umm import XOmni
 
-STAGES = 2         # to be raised when a stage changes what comes out: no older base is then taken for a new one
+STAGES = 3         # to be raised when a stage changes what comes out: no older base is then taken for a new one
 
 
 def base_folder(config):
