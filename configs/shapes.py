@@ -1,6 +1,6 @@
 """GvU in the shapes world, on a laptop, with nothing to download.
 
-    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # a quarter of an hour
+    python -m gvu_jax.train --config=configs/shapes.py --workdir=runs/shapes            # twenty minutes
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
