@@ -56,6 +56,12 @@ def k3(logps, ref_logps):
     return jnp.exp(d) - d - 1.0
 
 
+def kl(logits, other_logits):
+    """KL(p || q) of the distributions that logits [.., V] of p and of q give: [..], nats, differentiable in both."""
+    logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(other_logits)
+    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+
+
 def token_mean(values, mask):
     """The mean over a sequence's tokens that count, then over sequences. values [S, N], mask [S, N] or None -> []."""
     if mask is None:

@@ -273,6 +273,10 @@ class XOmni:
         seen [B, r, c]; prompts of B*K texts, the K of a picture side by side and with one question among them. Picture
         and question are read once: the K texts follow them in one row, and none of them reads another.
         """
+        return gather_logps(self.text_logits(params, seen, prompts), prompts.words), prompts.words_mask
+
+    def text_logits(self, params, seen, prompts):
+        """What `text_logps` picks the words from: logits [B*K, L, V] float32 of the word at each place."""
         (S, L), B = prompts.words.shape, seen.shape[0]
         K = S // B
         if K > 1 and self.ar.sliding_window is not None:
@@ -292,8 +296,7 @@ class XOmni:
         hidden, _ = model.apply(variables, tokens, mask, positions=positions, text_only=True)
         ends = jnp.repeat(hidden[:, C - 1:C], K, axis=0)                      # each text's first word is said from here
         hidden = jnp.concatenate([ends, hidden[:, C:].reshape(S, L - 1, -1)], axis=1)               # [B*K, L, D]
-        logits = model.apply(variables, hidden, method="text_logits")                               # [B*K, L, V]
-        return gather_logps(logits, prompts.words), prompts.words_mask
+        return model.apply(variables, hidden, method="text_logits")                                 # [B*K, L, V]
 
     def sample_text(self, params, seen, prompts, key, how, steps, index=None):
         """Draws how.images_per_prompt answers to the question of each picture seen [B, r, c], which is read once.

@@ -3,6 +3,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from gvu_jax import objectives, rewards
 
@@ -32,6 +33,14 @@ def test_flat_groups_are_those_with_equal_rewards(rewards_, share):
 def test_a_group_of_one_is_refused():
     with pytest.raises(ValueError, match="at least 2"):
         objectives.group_advantages(jnp.ones(4), 1, 1e-4)
+
+
+def test_kl_against_scipy_and_its_gradient_moves_the_second_towards_the_first():
+    p, q = random(5, 3, 7), random(5, 3, 7, seed=1)
+    expected = scipy.special.rel_entr(scipy.special.softmax(p, -1), scipy.special.softmax(q, -1)).sum(-1)
+    np.testing.assert_allclose(objectives.kl(p, q), expected, rtol=1e-5)
+    slope = jax.grad(lambda q: objectives.kl(p, q).sum())(q)
+    np.testing.assert_allclose(slope, scipy.special.softmax(q, -1) - scipy.special.softmax(p, -1), atol=1e-6)
 
 
 def test_k3_is_zero_only_at_equality_and_averages_to_the_kl():

@@ -1,8 +1,9 @@
 """Holds reading in place while drawing is learned, for methods that train a backbone which does both.
 
 A KL term beside the method's own: what the policy reads in pictures that it is trained on is held to what the frozen
-base reads there, of a picture's own prompt and of another one, for reading is to tell true from false. The same
-estimator as for pictures (objectives.k3), on the prompts' words.
+base reads there, of a picture's own prompt and of another one, for reading is to tell true from false. What is held is
+the whole distribution of each of the prompts' words, not the probability of the one that stands there: so "left" is
+held against "right" in every picture that speaks of either.
 """
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def held(seen, prompts, group=1):
 
 
 def reading_kl(umm, policy, base, seen, texts):
-    """KL of the policy's reading to the base's, nats a word, a scalar. seen, texts: as `held` gives them."""
+    """KL from the base's reading to the policy's, nats a word, a scalar. seen, texts: as `held` gives them."""
     texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                               # [A * 2]
-    words, mask = umm.text_logps(policy, seen, texts)                                               # [A * 2, L]
-    return objectives.token_mean(objectives.k3(words, umm.text_logps(base, seen, texts)[0]), mask)
+    logits, reference = (umm.text_logits(params, seen, texts) for params in (policy, base))         # [A * 2, L, V]
+    return objectives.token_mean(objectives.kl(reference, logits), texts.words_mask)
