@@ -1,5 +1,6 @@
 """How every command line of this package starts and how it fails."""
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -83,7 +84,11 @@ def run(main):
         try:
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-            sys.exit(f"error: {' '.join(str(error).split())}")
+            told = " ".join(str(error).split())
+            if isinstance(error, (AttributeError, KeyError)) and told.startswith(("'", '"')):       # of ml_collections
+                name, near = (re.search(pattern, told) for pattern in (r"\w+", 'Did you mean "(.*?)"'))
+                told = f"the config has no setting {name[0]}" + (f": did you mean {near[1]}?" if near else "")
+            sys.exit(f"error: {told}")
 
     def guarded(argv):
         logging.set_verbosity(logging.WARNING)        # libraries are talkative; ours prints what it has to say

@@ -140,8 +140,8 @@ def step_of(config, umm, params, mesh):
     array = lambda dtype, *shape: jax.ShapeDtypeStruct(
         shape, dtype, sharding=sharding.batch_sharding(mesh, shape[0]))
 
-    def prompts(n):
-        texts = [array(dtype, n, length) for length in Lengths(PROMPT, question, WORDS) for dtype in (jnp.int32, bool)]
+    def prompts(n, question=question, words=WORDS):
+        texts = [array(dtype, n, length) for length in Lengths(PROMPT, question, words) for dtype in (jnp.int32, bool)]
         head = () if umm.t5 is None else (MOST_TOKENS, umm.clip.max_position_embeddings)
         return Prompts(*texts, *(array(jnp.int32, n, length) for length in head))
 
@@ -153,7 +153,8 @@ def step_of(config, umm, params, mesh):
         step["render"] = method.programs.render, (base, tokens, prompts(B), key)
         step["see"] = method.programs.see, (teacher, array(jnp.float32, S, rows * patch, cols * patch, 3))
     step["read"] = method.programs.read, (teacher, seen, prompts(S))
-    step["update"] = method.update, (state, base, prompts(S), tokens, logps, array(jnp.float32, S), seen)
+    asked = prompts(S, question + WORDS, 4) if config.gvu.anchor else None
+    step["update"] = method.update, (state, base, prompts(S), tokens, logps, array(jnp.float32, S), seen, asked)
     return step, base, state
 
 

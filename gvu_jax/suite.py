@@ -101,12 +101,13 @@ class Suite:
 
     def judge_own(self, params, pictures, verdicts, words=None):
         """What the understanding branch of `params` says of the pictures that `sample` returned: {"non_unification":
-        share that it rejects} and, with Verdicts, "accuracy" (share on which both agree: accepted here, right there),
-        "false_positives" (share of the wrong ones that it accepts) and "auc" (does it tell right from wrong within a
-        category? the mean over those that hold both).
+        share that it rejects} and, with Verdicts, "accuracy" (share on which both agree: accepted here, exact there),
+        "false_positives" (share of the others that it accepts) and, where there are both kinds, "auc_<category>" (does
+        it tell exact pictures from others?) and "auc", their mean.
 
         It accepts what it answers with "yes" rather than "no" when asked whether the picture shows its prompt; or, with
-        `words`, what gives the prompt's words a geometric mean above that.
+        `words`, what gives the prompt's words a geometric mean above that. Either way a prompt that leaves out what
+        stands there describes it badly: so the judge is asked for exact pictures.
         """
         place, score, least = (sharding.place_questions, self.yes, 0.5) if words is None else (
             sharding.place_prompts, self.mean, words)
@@ -120,12 +121,12 @@ class Suite:
         accepted = scores > least
         found = {"non_unification": float(1 - accepted.mean())}
         if verdicts is not None:
-            right = verdicts.right
-            areas = [auc(scores[rows], right[rows]) for rows in rows_by_tag(self.metas).values()]
-            areas = [area for area in areas if area is not None]
-            found |= {"auc": float(np.mean(areas))} if areas else {}
-            found |= {"accuracy": float((accepted == right).mean()),
-                      "false_positives": float(accepted[~right].mean()) if not right.all() else 0.0}
+            exact = verdicts.exact
+            areas = {f"auc_{tag}": auc(scores[rows], exact[rows]) for tag, rows in rows_by_tag(self.metas).items()}
+            areas = {name: area for name, area in areas.items() if area is not None}
+            found |= areas | ({"auc": float(np.mean(list(areas.values())))} if areas else {})
+            found |= {"accuracy": float((accepted == exact).mean()),
+                      "false_positives": float(accepted[~exact].mean()) if not exact.all() else 0.0}
         return found
 
     def understand(self, params):

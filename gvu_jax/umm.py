@@ -151,9 +151,7 @@ class XOmni:
 
     def lengths(self, texts, questions=None, end=False):
         """The smallest padded lengths that hold all of `texts`; of prompt and words, rounded up to a multiple of 4."""
-        parts = self._encode(texts, questions or [self.instruction] * len(texts), end)
-        up = lambda n: -(-n // 4) * 4
-        return Lengths(*(max(map(len, part)) if i == 1 else up(max(map(len, part))) for i, part in enumerate(parts)))
+        return lengths_of(self._encode(texts, questions or [self.instruction] * len(texts), end))
 
     def encode_prompts(self, texts, lengths=None, questions=None, end=False):
         """B texts -> Prompts of int32 / bool numpy arrays.
@@ -165,7 +163,7 @@ class XOmni:
         """
         questions = questions or [self.instruction] * len(texts)
         parts = self._encode(texts, questions, end)
-        lengths = lengths or self.lengths(texts, questions, end)
+        lengths = lengths or lengths_of(parts)
         arrays = []
         for rows, width, name, left in zip(parts, lengths, Lengths._fields, (True, True, False)):
             ids, mask = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int32), np.zeros(
@@ -355,6 +353,12 @@ def check_plain(tokenizer, texts, name):
 def count_positions(mask):
     """Positions that count real tokens only; equal to 0..T-1 where nothing is padded. [B, T] bool -> int."""
     return jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+
+
+def lengths_of(parts):
+    """The Lengths that hold ids of prompts, questions and words: lists of rows."""
+    up = lambda n: -(-n // 4) * 4
+    return Lengths(*(max(map(len, part)) if i == 1 else up(max(map(len, part))) for i, part in enumerate(parts)))
 
 
 def gather_logps(logits, ids):

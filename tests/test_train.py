@@ -203,7 +203,7 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
 @pytest.mark.parametrize("tool, arguments, word", [
     ("train", ["--config=configs/nothing.py", "--workdir=w"], "nothing.py"),
     ("train", ["--config=configs/shapes.py:odd", "--workdir=w"], "odd"),
-    ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.groop=3"], "groop"),
+    ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.groop=3"], "the config has no setting groop"),
     ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.group=1"], "at least 2"),
     ("train", ["--config=configs/shapes.py"], "workdir"),
     ("train", ["--config=configs/shapes.py", "--workdir=w", "config.gvu.group=8"], "is no flag"),

@@ -3,12 +3,13 @@
 A KL term beside the method's own: what the policy reads in pictures that it is trained on is held to what the frozen
 base reads there, of a picture's own prompt and of another one, for reading is to tell true from false. What is held is
 the whole distribution of each of the prompts' words, not the probability of the one that stands there: so "left" is
-held against "right" in every picture that speaks of either.
+held against "right" in every picture that speaks of either. And so is the answer when the model is asked whether the
+picture shows a prompt: training never asks, and without being held its "yes" and "no" drift apart from what it reads.
 """
 import jax
 import jax.numpy as jnp
 
-from gvu_jax import objectives, sharding
+from gvu_jax import objectives, rewards, sharding
 
 ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
 
@@ -23,15 +24,29 @@ def check(settings, name, samples, mesh):
                          f"{name}.anchor 0")
 
 
-def held(seen, prompts, group=1):
-    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, r, c], and
-    its own prompt beside that of the next group [A, 2, ..]."""
-    pair = lambda x: jnp.stack([x[::ANCHORED], jnp.roll(x, -group, axis=0)[::ANCHORED]], axis=1)
-    return seen[::ANCHORED], jax.tree.map(pair, prompts)
+def questions(umm, texts, lengths, mesh, group=1):
+    """Whether a picture shows what B texts say, each `group` times: Prompts [S], whose one word is the answer."""
+    asked = [rewards.question(text) for text in texts]
+    return sharding.place_prompts(umm, rewards.ANSWERS[:1] * len(texts), rewards.question_lengths(umm, lengths), mesh,
+                                  group, questions=asked)
 
 
-def reading_kl(umm, policy, base, seen, texts):
-    """KL from the base's reading to the policy's, nats a word, a scalar. seen, texts: as `held` gives them."""
-    texts = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts)                               # [A * 2]
-    logits, reference = (umm.text_logits(params, seen, texts) for params in (policy, base))         # [A * 2, L, V]
-    return objectives.token_mean(objectives.kl(reference, logits), texts.words_mask)
+def held(seen, prompts, asked=None, group=1):
+    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, r, c], its
+    own prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
+    `questions`, or None)."""
+    next_one = lambda x: jnp.roll(x, -group, axis=0)[::ANCHORED]
+    pair = lambda x: jnp.stack([x[::ANCHORED], next_one(x)], axis=1)
+    in_turn = lambda x: jnp.where((jnp.arange(-(-len(x) // ANCHORED)) % 2 == 0)[:, None], x[::ANCHORED], next_one(x))
+    return seen[::ANCHORED], jax.tree.map(pair, prompts), jax.tree.map(in_turn, asked)
+
+
+def reading_kl(umm, policy, base, seen, texts, asked):
+    """KL from the base's reading to the policy's, nats a word, a scalar: of the prompts and, where there are questions,
+    of the answers. seen, texts, asked: as `held` gives them."""
+    def distance(prompts):
+        logits, reference = (umm.text_logits(params, seen, prompts) for params in (policy, base))   # [A (* 2), L, V]
+        return objectives.token_mean(objectives.kl(reference, logits), prompts.words_mask)
+
+    kl = distance(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts))
+    return kl if asked is None else kl + distance(asked)

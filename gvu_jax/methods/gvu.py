@@ -78,7 +78,9 @@ class GvU:
         image_tokens, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
         pixels = clock.lap("render", self.render(base, image_tokens, prompts, keys[1]))
         reward, seen = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped, metas))
-        return grouped, image_tokens, logps, reward, seen
+        asked = anchor.questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group) if (
+            self.config.gvu.anchor) else None
+        return grouped, image_tokens, logps, reward, seen, asked
 
     def sample(self, policy, prompts, key):
         """-> image_tokens [S, N], logps [S, N] of the sampler."""
@@ -112,11 +114,12 @@ class GvU:
         read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)
         return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
-    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen):
+    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen, asked=None):
         """GRPO on S samples. prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as
-        `reward` returns them. Returns the state after step + 1 and a dict of scalar metrics."""
+        `reward` returns them; asked: anchor.questions, where there is an anchor that is to hold their answers. Returns
+        the state after step + 1 and a dict of scalar metrics."""
         gvu = self.config.gvu
-        held = anchor.held(seen, prompts, gvu.group) if gvu.anchor else ()
+        held = anchor.held(seen, prompts, asked, gvu.group) if gvu.anchor else ()
         state, metrics = grpo.update(
             state, Drawn(prompts, image_tokens, held), reward, sampler_logps, reference=base,
             policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,

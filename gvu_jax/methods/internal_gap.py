@@ -104,8 +104,9 @@ class InternalGap:
             clock.lap(phase, None)                              # most steps draw nothing, and say so
         first = (step - self.rounds[-1].begins) * self.settings.batch
         prompts, *arrays = self.pairs.rows(range(first, first + self.settings.batch), self.settings, self.config.seed)
+        asked = anchor.questions(self.umm, prompts, self.lengths, self.mesh) if self.settings.anchor else None
         prompts = sharding.place_prompts(self.umm, prompts, self.lengths, self.mesh)
-        return prompts, *sharding.put((*arrays, self.facts), self.mesh)
+        return prompts, asked, *sharding.put((*arrays, self.facts), self.mesh)
 
     def draw(self, texts, key, base, policy, clock, shown=True):
         """One call: `prompts` texts, N candidates each -> tokens [B, N, T], logp [B, N], score [B, N], and, where they
@@ -189,20 +190,23 @@ class InternalGap:
             loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
         if gap.anchor:
             seen = batch.chosen.reshape(-1, *self.umm.grid)                # the tokens: their pixels are long forgotten
-            metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *anchor.held(seen, batch.prompts))
+            held = anchor.held(seen, batch.prompts, batch.asked)
+            metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
         away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
         metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
                     "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
         return loss, (metrics, None)
 
-    def _update(self, state, base, prompts, chosen, rejected, logp, by_base, facts):
+    def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts):
         """One optimizer step on B rows, over `micro_batches` slices of them.
 
-        prompts [B], chosen and rejected tokens [B, T], logp [B] of the chosen one when drawn, by_base [B] bool: by the
-        base. Returns the state after step + 1 and a dict of scalar metrics, `facts` among them.
+        prompts [B] and, with an anchor, asked [B] (anchor.questions); chosen and rejected tokens [B, T], logp [B] of
+        the chosen one when drawn, by_base [B] bool: by the base. Returns the state after step + 1 and a dict of scalar
+        metrics, `facts` among them.
         """
-        batches = sharding.split_rows(Batch(prompts, chosen, rejected, logp, by_base), self.settings.micro_batches)
+        batch = Batch(prompts, asked, chosen, rejected, logp, by_base)
+        batches = sharding.split_rows(batch, self.settings.micro_batches)
         trainable, opt_state, metrics, _ = grpo.descend(
             lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, state.opt_state, batches,
             self.optimizer)
@@ -213,6 +217,7 @@ class InternalGap:
 class Batch:
     """Rows of one micro-batch; see `InternalGap._update`."""
     prompts: object
+    asked: object
     chosen: jax.Array
     rejected: jax.Array
     logp: jax.Array
