@@ -24,10 +24,10 @@ def check(settings, name, samples, mesh):
 
 
 def held(seen, prompts, group=1):
-    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, r, c], and
+    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], and
     its own prompt beside that of the next group [A, 2, ..]."""
     pair = lambda x: jnp.stack([x[::ANCHORED], jnp.roll(x, -group, axis=0)[::ANCHORED]], axis=1)
-    return seen[::ANCHORED], jax.tree.map(pair, prompts)
+    return jax.tree.map(lambda x: x[::ANCHORED], seen), jax.tree.map(pair, prompts)
 
 
 def reading_kl(umm, policy, base, seen, texts):
