@@ -39,10 +39,11 @@ from gvu_jax.metrics import replace_file
 from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.sentences import vocabulary
 
+MISSING = "the peers are not installed: pip install '.[test]' in a clone of the repository"
 try:
     import torch
 except ImportError as error:
-    sys.exit(f"error: the peers are not installed ({error}): pip install '.[test]' in a clone of the repository")
+    sys.exit(f"error: {MISSING} ({error})")
 
 SIZES = "tiny", "small", "medium"                      # of the backbone: 0.6M, 25M, 150M parameters, or thereabouts
 WORDS = 36                                             # tokens of a prompt
@@ -124,7 +125,7 @@ class Bench:
         def check():                                                          # each side scores what the other drew
             (codes, logps), (peer_codes, peer_logps) = ours(), peer.sample(peer.base, prompts, group, N, scores=True)
             with torch.inference_mode():
-                told = peer.image_logps(peer.base, prompts.repeat_interleave(group, 0), tensor(codes))
+                told = peer.image_logps(peer.base, prompts.repeat_interleave(group, 0), self.peers.tensor(codes))
             assert_equal("log-probabilities of our samples", logps, told)
             told = jax.jit(umm.image_logps)(self.params, self.grouped, jnp.asarray(peer_codes.numpy(), jnp.int32))
             assert_equal("log-probabilities of the peer's samples", told, peer_logps)
@@ -140,7 +141,7 @@ class Bench:
         """Image tokens to pixels: the tokenizer's latents, every denoising step, the autoencoder."""
         ours = functools.partial(self.method.programs.render.jitted, self.params, self.codes, self.prompts, self.key)
         noise = self.pictures.noise(self.key, self.samples)
-        theirs = functools.partial(self.pictures.render, tensor(self.codes), noise)
+        theirs = functools.partial(self.pictures.render, self.peers.tensor(self.codes), noise)
 
         def check():                                               # a byte may round either way, and no more than that
             apart = np.abs(channels_first(ours()).numpy() - theirs().numpy()) * 255
@@ -166,7 +167,7 @@ class Bench:
         """The probability of every word of the prompt given the picture."""
         seen = self.umm.seen_of(self.codes)
         ours = functools.partial(self.method.programs.read.jitted, self.params, seen, self.grouped)
-        asked, words = self.asked(self.codes), tensor(self.grouped.words)
+        asked, words = self.asked(self.codes), self.peers.tensor(self.grouped.words)
         theirs = {"one uncached forward per word": functools.partial(self.backbone.read_in_loop, asked, words),
                   "one torch forward": functools.partial(self.backbone.read, asked, words)}
 
@@ -187,8 +188,8 @@ class Bench:
             state, metrics = self.method.update(state, self.params, *inputs)
             return state, metrics
 
-        prompts, codes = peer.ids(self.grouped.tokens), tensor(self.codes)
-        advantages = tensor(objectives.group_advantages(self.rewards, g.group, g.advantage_eps))
+        prompts, codes = peer.ids(self.grouped.tokens), self.peers.tensor(self.codes)
+        advantages = self.peers.tensor(objectives.group_advantages(self.rewards, g.group, g.advantage_eps))
         theirs = functools.partial(peer.update, prompts, codes, advantages, g.clip, g.beta)
 
         def check():
@@ -209,14 +210,14 @@ class Bench:
         umm, peer, pictures, g, ours = self.umm, self.backbone, self.pictures, self.config.gvu, self.our_step()
         prompts, grouped = peer.ids(self.prompts.tokens), peer.ids(self.grouped.tokens)
         noise = pictures.noise(self.key, self.samples)
-        words = tensor(self.grouped.words)
+        words = self.peers.tensor(self.grouped.words)
 
         def theirs(read):
             codes = peer.sample(peer.policy, prompts, g.group, umm.image_tokens).clone()
             seen = pictures.see(pictures.render(codes, noise))
             rewards = read(self.asked(seen.numpy()), words).mean(1).exp()
-            advantages = tensor(objectives.group_advantages(jnp.asarray(rewards.numpy()), g.group,
-                                                                  g.advantage_eps))
+            advantages = self.peers.tensor(objectives.group_advantages(
+                jnp.asarray(rewards.numpy()), g.group, g.advantage_eps))
             return peer.update(grouped, codes, advantages, g.clip, g.beta)
 
         count = sum(getattr(self, name)().flops for name in ("sample", "render", "see", "reward", "update"))
@@ -250,12 +251,6 @@ class Bench:
 def phases_of(peers):
     """All phases of a family, in the order of a step."""
     return ("sample", *peers.PARTS, "render", "see", "reward", "update", "step")
-
-
-def tensor(array):
-    """A JAX or numpy array as a torch tensor of its own; ids become int64, which is what torch indexes with."""
-    copy = torch.from_numpy(np.array(array))
-    return copy.long() if copy.dtype == torch.int32 else copy
 
 
 def channels_first(x):
@@ -394,7 +389,10 @@ _REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
 
 def main(_):
-    peers = importlib.import_module(f"gvu_jax.families.{_FAMILY.value}_peers")
+    try:
+        peers = importlib.import_module(f"gvu_jax.families.{_FAMILY.value}_peers")
+    except ImportError as error:
+        raise ValueError(f"{MISSING} ({error})") from error
     known = phases_of(peers)
     asked = _PHASES.value or known
     if unknown := [name for name in asked if name not in (*known, "linear")]:

@@ -118,9 +118,8 @@ def step_of(config, umm, params, mesh):
     state = place(jax.eval_shape(begin, base, key=key))
     policy = place(jax.eval_shape(method.policy, base, state.trainable))
 
-    B, S, teacher = config.gvu.prompts, config.gvu.prompts * config.gvu.group, base
-    if config.reward.teacher == "policy":
-        teacher = policy
+    B, S = config.gvu.prompts, config.gvu.prompts * config.gvu.group
+    teacher = base if config.reward.teacher == "base" else policy
     rows = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, x.shape[0])))
     prompts = lambda n: rows(umm.prompt_shapes(n, PROMPT, WORDS))

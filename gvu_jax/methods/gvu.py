@@ -123,8 +123,8 @@ class GvU:
             state, Rows(prompts, drawn, held), reward, sampler_logps, reference=base,
             policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,
             optimizer=self.optimizer, penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
-        metrics["duplicates"] = objectives.duplicates(drawn, gvu.group)
-        return sharding.constrain(self.umm.partition, state), metrics
+        return sharding.constrain(self.umm.partition, state), metrics | {
+            "duplicates": objectives.duplicates(drawn, gvu.group)}
 
 
 @struct.dataclass
