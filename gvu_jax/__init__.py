@@ -1,4 +1,4 @@
-"""gvu_jax: teach a unified multimodal model to draw what it already understands (GvU on X-Omni, in JAX).
+"""gvu_jax: teach a unified multimodal model to draw what it already understands.
 
     model = gvu_jax.load("path/of/a/run/or/model")
     pictures = model.generate(["a photo of a red circle"], seed=0)[0]        # uint8 [images_per_prompt, H, W, 3]
@@ -24,11 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from gvu_jax import adapters, checkpoint, cli, rewards, sharding
 from gvu_jax.metrics import read_json
-from gvu_jax.models import siglip_vq
 from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.sampling import How
 
@@ -47,8 +45,8 @@ def load(path, mesh=None, adapter=None, **override):
     """A `Model` from a model folder, or from the newest checkpoint of a run's folder.
 
     mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). adapter: a folder of peft's, as
-    `convert --export=peft` writes it, to be laid over the model. override: fields of the umm.XOmni that are to have
-    other values than those stored or trained with, such as diffusion_steps=28.
+    `convert --export=peft` writes it, to be laid over the model. override: fields of the umm that are to have other
+    values than those stored or trained with, such as diffusion_steps=28.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
     path = cli.path(path)
@@ -64,8 +62,8 @@ def load(path, mesh=None, adapter=None, **override):
         step = checkpoints.newest_whole()
         if step is None:
             raise FileNotFoundError(f"{path} has no checkpoint yet: the run ended before its first one")
-        like = jax.eval_shape(lambda: init_trainable(base, config, jax.random.key(0)))
-        trainable = checkpoints.load(step, trainable=like)["trainable"]
+        like = jax.eval_shape(lambda: init_trainable(umm, base, config, jax.random.key(0)))
+        trainable = checkpoints.load(step, trainable=sharding.place(umm.partition, like, mesh))["trainable"]
     finally:
         checkpoints.close()
     return _model(umm, policy_params(base, trainable, config.lora), step, adapter)
@@ -137,8 +135,8 @@ class Model:
             rows = [places[i % len(places)] for i in range(start, start + batch)]       # the last batch is filled up
             encoded = self.umm.encode_prompts([prompts[i] for i in rows], lengths)
             index = (np.array(rows)[:, None] * MOST_IMAGES + np.arange(images_per_prompt)).ravel()
-            tokens, _ = self._sample(self.params, encoded, keys[0], how=how, index=index)
-            pixels = self._render(self.params, tokens, encoded, keys[1], index=index)
+            drawn, _ = self._sample(self.params, encoded, keys[0], how=how, index=index)
+            pixels = self._render(self.params, drawn, encoded, keys[1], index=index)
             pictures = np.asarray(jnp.round(pixels * 255), np.uint8)
             yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(places) - start]
 
@@ -202,40 +200,22 @@ class Model:
 
     def _look(self, images):
         """Pictures as the understanding branch sees them, those of one size together, BATCH at a time: pairs of their
-        places in the list and seen [b, r, c]. Where the model has a transform, it fits pictures of any size first.
+        places in the list and seen [b, ..].
 
         The last batch of a size is filled up from its beginning: what is read twice is the same twice.
         """
         batch, sizes = min(BATCH, len(images)), {}
         for i, image in enumerate(images):
-            sizes.setdefault(self._fitted_size(np.shape(image)[:2]), []).append(i)
+            sizes.setdefault(self.umm.fitted_size(np.shape(image)[:2]), []).append(i)
         for rows in sizes.values():
             for start in range(0, len(rows), batch):
                 chunk = [rows[i % len(rows)] for i in range(start, start + batch)]
-                yield chunk, self._see(self.params, jnp.asarray(np.stack([self._fit(images[i]) for i in chunk])))
-
-    def _fitted_size(self, size):
-        """(height, width) to which a picture of this (height, width) is fitted."""
-        return size if self.umm.transform is None else siglip_vq.fitted_size(*size[::-1], self.umm.transform)
+                yield chunk, self._see(self.params, jnp.asarray(np.stack([self.umm.fit(images[i]) for i in chunk])))
 
     def refusal(self, size):
         """Why a picture of `size` (height, width) pixels cannot be read, in one line (str); None where it can."""
         try:
-            self._fitted_size(size)
+            self.umm.fitted_size(size)
         except ValueError as error:
             return str(error)
-        height, width = self.umm.picture_size
-        return None if self.umm.transform is not None or size == (height, width) else (
-            f"a picture of {' x '.join(map(str, size))} pixels given; this model reads {height} x {width} pixels "
-            f"(height x width) in RGB")
-
-    def _fit(self, image):
-        image = np.asarray(image)
-        if self.umm.transform is not None:
-            image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
-            return siglip_vq.fit_image(Image.fromarray(image), self.umm.transform)
-        if refusal := self.refusal(image.shape[:2]):
-            raise ValueError(refusal)
-        if image.shape[2:] != (3,):
-            raise ValueError(f"a picture of shape {image.shape} given; this model reads RGB, [H, W, 3]")
-        return image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
+        return None

@@ -6,8 +6,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from gvu_jax import cli, lora, sharding
-from gvu_jax.checkpoint import Described
-from gvu_jax.models import xomni
+from gvu_jax.described import Described
 from gvu_jax.tensor_files import Spec, TensorFile, safetensors_header, write_file
 
 
@@ -28,8 +27,8 @@ def write_peft(folder, tensors, rank, alpha, base=None):
     write_file(folder / "adapter_model.safetensors", safetensors_header(specs), tensors.__getitem__)
 
 
-def read_peft(folder, config):
-    """A peft adapter of the backbone -> (adapter tree for `lora.scaled`, alpha / r). config: its xomni.Config.
+def read_peft(folder, umm):
+    """A peft adapter of the backbone of `umm` -> (adapter tree for `lora.scaled`, alpha / r).
 
     Raises ValueError for keys that do not fit and for kinds of adapter that are not implemented.
     """
@@ -39,9 +38,9 @@ def read_peft(folder, config):
                      lora_bias=False, modules_to_save=None, alpha_pattern={}, rank_pattern={},
                      trainable_token_indices=None, target_parameters=None, layer_replication=None)
     file = TensorFile(folder / "adapter_model.safetensors")
-    shapes = jax.eval_shape(lambda: xomni.init(config, jax.random.key(0)))
+    shapes = jax.eval_shape(umm.init, jax.random.key(0))["ar"]
     try:
-        adapter = lora.from_peft({name: file.read(name) for name in file.specs}, shapes, xomni.rules(config))
+        adapter = lora.from_peft({name: file.read(name) for name in file.specs}, shapes, umm.adapter_rules)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
     return adapter, described.a(float, "lora_alpha") / max(1, described.a(int, "r"))
@@ -55,9 +54,9 @@ def laid_over(params, umm, folder):
     if "adapter" in params:
         raise ValueError(f"the checkpoint has an adapter of its own: lay {folder} over its base instead, the model "
                          f"folder that the run started from")
-    adapter, scale = read_peft(folder, umm.ar)
-    return {**params, "adapter": sharding.lay({"adapter": lora.scaled(adapter, scale)},
-                                              sharding.mesh_under(params))["adapter"]}
+    adapter, scale = read_peft(folder, umm)
+    scaled = {"adapter": lora.scaled(adapter, scale)}
+    return params | sharding.lay(umm.partition, scaled, sharding.mesh_under(params))
 
 
 def check_start(settings):
@@ -75,7 +74,7 @@ def start_from(state, umm, folder, mesh):
     """The state (policy.State) before the first step, with the adapter of a folder instead of a fresh one; where the
     state has a reference of its own, that too. ValueError where it covers other modules than lora.targets says."""
     flat = lambda tree: traverse_util.flatten_dict(tree, sep="/")
-    adapter, _ = read_peft(folder, umm.ar)
+    adapter, _ = read_peft(folder, umm)
     ours, theirs = flat(state.trainable["adapter"]), flat(adapter)
     if differ := sorted({path.rpartition("/")[0] for path in ours.keys() ^ theirs.keys()}):
         raise ValueError(f"lora.targets and the adapter in {folder} cover other modules ({', '.join(differ[:3])}; "
@@ -83,6 +82,6 @@ def start_from(state, umm, folder, mesh):
     if wrong := [path for path in ours if ours[path].shape != theirs[path].shape]:
         raise ValueError(f"{folder}: {wrong[0]} has the shape {theirs[wrong[0]].shape}, not {ours[wrong[0]].shape}")
     typed = jax.tree.map(lambda x, like: x.astype(like.dtype), adapter, state.trainable["adapter"])
-    trainable = sharding.lay({"adapter": typed}, mesh)
+    trainable = sharding.lay(umm.partition, {"adapter": typed}, mesh)
     return state.replace(trainable=trainable,
                          reference=state.reference and jax.tree.map(jnp.copy, trainable))

@@ -2,8 +2,8 @@
 
 A model folder holds everything that loading needs, and nothing that must be executed to load it:
 
-    metadata.json     format version, kind of model, every config
-    tokenizer/        tokenizer.json and the chat template; t5_tokenizer/ and clip_tokenizer/ where the head reads text
+    metadata.json     format version, kind of model (families.FAMILIES), every config
+    tokenizer/        tokenizer.json and the chat template; others beside it where a part of the model reads text itself
     params/           the parameters, Orbax
     source/           where the model was converted: what the way back needs (see convert.py)
     sha256.json       DIGEST, where the model was pretrained here
@@ -15,29 +15,24 @@ SHA-256 of every file: Orbax notices a write that was cut off, but not a byte th
 import dataclasses
 import hashlib
 import json
-import math
 import os
 import shutil
 import sys
 import time
-import types
 import typing
 from pathlib import Path
 
 import jax
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
-from transformers import PreTrainedTokenizerFast
 
-from gvu_jax import sharding
+from gvu_jax import families, sharding
 from gvu_jax.decode import check_files
+from gvu_jax.described import read_tokenizer, typed
 from gvu_jax.metrics import read_json, replace_file
-from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
-from gvu_jax.umm import XOmni
 
 FORMAT = 2
 DIGEST = "sha256.json"
-TOKENIZERS = ("tokenizer", "t5_tokenizer", "clip_tokenizer")
 
 
 def save_model(folder, umm, params):
@@ -57,165 +52,48 @@ def save_model(folder, umm, params):
 
 def write_metadata(folder, umm):
     """Everything of a model folder but the parameters: metadata.json and the tokenizers."""
-    metadata = {"format": FORMAT, "kind": "xomni", "vae_class": type(umm.vae).__name__, "grid": umm.grid,
-                "diffusion_steps": umm.diffusion_steps, "diffusion_guidance": umm.diffusion_guidance,
-                "instruction": umm.instruction}
-    for part in ("ar", "vision", "flux", "vae", "schedule", "transform", "t5", "clip"):
-        config = getattr(umm, part)
-        metadata[part] = None if config is None else dataclasses.asdict(config)
-    for name in TOKENIZERS:
-        if (tokenizer := getattr(umm, name)) is not None:
-            tokenizer.save_pretrained(folder / name)
+    metadata = {"format": FORMAT, "kind": umm.kind}
+    for field in dataclasses.fields(umm):
+        value = getattr(umm, field.name)
+        if field.name.endswith("tokenizer"):
+            if value is not None:
+                value.save_pretrained(folder / field.name)
+            continue
+        if len(configs_of(field)) > 1:
+            metadata[f"{field.name}_class"] = type(value).__name__
+        metadata[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
     replace_file(folder / "metadata.json", json.dumps(metadata, indent=1))
 
 
 def read_metadata(folder):
-    """The umm of a model folder. Raises ValueError or OSError, in one line, where the metadata is not ours.
+    """The umm of a model folder, of the family that its `kind` names. Raises ValueError or OSError, in one line, where
+    the metadata is not ours.
 
     The tokenizers are data: code that a folder brings along ("auto_map") is not looked at.
     """
-    path = folder / "metadata.json"
-    metadata = read_json(path)
-    if metadata.get("format") != FORMAT or metadata.get("kind") != "xomni":
-        raise ValueError(f"it is format {metadata.get('format')!r} of kind {metadata.get('kind')!r}; this version of "
-                         f"gvu_jax reads format {FORMAT} of kind 'xomni': update gvu_jax, or write the folder again")
-    classes = {"ar": xomni.Config, "vision": siglip_vq.Config, "flux": flux.Config, "schedule": flux.Schedule,
-               "vae": vae.PatchConfig if metadata.pop("vae_class", None) == "PatchConfig" else vae.Config,
-               "transform": siglip_vq.Transform, "t5": text_encoders.T5Config, "clip": text_encoders.ClipConfig}
-    for part, cls in classes.items():
-        if isinstance(metadata.get(part), dict):
-            metadata[part] = typed(cls, metadata[part], part)
-    tokenizers = {name: read_tokenizer(folder / name) for name in TOKENIZERS if (folder / name).exists()}
-    rest = {name: x for name, x in metadata.items() if name not in ("format", "kind", *TOKENIZERS)}
-    umm = typed(XOmni, rest | tokenizers)
-    for name, needed in zip(TOKENIZERS, (True, umm.t5, umm.clip)):
-        if needed and name not in tokenizers:
-            raise FileNotFoundError(f"there is no {folder / name}")
-    return umm
+    metadata = read_json(folder / "metadata.json")
+    format, kind = metadata.pop("format", None), metadata.pop("kind", families.FIRST)
+    if format != FORMAT or kind not in list(families.FAMILIES):                    # what JSON says may have no hash
+        raise ValueError(f"it is format {format!r} of kind {kind!r}; this version of gvu_jax reads format {FORMAT} of "
+                         f"kind {' or '.join(map(repr, families.FAMILIES))}: update gvu_jax, or write the folder again")
+    model = families.FAMILIES[kind].MODEL
+    for field in dataclasses.fields(model):
+        name = field.name
+        if name.endswith("tokenizer"):
+            metadata.pop(name, None)
+            if (folder / name).exists():
+                metadata[name] = read_tokenizer(folder / name)
+        elif configs := configs_of(field):
+            called = metadata.pop(f"{name}_class", None)
+            config = next((config for config in configs if config.__name__ == called), configs[0])
+            if isinstance(metadata.get(name), dict):
+                metadata[name] = typed(config, metadata[name], name)
+    return typed(model, metadata)
 
 
-def typed(cls, values, name=""):
-    """cls(**values), a dataclass, from what JSON or a config says; lists become tuples.
-
-    Raises ValueError for a missing or unknown entry and for one of another type than its field. A whole number is a
-    size, a count or an id: none of them is negative.
-    """
-    where = f"{name}." if name else ""
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    values = {entry: tuple(x) if isinstance(x, list) else x for entry, x in values.items()}
-    missing = [n for n, field in fields.items() if n not in values and field.default is dataclasses.MISSING]
-    unknown = [n for n in values if n not in fields]
-    if missing or unknown:
-        raise ValueError(f"missing: {', '.join(where + n for n in missing)}" if missing else
-                         f"unknown to this version of gvu_jax: {', '.join(where + n for n in unknown)}")
-    for entry, value in values.items():
-        kind = fields[entry].type
-        if not is_a(value, kind):
-            name = str(kind) if typing.get_args(kind) else kind.__name__
-            raise ValueError(f"{where}{entry} is {value!r}, which is no {name}")
-    return cls(**values)
-
-
-def is_a(value, kind):
-    """Whether a value may stand in a field of type `kind`, e.g. int | None or tuple[int, int]."""
-    if isinstance(kind, types.UnionType):
-        return any(is_a(value, one) for one in typing.get_args(kind))
-    if typing.get_origin(kind) is tuple:
-        first, *rest = typing.get_args(kind)
-        return isinstance(value, tuple) and all(is_a(x, first) for x in value) and (
-            rest == [...] or len(value) == 1 + len(rest))
-    if kind is int:
-        return type(value) is int and 0 <= value < 2 ** 63
-    if kind is float:
-        return type(value) in (int, float) and math.isfinite(value)
-    return kind is typing.Any or isinstance(value, kind)
-
-
-class Described:
-    """The dict of a JSON file, which names itself when asked for what it does not have or for what is not ours."""
-
-    def __init__(self, path, values=None):
-        self.path, self.values = path, values
-        if values is None:
-            if not path.is_file():
-                raise FileNotFoundError(f"there is no {path}")
-            self.values = read_json(path)
-        if not isinstance(self.values, dict):
-            raise ValueError(f"{path} holds no JSON object")
-
-    def __getitem__(self, name):
-        if name not in self.values:
-            raise ValueError(f"{self.path} does not say {name!r}")
-        value = self.values[name]
-        return Described(f"{self.path}, {name},", value) if isinstance(value, dict) else value
-
-    def a(self, kind, name):
-        """The entry `name`, which is a `kind`: dict (as Described), list, str, int or float."""
-        value = self[name]
-        if not isinstance(value, Described) if kind is dict else not is_a(value, kind):
-            raise ValueError(f"{self.path} says {name} = {self.values[name]!r}, which is no {kind.__name__}")
-        return value
-
-    def get(self, name, default=None):
-        return self.values.get(name, default)
-
-    def insist(self, **wanted):
-        """Refuses a file whose settings, where it has them, differ from `wanted`: the ones that are implemented."""
-        for name, value in wanted.items():
-            if self.values.get(name, value) != value:
-                raise ValueError(f"{self.path} says {name} = {self.values[name]!r}; implemented is {value!r} only")
-
-    def numbers(self, cls, **more):
-        """A config of ours whose fields have the names of the file; `more` are the fields that do not."""
-        asked = [f for f in dataclasses.fields(cls) if f.name not in more and f.name != "remat"]
-        values = {f.name: self[f.name] for f in asked if f.default is dataclasses.MISSING or f.name in self.values}
-        return named(self.path, lambda: typed(cls, values | more))
-
-
-def named(path, read):
-    """read(), whose ValueError is said of `path`."""
-    try:
-        return read()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def read_tokenizer(folder):
-    """The tokenizer of a folder with a tokenizer.json. Raises ValueError naming it where it is broken."""
-    check_tokenizer_files(folder)
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:                           # transformers raises anything from KeyError to its own
-        raise ValueError(f"cannot read the tokenizer in {folder}: {error}") from error
-
-
-def check_tokenizer_files(folder):
-    """ValueError for a file of the tokenizer that is none: as merges.txt, a pointer would be taken for merges."""
-    names = ("tokenizer*", "vocab*", "merges*", "special_tokens*", "added_tokens*", "chat_template*", "*.model")
-    check_files(sorted(path for name in names for path in Path(folder).glob(name) if path.is_file()))
-
-
-def check_tokenizer(tokenizer, ar, specials=()):
-    """ValueError unless the tokenizer speaks of pictures as the backbone does."""
-    def insist(token, low, high):
-        at = tokenizer.convert_tokens_to_ids(token)
-        if token not in tokenizer.get_vocab() or not low <= at < high:
-            raise ValueError(f"the tokenizer has no token {token} with an id from {low} to {high - 1}")
-    V = ar.vocab_size
-    insist("<MM-Token-0>", V, V + 1)
-    insist(f"<MM-Token-{ar.image_vocab_size - 1}>", V + ar.image_vocab_size - 1, V + ar.image_vocab_size)
-    for token in {"<SOM>", "<EOM>", "<IMAGE>", *specials}:
-        insist(token, V + ar.image_vocab_size, V + ar.mm_vocab_size)
-    for what in ("chat_template", "eos_token", "pad_token"):
-        if getattr(tokenizer, what) is None:
-            raise ValueError(f"the tokenizer has no {what}")
-
-
-def _try_template(umm):
-    try:
-        umm._around(umm.instruction, umm.grid)
-    except Exception as error:                           # a template is a program, which jinja2 fences in; it may fail
-        raise ValueError(f"its chat template cannot be used: {_first_line(error)}") from error
+def configs_of(field):
+    """The classes of config that may stand in a field of a umm."""
+    return [kind for kind in typing.get_args(field.type) or [field.type] if dataclasses.is_dataclass(kind)]
 
 
 def describe_model(folder, override=()):
@@ -230,9 +108,9 @@ def describe_model(folder, override=()):
                                 f"folders from published checkpoints)")
     try:
         umm = read_metadata(folder)
-        umm = typed(XOmni, {field.name: getattr(umm, field.name) for field in dataclasses.fields(umm)} | dict(override))
-        check_tokenizer(umm.tokenizer, umm.ar)
-        _try_template(umm)
+        fields = {field.name: getattr(umm, field.name) for field in dataclasses.fields(umm)}
+        umm = typed(type(umm), fields | dict(override))
+        umm.check_text()
         if wrong := differing(folder):
             raise ValueError(f"{wrong}. Remove the folder to have it made again (or only its {DIGEST}, if the change "
                              f"is yours)")
@@ -248,7 +126,7 @@ def load_model(folder, mesh=None, override=()):
     override and errors as in `describe_model`.
     """
     umm, found = describe_model(folder, override)
-    found = sharding.place(found, mesh or sharding.mesh_of(umm))
+    found = sharding.place(umm.partition, found, mesh or sharding.mesh_of(umm))
     return umm, _read_params(Path(folder).absolute() / "params", lambda params: ocp.load(params, found))
 
 
@@ -267,18 +145,10 @@ def _read_params(params, read):
 def shapes(umm):
     """The shapes of all parameters. ValueError where the parts do not fit, each in itself and one to the other."""
     try:
-        found = jax.eval_shape(lambda: init(umm, jax.random.key(0)))
+        found = jax.eval_shape(umm.init, jax.random.key(0))
     except Exception as error:                           # a layer of an impossible size fails in a way of its own
         raise ValueError(f"no model has these sizes: {_first_line(error)}") from error
-    fits = {"codes of backbone and image tokenizer": (umm.ar.image_vocab_size, umm.vision.codebook_size),
-            "channels of image tokenizer and decoder": (umm.vision.z_channels, umm.flux.siglip_channels),
-            "channels of VAE and decoder": (4 * umm.vae.latent_channels, umm.flux.in_channels)}
-    if umm.t5 is not None:
-        fits |= {"widths of T5 and decoder": (umm.t5.d_model, umm.flux.joint_attention_dim),
-                 "widths of CLIP and decoder": (umm.clip.hidden_size, umm.flux.pooled_projection_dim)}
-    for what, (one, other) in fits.items():
-        if one != other:
-            raise ValueError(f"the {what} differ: {one} and {other}")
+    umm.check_parts()
     return found
 
 
@@ -300,16 +170,6 @@ def stored_shapes(folder, umm):
             f"{what}: {', '.join(names)}" for what, names in wrong.items() if names))
     found = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in stored.items()}
     return traverse_util.unflatten_dict(found, sep="/")
-
-
-def init(umm, key):
-    """Random parameters of all parts; under jax.eval_shape, their shapes."""
-    keys = jax.random.split(key, 6)
-    params = {"ar": xomni.init(umm.ar, keys[0]), "vision": siglip_vq.init(umm.vision, keys[1]),
-              "flux": flux.init(umm.flux, keys[2]), "vae": vae.init(umm.vae, keys[3])}
-    if umm.t5 is not None:
-        params |= {"t5": text_encoders.init(umm.t5, keys[4]), "clip": text_encoders.init(umm.clip, keys[5])}
-    return params
 
 
 class Checkpoints:
@@ -366,9 +226,12 @@ class Checkpoints:
             write_digests(self._folder / str(step))
 
     def load(self, step, **like):
-        """The items named in `like` (trainable=..., opt_state=...: arrays or shapes), each in the given structure."""
-        return self._checkpointer.load_checkpointables(
-            step, {name: sharding.place(tree, self.mesh) for name, tree in like.items()})
+        """The items named in `like` (trainable=..., opt_state=...: arrays or shapes), each in the given structure and
+        where its leaves lie; whole on every device of the mesh where they lie nowhere."""
+        def place(leaf):
+            where = getattr(leaf, "sharding", None) or jax.NamedSharding(self.mesh, jax.P())
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+        return self._checkpointer.load_checkpointables(step, jax.tree.map(place, like))
 
     def close(self):
         self._checkpointer.close()

@@ -31,7 +31,6 @@ from gvu_jax import cli, data, suite
 from gvu_jax.closeup import sample_grid
 from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import replace_file
-from gvu_jax.models import vae
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 from gvu_jax.shapes import checker, world
@@ -98,7 +97,7 @@ def check_world(model, given):
     of another one."""
     instead = {"shapes": "another --suite", "understanding": "--tsv=FILE", "nonunification": "--prompt_file=FILE",
                "unified": "--pictures=FOLDER"}
-    if _SUITE.value in instead and not given and not isinstance(model.umm.vae, vae.PatchConfig):
+    if _SUITE.value in instead and not given and not model.umm.of_shapes:
         raise ValueError(f"{_CHECKPOINT.value} is no model of the shapes world, whose pictures --suite={_SUITE.value} "
                          f"takes: give {instead[_SUITE.value]}")
 

@@ -4,6 +4,9 @@ Letters: S sequences (samples, G to a group, neighbours together), N tokens a se
 tokens of a text count, at least one in each row; a picture has an exact length, all its tokens count, and its mask is
 None.
 """
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -29,15 +32,18 @@ def flat_groups(rewards, group):
     return jnp.mean(spread <= 1e-6 * jnp.max(jnp.abs(grouped), axis=1))
 
 
-def equal_samples(tokens, group):
-    """Which samples of a group are the same, [S, N] -> bool [S/G, G, G]."""
-    grouped = tokens.reshape(-1, group, tokens.shape[-1])                                           # [S/G, G, N]
-    return jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)
+def equal_samples(drawn, group):
+    """Which samples of a group are the same, a tree of [S, ..] -> bool [S/G, G, G]."""
+    def equal(x):
+        grouped = x.reshape(-1, group, math.prod(x.shape[1:]))                                      # [S/G, G, N]
+        return jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)
+    return functools.reduce(jnp.logical_and, map(equal, jax.tree.leaves(drawn)))
 
 
-def duplicates(tokens, group):
-    """Share of samples that equal an earlier one of their group: it nears one when a policy collapses. [S, N] -> []."""
-    return jnp.mean(jnp.any(jnp.tril(equal_samples(tokens, group), -1), axis=-1))
+def duplicates(drawn, group):
+    """Share of samples that equal an earlier one of their group: it nears one when a policy collapses. A tree of
+    [S, ..] -> []."""
+    return jnp.mean(jnp.any(jnp.tril(equal_samples(drawn, group), -1), axis=-1))
 
 
 def pool_equal(rewards, tokens, group):

@@ -23,25 +23,21 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from jax.experimental import topologies
 
-from gvu_jax import checkpoint, cli, costs, optim, sharding
+from gvu_jax import checkpoint, cli, costs, families, optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models.layers import AXES
-from gvu_jax.models.published import PUBLISHED
 from gvu_jax.policy import State, init_state
 from gvu_jax.sampling import How
-from gvu_jax.umm import MOST_TOKENS, Lengths, Prompts, XOmni
 
 GIB = 2 ** 30
 FITS = 0.9                       # of a chip's memory; the runtime and what evaluation holds beside a step need the rest
-WORDS, PROMPT = 32, 40           # padded lengths planned for: a prompt alone, and with the image header
+WORDS, PROMPT, ANSWER = 32, 40, 4    # padded lengths planned for: a prompt alone, with the image header; an answer
 # What spares the compiler's tuning: an effort up to jax 0.11, and from then on only a level.
 UNTUNED = ({"exec_time_optimization_effort": -1.0} if hasattr(jax.config, "jax_exec_time_optimization_effort") else
            {"optimization_level": "O1"})
-WEIGHTS = r"\['(ar|vision|flux|vae|t5|clip)'\]"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,20 +90,6 @@ def chips_of(topology):
         raise ValueError(f"there is no slice {topology}: {error}") from error
 
 
-class Published(XOmni):
-    """The published model where its folder is not: texts have lengths here, and ids that mean nothing."""
-
-    def _ids(self, text):
-        return [0] * 8
-
-    def _around(self, question, grid):
-        return (0,) * 24, (0,) * 16
-
-    def _head_ids(self, texts):
-        return (np.zeros((len(texts), MOST_TOKENS), np.int32),
-                np.zeros((len(texts), self.clip.max_position_embeddings), np.int32))
-
-
 def model_of(config):
     """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
     override, folder = config.model.get("override", {}), config.model.get("checkpoint")
@@ -116,7 +98,7 @@ def model_of(config):
     else:
         from gvu_jax.shapes import pretrain
         umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
-            checkpoint.typed(Published, PUBLISHED | dict(override, tokenizer=None)), jnp.bfloat16)
+            families.of(config).published(override), jnp.bfloat16)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
     remat = config.model.get("remat", umm.ar.remat)
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
@@ -130,31 +112,33 @@ def step_of(config, umm, params, mesh):
     optimizer = optim.build(config.optim, config.steps)
     method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group, **config.sampling), optimizer, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    base = sharding.place(params, mesh)
-    begin = functools.partial(init_state, config=config, optimizer=optimizer)
-    state = sharding.place(jax.eval_shape(begin, base, key=key), mesh)
-    policy = sharding.place(jax.eval_shape(method.policy, base, state.trainable), mesh)
+    place = functools.partial(sharding.place, umm.partition, mesh=mesh)
+    base = place(params)
+    begin = functools.partial(init_state, umm, config=config, optimizer=optimizer)
+    state = place(jax.eval_shape(begin, base, key=key))
+    policy = place(jax.eval_shape(method.policy, base, state.trainable))
 
-    B, S, (rows, cols) = config.gvu.prompts, config.gvu.prompts * config.gvu.group, umm.grid
-    patch, question = umm.vision.patch_size, len(umm._around(umm.instruction, umm.grid)[1])
-    array = lambda dtype, *shape: jax.ShapeDtypeStruct(
-        shape, dtype, sharding=sharding.batch_sharding(mesh, shape[0]))
-
-    def prompts(n, question=question, words=WORDS):
-        texts = [array(dtype, n, length) for length in Lengths(PROMPT, question, words) for dtype in (jnp.int32, bool)]
-        head = () if umm.t5 is None else (MOST_TOKENS, umm.clip.max_position_embeddings)
-        return Prompts(*texts, *(array(jnp.int32, n, length) for length in head))
-
-    tokens, logps = array(jnp.int32, S, rows * cols), array(jnp.float32, S, rows * cols)
-    seen = array(jnp.int32, S, rows, cols)
+    B, S = config.gvu.prompts, config.gvu.prompts * config.gvu.group
     teacher = base if config.reward.teacher == "base" else policy
+    rows = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=sharding.batch_sharding(mesh, x.shape[0])))
+    prompts = lambda n: rows(umm.prompt_shapes(n, PROMPT, WORDS))
     step = {"sample": (method.programs.sample, (policy, prompts(B), key))}
+
+    def result(name):
+        program, args = step[name]
+        with jax.set_mesh(mesh):
+            return rows(jax.eval_shape(program.jitted, *args))
+
+    drawn, logps = result("sample")
     if config.reward.view == "pixels":
-        step["render"] = method.programs.render, (base, tokens, prompts(B), key)
-        step["see"] = method.programs.see, (teacher, array(jnp.float32, S, rows * patch, cols * patch, 3))
+        step["render"] = method.programs.render, (base, drawn, prompts(B), key)
+        step["see"] = method.programs.see, (teacher, result("render"))
+    seen = result("see") if "see" in step else rows(jax.eval_shape(umm.seen_of, drawn))
     step["read"] = method.programs.read, (teacher, seen, prompts(S))
-    asked = prompts(S, question + WORDS, 4) if config.gvu.anchor else None
-    step["update"] = method.update, (state, base, prompts(S), tokens, logps, array(jnp.float32, S), seen, asked)
+    asked = rows(umm.prompt_shapes(S, PROMPT, ANSWER, asked=WORDS)) if config.gvu.anchor else None
+    step["update"] = method.update, (state, base, prompts(S), drawn, logps, rows(
+        jax.ShapeDtypeStruct((S,), jnp.float32)), seen, asked)
     return step, base, state
 
 
@@ -171,12 +155,13 @@ def make_plan(config, umm, params, mesh, chip):
     parts = {name: {"parameters": sum(x.size for x in jax.tree.leaves(part)), "bytes": held(part)}
              for name, part in (base | {"trained": state}).items()}
     pictures, programs = config.gvu.prompts * config.gvu.group, {}
+    decoded = step["update"][1][4].shape[1] - 1                                             # of the log-probs [S, T]
     for name, (program, args) in step.items():
         # Of the backbone matrices and rows are divided; of the other models rows, over as many axes as they go into.
         programs[name] = plan_program(
-            program, args, mesh, chip, resident,
+            umm, program, args, mesh, chip, resident,
             busy=sharers(mesh, pictures // config.gvu.waves) if name in ("render", "see") else mesh.size,
-            decoded=umm.image_tokens - 1 if name == "sample" else None)
+            decoded=decoded if name == "sample" else None)
         print(f"{name}: compiled in {programs[name]['compiled_in']:.0f} s", file=sys.stderr, flush=True)
     phases = {phase: sum(programs[name]["seconds"] for name in names if name in programs) for phase, names in
               {"sample": ["sample"], "render": ["render"], "reward": ["see", "read"], "update": ["update"]}.items()}
@@ -189,7 +174,7 @@ def make_plan(config, umm, params, mesh, chip):
         "fits": all(program["fits"] for program in programs.values())}
 
 
-def plan_program(program, args, mesh, chip, resident, busy, decoded):
+def plan_program(umm, program, args, mesh, chip, resident, busy, decoded):
     """What one program needs and takes, see `make_plan`; with "error" for what the compiler finds too large.
 
     resident: bytes that are on a chip at all times. busy: chips that share the work. decoded: turns of the decode loop,
@@ -198,7 +183,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
     began = time.time()
     with jax.set_mesh(mesh):
         traced = program.jitted.trace(*args)
-    cost, moved = costs.count(traced.jaxpr, fractions(args, mesh)), []
+    cost, moved = costs.count(traced.jaxpr, fractions(umm, args, mesh)), []
     figures = {"flops": cost.flops / busy, "traffic": cost.weights + cost.data / busy, "fits": False}
     try:
         compiled = traced.lower().compile(compiler_options=UNTUNED)
@@ -208,7 +193,7 @@ def plan_program(program, args, mesh, chip, resident, busy, decoded):
         figures["error"] = str(error).splitlines()[0]
     else:
         memory = compiled.memory_analysis()
-        moved = costs.collectives(compiled.as_text(), WEIGHTS)
+        moved = costs.collectives(compiled.as_text(), weights_of(umm))
         batch = held([arg for arg in args if not isinstance(arg, (dict, State))])
         results = memory.output_size_in_bytes - memory.alias_size_in_bytes
         needs = resident + batch + memory.temp_size_in_bytes + results
@@ -234,18 +219,23 @@ def held(tree):
                for x in jax.tree.leaves(tree) if x.sharding is not None)
 
 
-def fractions(args, mesh):
+def weights_of(umm):
+    """A regex for the paths of frozen parameters among the arguments of a program."""
+    return rf"\['({'|'.join(name for name in umm.partition if name != 'adapter')})'\]"
+
+
+def fractions(umm, args, mesh):
     """For each leaf of a program's arguments, what `costs.count` asks: DATA, or the part of a weight that a chip
     computes with, which is what the layout without fsdp leaves it."""
     def fraction(path, x, where):
-        if not re.search(WEIGHTS, jax.tree_util.keystr(path)):
+        if not re.search(weights_of(umm), jax.tree_util.keystr(path)):
             return costs.DATA
         return math.prod(where.shard_shape(x.shape)) / x.size
 
     found = []
     for arg in args:
         if isinstance(arg, (dict, State)):
-            where = sharding.shardings(arg, mesh, "rollout")
+            where = sharding.shardings(umm.partition, arg, mesh, "rollout")
             found += jax.tree.leaves(jax.tree_util.tree_map_with_path(fraction, arg, where))
         else:
             found += [costs.DATA] * len(jax.tree.leaves(arg))

@@ -12,7 +12,8 @@ import optax
 from flax import struct, traverse_util
 
 from gvu_jax import lora, sharding
-from gvu_jax.models.xomni import TRAINS
+
+TRAINS = "backbone", "all", "backbone+projector"        # what of the backbone; each family says which paths these are
 
 
 @struct.dataclass
@@ -39,10 +40,10 @@ def check_trainable(config):
         raise ValueError(f"lora.targets = {config.lora.targets!r} is no regular expression: {error}") from error
 
 
-def init_trainable(base, config, key):
+def init_trainable(umm, base, config, key):
     """The subtree that training moves: a fresh adapter, or a copy of the backbone when lora.rank is 0; of the parts
-    that config.trains names, where the config has it ("all" | "backbone" | "backbone+projector")."""
-    pattern, flat = TRAINS[config.get("trains", "all")], traverse_util.flatten_dict(base["ar"], sep="/")
+    that config.trains names, where the config has it (TRAINS)."""
+    pattern, flat = umm.trains[config.get("trains", "all")], traverse_util.flatten_dict(base["ar"], sep="/")
     part = traverse_util.unflatten_dict({path: x for path, x in flat.items() if re.search(pattern, path)}, sep="/")
     if config.lora.rank == 0:
         return {"ar": jax.tree.map(jnp.copy, part)}
@@ -75,14 +76,14 @@ def skipped(opt_state):
             "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0)}
 
 
-def place_state(base, config, optimizer, key, mesh):
+def place_state(umm, base, config, optimizer, key, mesh):
     """The state before the first step, each part of it where it stays on the mesh."""
-    begin = functools.partial(init_state, config=config, optimizer=optimizer)
-    where = sharding.shardings(jax.eval_shape(begin, base, key=key), mesh)
+    begin = functools.partial(init_state, umm, config=config, optimizer=optimizer)
+    where = sharding.shardings(umm.partition, jax.eval_shape(begin, base, key=key), mesh)
     return sharding.Program(begin, mesh, out_shardings=where)(base, key=key)
 
 
-def init_state(base, config, optimizer, key):
+def init_state(umm, base, config, optimizer, key):
     """The state before the first step. Pure: under jax.eval_shape, its shapes.
 
     Raises ValueError for full fine-tuning of a backbone in less than float32, which would round most updates away: one
@@ -92,5 +93,5 @@ def init_state(base, config, optimizer, key):
     if config.lora.rank == 0 and narrow:
         raise ValueError(f"lora.rank = 0 trains the backbone itself, which is in {', '.join(sorted(narrow))}: too "
                          f"coarse for its updates. Train an adapter instead, e.g. --config.lora.rank=8")
-    trainable = init_trainable(base, config, key)
+    trainable = init_trainable(umm, base, config, key)
     return State(step=jnp.zeros((), jnp.int32), trainable=trainable, opt_state=optimizer.init(trainable))

@@ -7,8 +7,9 @@ The mesh has three axes. A picture, a prompt, a sample is a row of a batch; its 
     tensor    the backbone's heads, feed-forward channels and vocabulary are divided; the same rows
 
 Each model's file names the logical axes of its parameters (`PARTITION`: path regex -> logical axes, of the trailing
-dimensions); `LAYOUTS` here says which mesh axes a logical axis is divided over. The adapter and the optimizer's state
-follow the parameters they belong to. The backbone draws tokens in a layout of its own, "rollout": gathered over fsdp
+dimensions), and a family which part of its params has which table (`umm.partition`, here an argument `partition`);
+`LAYOUTS` says which mesh axes a logical axis is divided over. The adapter and the optimizer's state follow the
+parameters they belong to. The backbone draws tokens in a layout of its own, "rollout": gathered over fsdp
 once, before the first token, so that decoding moves activations between chips and never weights.
 
 Nothing in a model depends on the mesh: samples get their keys from their place in the whole, and sharded programs
@@ -29,11 +30,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import multihost
 
 from gvu_jax import hosts, rewards
-from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.models.layers import AXES, BATCH
-
-TABLES = {"ar": xomni.PARTITION, "adapter": xomni.PARTITION, "vision": siglip_vq.PARTITION, "flux": flux.PARTITION,
-          "vae": vae.PARTITION, "t5": text_encoders.PARTITION, "clip": text_encoders.PARTITION}
 
 LAYOUTS = {
     "stored": {"width": ("fsdp",), "heads": ("tensor",), "channels": ("tensor",), "vocab": ("tensor",),
@@ -170,19 +167,19 @@ def check(umm, mesh, settings, samples):
 
 # ---- parameters ----------------------------------------------------------------------------------------------------
 
-def shardings(tree, mesh, layout="stored"):
-    """NamedShardings of a tree of arrays or shapes whose paths name a part of the model ("ar", "adapter", "flux", ..)
-    anywhere on their way: params, a trainable subtree, an optimizer's state. What belongs to no part lies whole.
+def shardings(partition, tree, mesh, layout="stored"):
+    """NamedShardings of a tree of arrays or shapes whose paths name a part of the model ("ar", "adapter", ..) anywhere
+    on their way: params, a trainable subtree, an optimizer's state. What belongs to no part lies whole.
 
     Raises ValueError for a parameter that no rule or more than one rule matches, and for a large one whose axis does
     not divide.
     """
     def place(path, leaf):
         names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-        part = next((i for i, name in enumerate(names) if name in TABLES), None)
+        part = next((i for i, name in enumerate(names) if name in partition), None)
         if part is None or leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        axes = logical_axes("/".join(names[part + 1:]), TABLES[names[part]])
+        axes = logical_axes("/".join(names[part + 1:]), partition[names[part]])
         return NamedSharding(mesh, divide(leaf.shape, axes, mesh, LAYOUTS[layout], "/".join(names)))
     return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -217,22 +214,23 @@ def divide(shape, axes, mesh, layout, name):
     return PartitionSpec(*spec)
 
 
-def place(tree, mesh):
+def place(partition, tree, mesh):
     """Shapes and dtypes -> the same with their shardings: what Orbax reads into and what programs are lowered for."""
     return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                        tree, shardings(tree, mesh))
+                        tree, shardings(partition, tree, mesh))
 
 
-def lay(tree, mesh):
+def lay(partition, tree, mesh):
     """Arrays of the host, whole in every process, where their paths put them on the mesh: parameters."""
     return jax.tree.map(lambda x, where: jax.make_array_from_callback(x.shape, where, lambda index: x[index]),
-                        tree, shardings(tree, mesh))
+                        tree, shardings(partition, tree, mesh))
 
 
-def constrain(tree, layout="stored"):
+def constrain(partition, tree, layout="stored"):
     """Inside a program: parameters, or what has their paths, in the given layout. Without a mesh nothing happens."""
     mesh = jax.sharding.get_abstract_mesh()
-    return tree if mesh.empty else jax.lax.with_sharding_constraint(tree, shardings(tree, mesh, layout))
+    return tree if mesh.empty else jax.lax.with_sharding_constraint(
+        tree, shardings(partition, tree, mesh, layout))
 
 
 # ---- batches -------------------------------------------------------------------------------------------------------

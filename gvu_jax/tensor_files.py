@@ -12,7 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 import tensorstore
 
 from gvu_jax.decode import HEAD, what_it_is
+from gvu_jax.described import Described
 
 # How safetensors calls the dtypes. Parameters are of the first three; the rest may occur in what is not read.
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(jnp.bfloat16),
@@ -186,6 +187,65 @@ def _write_tensor(file, spec, array):
     if array.dtype != spec.dtype or array.shape != spec.shape:
         raise ValueError(f"{array.dtype} {array.shape} where the file has {spec.dtype} {spec.shape}")
     file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+# ------------------------------------------------------------------ published folders
+
+def weight_files(folder):
+    """The safetensors of a directory, one file or the shards of an index: list of TensorFile.
+
+    Raises ValueError for an index that does not agree with its shards or leaves the directory, and for duplicates.
+    """
+    stems = ("model", "diffusion_pytorch_model")
+    single = [folder / f"{stem}.safetensors" for stem in stems if (folder / f"{stem}.safetensors").is_file()]
+    index = [path for stem in stems if (path := folder / f"{stem}.safetensors.index.json").is_file()]
+    if len(single) + len(index) > 1:
+        raise ValueError(f"{folder} has several sets of weights: {', '.join(p.name for p in single + index)}")
+    if single:
+        return [TensorFile(single[0])]
+    if not index:
+        raise FileNotFoundError(f"{folder} has no safetensors (model.safetensors or model.safetensors.index.json)")
+    weight_map = Described(index[0]).a(dict, "weight_map").values
+    for name in weight_map.values():
+        insist_inside(name, index[0])
+    files = [TensorFile(folder / name) for name in sorted(set(weight_map.values()))]
+    places = {}                                                             # key -> the shards that have it
+    for file in files:
+        for key in file.specs:
+            places.setdefault(key, []).append(file.path.relative_to(folder).as_posix())
+    duplicates = {key: shards for key, shards in places.items() if len(shards) > 1}
+    if duplicates:
+        raise ValueError(f"duplicate keys in {folder}: " + ", ".join(
+            f"{key} in {' and '.join(shards)}" for key, shards in sorted(duplicates.items())))
+    wrong = sorted(key for key in {*places, *weight_map} if places.get(key) != [weight_map.get(key)])
+    if wrong:
+        raise ValueError(f"{index[0]} and its shards disagree about the keys {wrong}")
+    return files
+
+
+def insist_inside(name, where):
+    """ValueError unless `name`, which the file `where` gives, stays in its directory as written (links may leave it:
+    the files of a download cache are links)."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{where} names {name!r}, outside of its directory")
+
+
+class Source(NamedTuple):
+    """A published checkpoint, read but for its weights."""
+    umm: Any               # the model it is of
+    weights: dict          # part of the tree ("ar", "vision/vit", ...) -> list of TensorFile
+    kept: dict             # path inside our `source/` -> small file of the source
+    names: dict            # path of a weight file -> its path in an export
+
+
+SMALL = 64 << 20                                       # bytes; larger files that are not weights are not kept
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
+
+
+def small_files(folder):
+    """The files of a published folder itself that a converted model keeps as they are."""
+    return [file for file in sorted(folder.iterdir())
+            if file.is_file() and file.suffix not in WEIGHTS and file.stat().st_size <= SMALL]
 
 
 # ------------------------------------------------------------------ the parameters of a model folder

@@ -34,7 +34,6 @@ from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
 from gvu_jax.methods.uae import UAE
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
-from gvu_jax.models import siglip_vq
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
 from gvu_jax.sampling import How
@@ -288,7 +287,7 @@ def check_checkpoint(config):
     folder = cli.path(config.model.get("checkpoint") or ".")
     if not folder.exists():
         raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                f"weights with python -m gvu_jax.convert --src=DIR --flux=DIR --dst={folder}")
+                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}")
 
 
 def prepare_base(config, workdir):
@@ -312,11 +311,11 @@ def load_base(config, workdir, mesh):
     """
     folder = gvu_jax.base_of_run(workdir, config)
     umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}))
-    size = umm.picture_size
-    if umm.transform is not None and (read := siglip_vq.fitted_size(*size[::-1], umm.transform)) != size:
-        raise ValueError(f"this model draws {size[0]} x {size[1]} pixels but reads such a picture at {read[0]} x "
-                         f"{read[1]}: set config.model.override.grid to what it reads, e.g. "
-                         f"({read[0] // umm.vision.patch_size}, {read[1] // umm.vision.patch_size})")
+    drawn, read = umm.picture_size, umm.fitted_size(umm.picture_size)
+    if read != drawn:
+        grid = tuple(cells * side // of for cells, side, of in zip(umm.grid, read, drawn))
+        raise ValueError(f"this model draws {drawn[0]} x {drawn[1]} pixels but reads such a picture at {read[0]} x "
+                         f"{read[1]}: set config.model.override.grid to what it reads, e.g. {grid}")
     remat = config.model.get("remat", "nothing")
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 

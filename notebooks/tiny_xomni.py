@@ -12,10 +12,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gvu_jax import checkpoint, tensor_files
+from gvu_jax import tensor_files
+from gvu_jax.families.xomni import XOmni
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
 from gvu_jax.shapes.tokenizer import IMAGE_MARKS, build_tokenizer
-from gvu_jax.umm import XOmni
 
 CODES, SIDE = 32, 48          # of the image tokenizer; pixels of a picture
 
@@ -24,7 +24,7 @@ def write(folder):
     """Writes both directories into `folder`, and returns their paths: (X-Omni-En, FLUX.1-dev)."""
     source, base = Path(folder) / "X-Omni-En", Path(folder) / "FLUX.1-dev"
     tokenizer, umm = build_tokenizer(CODES), tiny()
-    params = jax.device_get(jax.jit(lambda key: checkpoint.init(umm, key))(jax.random.key(0)))
+    params = jax.device_get(jax.jit(umm.init)(jax.random.key(0)))
     vit = params["vision"].pop("vit")
 
     decoder = {"model_path": "decoder", "cfg_scale": umm.diffusion_guidance, "cfg_scale_2": umm.diffusion_guidance,
@@ -33,8 +33,8 @@ def write(folder):
                "with_norm": True, "codebook_size": CODES, "codebook_dim": umm.vision.codebook_dim,
                "z_channels": umm.vision.z_channels}
     write_json(source, vars(umm.ar) | {
-        "hidden_act": "silu", "rope_scaling": None, "tie_word_embeddings": False, "use_sliding_window": False,
-        "mm_special_tokens": IMAGE_MARKS,
+        "model_type": "x-omni", "hidden_act": "silu", "rope_scaling": None, "tie_word_embeddings": False,
+        "use_sliding_window": False, "mm_special_tokens": IMAGE_MARKS,
         "vision_config": {"decoder": decoder, "encoder": encoder, "transform": vars(umm.transform)}})
     write_json(source / "vit", {"siglip_config": {"heads": umm.vision.heads}, "groupnorm_groups": umm.vision.groups})
     write_json(source / "decoder", vars(umm.flux) | {"patch_size": 1, "out_channels": None})

@@ -24,6 +24,7 @@ from PIL import Image
 import gvu_jax
 from conftest import ROOT, load_config, one_device, tiny_config
 from gvu_jax import checkpoint, cli, convert, data, decode, optim, tensor_files
+from gvu_jax.families import xomni
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
 from gvu_jax.pictures import image_grid, word_heatmap
@@ -278,10 +279,10 @@ def test_a_config_without_a_world_cannot_be_pretrained():
 
 
 def test_a_backbone_in_bfloat16_is_not_trained_itself(tiny):
-    config, _, base = tiny
+    config, umm, base = tiny
     base = {**base, "ar": jax.tree.map(lambda x: x.astype(jnp.bfloat16), base["ar"])}
     optimizer = optim.build(config.optim, 10)
-    start = lambda config: jax.eval_shape(lambda: init_state(base, config, optimizer, jax.random.key(0)))
+    start = lambda config: jax.eval_shape(lambda: init_state(umm, base, config, optimizer, jax.random.key(0)))
     with pytest.raises(ValueError, match="is in bfloat16: too coarse.*lora.rank=8"):
         start(config)
     config = config.copy_and_resolve_references()
@@ -422,10 +423,10 @@ def test_a_tokenizer_folder_is_not_executed(model, tmp_path, monkeypatch):
                                        "class Tokenizer(PreTrainedTokenizerFast):\n    pass\n")
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question"))
     assert len(checkpoint.load_model(tmp_path / "model")[0].tokenizer) == len(model[0].tokenizer)
-    convert.read_tokenizer(tokenizer, "tokenizer")
+    xomni.read_tokenizer(tokenizer, "tokenizer")
     (tokenizer / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match="cannot read tokenizer"):
-        convert.read_tokenizer(tokenizer, "tokenizer")
+        xomni.read_tokenizer(tokenizer, "tokenizer")
     assert not mark.exists()
     from transformers import AutoTokenizer
     with pytest.raises(Exception):

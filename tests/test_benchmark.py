@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gvu_jax import benchmark, report
+from gvu_jax.families import xomni_peers as peers
 
 NANO = dict(
     ar=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
@@ -20,13 +21,13 @@ NANO = dict(
 @pytest.fixture(scope="module")
 def bench():
     torch.set_num_threads(1)                               # more would wait for each other beside the other tests
-    return benchmark.Bench(NANO, tokens=4, prompts=2, group=2)
+    return benchmark.Bench(peers, NANO, tokens=4, prompts=2, group=2)
 
 
 @pytest.fixture(scope="module")
 def lines(bench):
     """The table of everything: each phase compared, then timed."""
-    return benchmark.measure(bench, benchmark.PHASES, 3, benchmark.Machine("here", 1e9, 1e9))
+    return benchmark.measure(bench, benchmark.phases_of(peers), 3, benchmark.Machine("here", 1e9, 1e9))
 
 
 def test_every_phase_equals_its_peers_and_gets_its_lines(lines):
@@ -50,7 +51,7 @@ def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase
     other = {**bench.params, part: jax.tree_util.tree_map_with_path(shift, bench.params[part])}
     monkeypatch.setattr(bench, "params", other)                       # the peers hold the weights from before
     with pytest.raises(ValueError, match="differ"):
-        getattr(bench, phase)().check()
+        bench.phase(phase).check()
 
 
 def test_products_are_counted_through_loops():
@@ -73,12 +74,12 @@ def test_sides_take_turns():
 @pytest.mark.parametrize("power", [1, 2])
 def test_the_exponent_of_the_cost(monkeypatch, power):
     class Costly:
-        def __init__(self, sizes, tokens, prompts, group):
+        def __init__(self, peers, sizes, tokens, prompts, group):
             self.our_step = lambda: lambda: 0.1 * (prompts * group) ** power
 
     monkeypatch.setattr(benchmark, "Bench", Costly)
     monkeypatch.setattr(benchmark, "seconds", lambda run: run())
-    for line in benchmark.linear(NANO, 4, 3, 2, times=(1, 2, 4)).values():
+    for line in benchmark.linear(peers, NANO, 4, 3, 2, times=(1, 2, 4)).values():
         assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power)
 
 
@@ -94,7 +95,7 @@ def test_the_page_has_the_table_and_the_plot(lines, tmp_path):
 
 def test_a_size_that_is_no_square_is_refused():
     with pytest.raises(ValueError, match="no square number"):
-        benchmark.build(NANO, 250)
+        peers.build(NANO, 250)
 
 
 def test_rounding_passes_and_nothing_else():

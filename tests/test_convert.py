@@ -20,8 +20,9 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from gvu_jax import adapters, checkpoint, convert, lora, tensor_files
+from gvu_jax.described import Described
+from gvu_jax.families.xomni import PUBLISHED, XOmni, ar_config
 from gvu_jax.models import flux, siglip_vq, text_encoders, torch_keys, vae, xomni
-from gvu_jax.models.published import PUBLISHED
 from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.tensor_files import ParameterStore, Spec, TensorFile
 from test_decode import DOWNLOADS
@@ -96,7 +97,7 @@ def published(fixtures, tmp_path_factory):
     names = sorted(tensors)
     save_shards(source, {"model-00001-of-00002.safetensors": {k: tensors[k] for k in names[::2]},
                          "model-00002-of-00002.safetensors": {k: tensors[k] for k in names[1::2]}})
-    convert.convert(source, root / "model", fixtures / "flux/base", image_size=other_size(fixtures)[0])
+    convert.convert(source, root / "model", image_size=other_size(fixtures)[0], flux=fixtures / "flux/base")
     return source, root / "model"
 
 
@@ -300,7 +301,7 @@ def test_no_more_than_a_few_tensors_are_held(golden_copy):
     """0.25 GB of backbone, its largest tensor 8 MB: the peak rises by a fraction of the whole."""
     edit(golden_copy / "config.json", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
          num_attention_heads=8, num_key_value_heads=2)
-    config = convert.ar_config(convert.Described(golden_copy / "config.json"))
+    config = ar_config(Described(golden_copy / "config.json"))
     specs = {key: Spec(BF16, shape, 0) for key, shape in backbone_shapes(config).items()}
     header, file = tensor_files.safetensors_header(specs), golden_copy / "model.safetensors"
     file.unlink()
@@ -365,7 +366,7 @@ def test_the_full_size_checkpoint_has_a_place_for_every_key():
             found["vision"] |= {f"post_conv.{i}.{name}": shape for name, shape in (
                 (f"conv{j}.weight", (1536, 1536, 3, 3)), (f"conv{j}.bias", (1536,)), (f"norm{j}.weight", (1536,)),
                 (f"norm{j}.bias", (1536,)))}
-    umm = convert.XOmni(**PUBLISHED, tokenizer=None, grid=(36, 36))
+    umm = XOmni(**PUBLISHED, tokenizer=None, grid=(36, 36))
     planned = convert.plan(umm, found)
     assert all(set(found[part]) - set(places) <= {"norm.weight", "norm.bias"} for part, places in planned.items())
     assert len(planned["ar"]) == 36 * 12 + 6 and len(planned["flux"]) == len(found["flux"])
@@ -515,7 +516,7 @@ def test_settings_that_the_published_loader_takes_from_elsewhere(golden_copy):
 def test_index_files_are_not_trusted(tmp_path):
     a, b = np.zeros(2, np.float32), np.ones((3, 2), BF16)
     save_shards(tmp_path, {"one.safetensors": {"a": a}, "two.safetensors": {"b": b}})
-    assert [list(file.specs) for file in convert.weight_files(tmp_path)] == [["a"], ["b"]]
+    assert [list(file.specs) for file in tensor_files.weight_files(tmp_path)] == [["a"], ["b"]]
     for weight_map, message in (
             ({"a": "../one.safetensors", "b": "two.safetensors"}, "outside of its directory"),
             ({"a": "/one.safetensors", "b": "two.safetensors"}, "outside of its directory"),
@@ -523,14 +524,14 @@ def test_index_files_are_not_trusted(tmp_path):
             ({"a": "one.safetensors", "b": "three.safetensors"}, "no file .*three.safetensors")):
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
         with pytest.raises((ValueError, OSError), match=message):
-            convert.weight_files(tmp_path)
+            tensor_files.weight_files(tmp_path)
     save_shards(tmp_path, {"one.safetensors": {"a": a}, "two.safetensors": {"b": b, "a": a}},
                 {"a": "one.safetensors", "b": "two.safetensors"})
     with pytest.raises(ValueError, match="duplicate keys .*a in one.safetensors and two.safetensors"):
-        convert.weight_files(tmp_path)
+        tensor_files.weight_files(tmp_path)
     save(tmp_path / "model.safetensors", {"a": a})
     with pytest.raises(ValueError, match="several sets of weights"):
-        convert.weight_files(tmp_path)
+        tensor_files.weight_files(tmp_path)
 
 
 def test_safetensors_headers_are_checked(tmp_path):
@@ -633,7 +634,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     (run / "base").symlink_to(converted)
     (run / "config.json").write_text(config.to_json())
     umm, params = checkpoint.load_model(converted, one_device())
-    trainable = init_trainable(params, config, jax.random.key(1))
+    trainable = init_trainable(umm, params, config, jax.random.key(1))
     trainable = jax.tree.map(lambda x: jax.random.normal(jax.random.key(2), x.shape), trainable)
     states = checkpoint.Checkpoints(run)
     states.save(1, trainable=trainable, opt_state={"count": jnp.zeros(())})
@@ -641,7 +642,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
     convert.export_peft(run, tmp_path / "adapter")
     policy = policy_params(params, trainable, config.lora)
     ours_and_peft_agree(tmp_path / "adapter", params["ar"], policy["adapter"], umm.ar)
-    again, scale = adapters.read_peft(tmp_path / "adapter", umm.ar)
+    again, scale = adapters.read_peft(tmp_path / "adapter", umm)
     assert scale == 2
     jax.tree.map(same_bytes, trainable["adapter"], again)
     with pytest.raises(FileExistsError):
@@ -651,7 +652,7 @@ def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
 @pytest.mark.parametrize("name", ["lora_adapter", "lora_all_adapter"])
 def test_golden_adapters_come_in_and_go_out(fixtures, converted, tmp_path, name):
     umm, params = checkpoint.load_model(converted, one_device())
-    adapter, scale = adapters.read_peft(fixtures / "grpo" / name, umm.ar)
+    adapter, scale = adapters.read_peft(fixtures / "grpo" / name, umm)
     told = json.loads((fixtures / "grpo" / name / "adapter_config.json").read_text())
     assert scale == told["lora_alpha"] / told["r"] and ("mm_head" in adapter) == (name == "lora_all_adapter")
     golden = load_file(fixtures / "grpo" / name / "adapter_model.safetensors")
@@ -663,10 +664,10 @@ def test_golden_adapters_come_in_and_go_out(fixtures, converted, tmp_path, name)
     ours_and_peft_agree(tmp_path, params["ar"], lora.scaled(adapter, scale), umm.ar)
 
 
-def test_adapters_that_do_not_fit_are_named(fixtures, tmp_path):
+def test_adapters_that_do_not_fit_are_named(fixtures, converted, tmp_path):
     shutil.copytree(fixtures / "grpo/lora_adapter", tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
-    config = convert.ar_config(convert.Described(fixtures / "xomni/config.json"))
+    umm = checkpoint.read_metadata(converted)
     tensors = load_file(file)
     key = next(name for name in sorted(tensors) if name.endswith("lora_B.weight"))
     for change, message in (({key: None}, rf"missing keys \['{key}'\]"),
@@ -674,10 +675,10 @@ def test_adapters_that_do_not_fit_are_named(fixtures, tmp_path):
                             ({"other": np.zeros(1, np.float32)}, r"unknown keys \['other'\]")):
         save(file, {k: v for k, v in (tensors | change).items() if v is not None})
         with pytest.raises(ValueError, match=message):
-            adapters.read_peft(tmp_path / "adapter", config)
+            adapters.read_peft(tmp_path / "adapter", umm)
     edit(tmp_path / "adapter/adapter_config.json", use_dora=True)
     with pytest.raises(ValueError, match="use_dora"):
-        adapters.read_peft(tmp_path / "adapter", config)
+        adapters.read_peft(tmp_path / "adapter", umm)
     with pytest.raises(FileNotFoundError, match="no run's folder"):
         convert.export_peft(tmp_path / "adapter", tmp_path / "x")
 

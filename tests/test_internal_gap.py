@@ -44,7 +44,7 @@ class Method:
         lengths = umm.lengths([meta["prompt"] for meta in self.metas])
         self.method = InternalGap(umm, config, How(images_per_prompt=config.internal_gap.group),
                                   optim.build(config.optim, 10), one_device(), lengths, workdir)
-        self.base = jax.device_put(base, sharding.shardings(base, self.method.mesh))
+        self.base = jax.device_put(base, sharding.shardings(umm.partition, base, self.method.mesh))
         self.state = self.method.init(self.base, jax.random.key(1))
         self.stopped = lambda: False
 

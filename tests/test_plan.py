@@ -60,18 +60,18 @@ def test_what_the_compiler_finds_too_large(small):
     config.gvu.update(prompts=2 ** 16, group=64)
     mesh = sharding.make_mesh("fsdp:4", plan.chips_of("v5e:2x2"))
     step, _, _ = plan.step_of(config, umm, params, mesh)
-    see = plan.plan_program(*step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
+    see = plan.plan_program(umm, *step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
     assert not see["fits"] and "HBM" in see["error"] and see["seconds"] > 0
 
 
 def test_parameters_per_chip_fall_with_fsdp_and_tensor():
     """The published model at full size: 27.7 billion parameters in bfloat16, by their shapes."""
-    _, params = plan.model_of(load_config("xomni"))
+    umm, params = plan.model_of(load_config("xomni"))
     whole = 2 * sum(x.size for x in jax.tree.leaves(params))
     assert 55e9 < whole < 56e9
     for sizes, shares in (("fsdp:8", 8), ("fsdp:2,tensor:4", 8), ("data:2,fsdp:2,tensor:2", 4)):
         share = whole / shares
-        assert share <= plan.held(sharding.place(params, sharding.make_mesh(sizes))) <= 1.05 * share
+        assert share <= plan.held(sharding.place(umm.partition, params, sharding.make_mesh(sizes))) <= 1.05 * share
 
 
 def test_a_mesh_that_cannot_work_is_refused_with_the_reason(small):

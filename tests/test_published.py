@@ -43,7 +43,7 @@ def trainable_of(fixtures, case, umm):
     """(what is trained, lora settings) of a golden case."""
     if case == "full":
         return {"ar": xomni.from_torch(load_file(fixtures / "grpo/policy/model.safetensors"), umm.ar)}, None
-    adapter, scale = adapters.read_peft(fixtures / "grpo" / f"{case}_adapter", umm.ar)
+    adapter, scale = adapters.read_peft(fixtures / "grpo" / f"{case}_adapter", umm)
     rank = jax.tree.leaves(adapter["layers"])[0].shape[-1]
     return {"adapter": adapter}, ConfigDict(dict(rank=rank, alpha=scale * rank, targets="."))
 

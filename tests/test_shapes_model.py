@@ -1,5 +1,4 @@
 """Pretraining's parts and the suite: what each must achieve before the next can work."""
-import functools
 
 import jax
 import numpy as np
@@ -7,7 +6,6 @@ import pytest
 
 from conftest import one_device
 
-from gvu_jax import checkpoint
 from gvu_jax.models import vae
 from gvu_jax.shapes import pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
@@ -69,7 +67,7 @@ def test_a_question_among_the_words_is_read_as_before_them(tiny):
     """The same answers have the same probabilities, whether each question is asked of a picture of its own or six share
     one; and nothing but the answers is learned."""
     config, umm, _ = tiny
-    params = jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(3))
+    params = jax.jit(umm.init)(jax.random.key(3))
     rng = np.random.default_rng(1)
     scenes = world.sample_scenes(rng, 8)
     seen = rng.integers(umm.vision.codebook_size, size=(8, 3, 3)).astype(np.int32)

@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 
 from conftest import ROOT, load_config, one_device, tiny_config
 from gvu_jax import checkpoint, hosts, plan, sharding
+from gvu_jax.families.xomni import XOmni
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
@@ -44,7 +45,7 @@ def a_step(divisible, mesh, **changes):
     config.update_from_flattened_dict({"lora.rank": 4} | changes)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
     method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optax.adam(1e-3), mesh)
-    base = jax.device_put(params, sharding.shardings(params, mesh))
+    base = jax.device_put(params, sharding.shardings(umm.partition, params, mesh))
     state = method.init(base, sharding.put(jax.random.key(1), mesh))
     lengths, key = umm.lengths(TEXTS), sharding.put(jax.random.key(2), mesh)
     prompts, grouped = (sharding.place_prompts(umm, TEXTS, lengths, mesh, times) for times in (1, config.gvu.group))
@@ -84,7 +85,8 @@ def test_a_step_divided_three_ways_is_a_step_on_one_device(divided, alone):
     """And the state comes out where it went in, so that the next step is the same program."""
     together, method, state = divided
     assert_same_step(together, alone)
-    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(sharding.shardings(state, method.mesh))):
+    stays = sharding.shardings(method.umm.partition, state, method.mesh)
+    for leaf, where in zip(jax.tree.leaves(state), jax.tree.leaves(stays)):
         assert leaf.sharding.is_equivalent_to(where, leaf.ndim)
 
 
@@ -169,15 +171,15 @@ def test_a_mesh_on_which_the_run_cannot_be_divided_is_refused(divisible, mesh, c
 
 
 def test_every_parameter_matches_one_rule(divisible):
-    _, _, params = divisible
+    _, umm, params = divisible
     mesh = sharding.make_mesh("fsdp:2,tensor:2")
-    assert {leaf.mesh for leaf in jax.tree.leaves(sharding.shardings(params, mesh))} == {mesh}
+    assert {leaf.mesh for leaf in jax.tree.leaves(sharding.shardings(umm.partition, params, mesh))} == {mesh}
     for path, count in {"new_proj/kernel": 0, "lm_norm/scale": 1}.items():
         if count == 1:
-            assert sharding.logical_axes(path, sharding.TABLES["ar"]) == (None,)
+            assert sharding.logical_axes(path, umm.partition["ar"]) == (None,)
         else:
             with pytest.raises(ValueError, match=f"{path} matches {count} rules"):
-                sharding.logical_axes(path, sharding.TABLES["ar"])
+                sharding.logical_axes(path, umm.partition["ar"])
     with pytest.raises(ValueError, match="matches 2 rules"):
         sharding.logical_axes("a/kernel", [("kernel", ()), ("a/", ())])
 
@@ -187,11 +189,11 @@ def test_adapters_and_optimizer_states_follow_their_matrices():
     leaf = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     tree = {"adapter": {"layers": {"layer": {"mlp": {"down_proj": {"a": leaf(3, 48, 4), "b": leaf(3, 4, 32)}}}}}}
     state = optax.adam(1e-3).init(jax.tree.map(lambda x: jnp.zeros(x.shape), tree))
-    for specs in (sharding.shardings(tree, mesh), sharding.shardings(state, mesh)[0].mu):
+    for specs in (sharding.shardings(XOmni.partition, tree, mesh), sharding.shardings(XOmni.partition, state, mesh)[0].mu):
         pair = specs["adapter"]["layers"]["layer"]["mlp"]["down_proj"]
         assert pair["a"].spec == PartitionSpec(None, ("tensor",), None)
         assert pair["b"].spec == PartitionSpec(None, None, ("fsdp",))
-    assert sharding.shardings(state, mesh)[0].count.spec == PartitionSpec()
+    assert sharding.shardings(XOmni.partition, state, mesh)[0].count.spec == PartitionSpec()
 
 
 def test_a_large_axis_that_does_not_divide_is_refused_and_a_vocabulary_stays_whole():
@@ -207,11 +209,11 @@ def test_a_state_moves_to_another_mesh(divided, tmp_path):
     states = checkpoint.Checkpoints(tmp_path, method.mesh, writing=True)
     states.save(1, trainable=state.trainable, opt_state=state.opt_state)
     states.close()
-    other = checkpoint.Checkpoints(tmp_path, sharding.make_mesh("data:2,tensor:2"))
-    loaded = other.load(1, trainable=state.trainable, opt_state=state.opt_state)
+    mesh, parts = sharding.make_mesh("data:2,tensor:2"), {"trainable": state.trainable, "opt_state": state.opt_state}
+    other = checkpoint.Checkpoints(tmp_path, mesh)
+    loaded = other.load(1, **sharding.place(method.umm.partition, parts, mesh))
     other.close()
-    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves({"trainable": state.trainable,
-                                                                      "opt_state": state.opt_state})):
+    for ours, theirs in zip(jax.tree.leaves(loaded), jax.tree.leaves(parts)):
         assert len(ours.sharding.device_set) == 4
         np.testing.assert_array_equal(ours, theirs)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from gvu_jax import convert
+from gvu_jax.described import Described
 from gvu_jax.models import text_encoders, torch_keys
 from gvu_jax.models.text_encoders import ClipConfig, ClipText, T5Config, T5Encoder
 
@@ -114,7 +114,7 @@ def golden(fixtures):
     safetensors = pytest.importorskip("safetensors.numpy")
 
     def read(folder, kind):
-        config = convert.Described(fixtures / "flux/base" / folder / "config.json").numbers(kind)
+        config = Described(fixtures / "flux/base" / folder / "config.json").numbers(kind)
         tensors = safetensors.load_file(fixtures / "flux/base" / folder / "model.safetensors")
         return config, text_encoders.from_torch(tensors, config)
 
@@ -174,7 +174,7 @@ def test_clip_has_no_more_positions_than_its_table():
 
 
 def read(kind, values):
-    return convert.Described("config.json", values).numbers(kind)
+    return Described("config.json", values).numbers(kind)
 
 
 def test_configs_are_read_from_config_json():

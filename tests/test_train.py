@@ -37,7 +37,7 @@ def method_of(tiny, **changes):
     config.update_from_flattened_dict(changes)
     optimizer = optim.build(config.optim, 10)
     method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optimizer, one_device())
-    base = jax.device_put(base, sharding.shardings(base, method.mesh))
+    base = jax.device_put(base, sharding.shardings(umm.partition, base, method.mesh))
     state = method.init(base, jax.random.key(1))
     texts = ["a photo of a red circle", "a photo of two crosses"] * (config.gvu.prompts // 2)
     return method, base, state, umm.encode_prompts(texts)
@@ -236,7 +236,7 @@ def test_micro_batches_accumulate_to_the_whole_gradient(tiny, key):
     for slices in (1, 3):
         method, base, _, prompts = method_of(tiny, **{"gvu.micro_batches": slices})
         method.optimizer = optax.sgd(1.0)                           # moves by the gradient itself: Adam hides its scale
-        state = init_state(base, method.config, method.optimizer, key)
+        state = init_state(method.umm, base, method.config, method.optimizer, key)
         after, metrics, _ = one_step(method, base, state, prompts, key)
         moves.append(jax.tree.map(lambda new, old: new - old, after.trainable["ar"], base["ar"]))
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(moves[0]))
@@ -249,7 +249,7 @@ def test_an_update_makes_better_pictures_likelier(tiny, key):
     """Along a small step, log-probabilities rise with the advantage."""
     method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-3, "optim.warmup": 0})
     after, _, (tokens, logps, reward) = one_step(method, base, init_state(
-        base, method.config, method.optimizer, jax.random.key(1)), prompts, key)
+        method.umm, base, method.config, method.optimizer, jax.random.key(1)), prompts, key)
     from gvu_jax.objectives import group_advantages
     new = jax.jit(method.umm.image_logps)(
         method.policy(base, after.trainable), prompts.repeat(method.config.gvu.group), tokens)
@@ -266,7 +266,7 @@ def test_only_the_trainable_part_exists_in_the_state(tiny, key, rank, changed):
     assert float(metrics["grad_norm"]) > 0 and int(state.step) == 1
     for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(base["ar"])):
         np.testing.assert_array_equal(a, b)                                         # the reference has not moved
-    fresh = init_trainable(base, method.config, jax.random.key(1))
+    fresh = init_trainable(method.umm, base, method.config, jax.random.key(1))
     assert not all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (fresh, state.trainable))))
 
 
@@ -288,7 +288,8 @@ def test_teacher_and_view_are_what_the_config_says(tiny, key):
 def test_the_anchor_holds_reading_in_place(tiny, key):
     """Zero where the policy is the base; with it, a policy that has moved away is drawn back."""
     method, base, state, prompts = method_of(tiny, **{"optim.lr": 1e-4, "optim.warmup": 0, "gvu.anchor": 1000.0})
-    _, metrics, _ = one_step(method, base, init_state(base, method.config, method.optimizer, key), prompts, key)
+    state = init_state(method.umm, base, method.config, method.optimizer, key)
+    _, metrics, _ = one_step(method, base, state, prompts, key)
     assert abs(float(metrics["read_kl"])) < 1e-6
     moved = jax.tree.map(lambda x: x * 1.05, state.trainable)
     state, distances = state.replace(trainable=moved), []

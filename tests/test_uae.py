@@ -36,7 +36,7 @@ def method(tiny):
     _, umm, base = tiny
     built = uae.UAE(umm, config, How(images_per_prompt=4), optim.build(config.optim, 10), one_device())
     stream = suite.picture_stream((0, 0), 0.7, world.World(), most=2)
-    return built, jax.device_put(base, sharding.shardings(base, built.mesh)), stream
+    return built, jax.device_put(base, sharding.shardings(built.umm.partition, base, built.mesh)), stream
 
 
 class NoClock:

@@ -32,13 +32,13 @@ def questions(umm, texts, lengths, mesh, group=1):
 
 
 def held(seen, prompts, asked=None, group=1):
-    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, r, c], its
-    own prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
+    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], its own
+    prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
     `questions`, or None)."""
     next_one = lambda x: jnp.roll(x, -group, axis=0)[::ANCHORED]
     pair = lambda x: jnp.stack([x[::ANCHORED], next_one(x)], axis=1)
     in_turn = lambda x: jnp.where((jnp.arange(-(-len(x) // ANCHORED)) % 2 == 0)[:, None], x[::ANCHORED], next_one(x))
-    return seen[::ANCHORED], jax.tree.map(pair, prompts), jax.tree.map(in_turn, asked)
+    return jax.tree.map(lambda x: x[::ANCHORED], seen), jax.tree.map(pair, prompts), jax.tree.map(in_turn, asked)
 
 
 def reading_kl(umm, policy, base, seen, texts, asked):

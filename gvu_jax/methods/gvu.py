@@ -2,8 +2,8 @@
 
 One training step, for a batch of B prompts with G pictures each (S = B * G samples, a prompt's side by side):
 
-    1. sample   the policy draws image tokens for every prompt                     umm.sample_image
-    2. render   the diffusion head turns them into pixels                          umm.render
+    1. sample   the policy draws pictures for every prompt                         umm.sample_image
+    2. render   they become pixels                                                 umm.render
     3. reward   the understanding branch reads the pixels and says how probable    umm.see, umm.text_logps
                 each word of the prompt is; the geometric mean is the reward
     4. update   rewards become advantages within each group; clipped ratio and     umm.image_logps, grpo.py
@@ -20,7 +20,7 @@ from flax import struct
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, grpo
 from gvu_jax.policy import check_trainable, place_state, policy_params
-from gvu_jax.umm import compile_programs
+from gvu_jax.umm import check_shared, compile_programs
 
 
 class GvU:
@@ -38,6 +38,8 @@ class GvU:
         self.check(config)
         sharding.check(umm, mesh, config.gvu, config.gvu.prompts * config.gvu.group)
         anchor.check(config.gvu, "gvu", config.gvu.prompts * config.gvu.group, mesh)
+        if config.reward.view == "tokens":
+            check_shared(umm, "reward.view = 'tokens'")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
@@ -61,7 +63,7 @@ class GvU:
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        return place_state(base, self.config, self.optimizer, key, self.mesh)
+        return place_state(self.umm, base, self.config, self.optimizer, key, self.mesh)
 
     def rollout(self, state, base, step, stream, key, clock):
         """Programs 1 to 3 for the prompts of `step`: what `update` takes after (state, base).
@@ -75,28 +77,28 @@ class GvU:
         prompts, grouped = (sharding.place_prompts(self.umm, texts, self.lengths, self.mesh, times)
                             for times in (1, self.config.gvu.group))
         policy = self.policy(base, state.trainable)
-        image_tokens, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
-        pixels = clock.lap("render", self.render(base, image_tokens, prompts, keys[1]))
-        reward, seen = clock.lap("reward", self.reward(base, policy, image_tokens, pixels, grouped, metas))
+        drawn, logps = clock.lap("sample", self.sample(policy, prompts, keys[0]))
+        pixels = clock.lap("render", self.render(base, drawn, prompts, keys[1]))
+        reward, seen = clock.lap("reward", self.reward(base, policy, drawn, pixels, grouped, metas))
         asked = anchor.questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group) if (
             self.config.gvu.anchor) else None
-        return grouped, image_tokens, logps, reward, seen, asked
+        return grouped, drawn, logps, reward, seen, asked
 
     def sample(self, policy, prompts, key):
-        """-> image_tokens [S, N], logps [S, N] of the sampler."""
+        """-> drawn [S, ..], logps [S, T] of the sampler."""
         return self.programs.sample(policy, prompts, key)
 
-    def render(self, base, image_tokens, prompts, key):
-        """-> pixels [S, H, W, 3], or None where the reward reads the sampled tokens. prompts: one row per prompt."""
-        return self.programs.render(base, image_tokens, prompts, key) if self.config.reward.view == "pixels" else None
+    def render(self, base, drawn, prompts, key):
+        """-> pixels [S, H, W, 3], or None where the reward reads what was drawn itself. prompts: a row per prompt."""
+        return self.programs.render(base, drawn, prompts, key) if self.config.reward.view == "pixels" else None
 
-    def reward(self, base, policy, image_tokens, pixels, prompts, metas=()):
-        """-> reward [S] in [0, 1] and what it was read from, seen [S, r, c]. prompts: a row per sample.
+    def reward(self, base, policy, drawn, pixels, prompts, metas=()):
+        """-> reward [S] in [0, 1] and what it was read from, seen [S, ..]. prompts: a row per sample.
 
         metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words.
         """
         teacher = base if self.config.reward.teacher == "base" else policy
-        seen = self.programs.see(teacher, pixels) if pixels is not None else image_tokens.reshape(-1, *self.umm.grid)
+        seen = self.programs.see(teacher, pixels) if pixels is not None else self.umm.seen_of(drawn)
         each = [meta for meta in metas for _ in range(self.config.gvu.group)]
         if self.config.reward.mean == "yes":
             texts = [meta["prompt"] for meta in metas]
@@ -108,28 +110,29 @@ class GvU:
         return self.mean(*self.programs.read(teacher, seen, prompts)), seen
 
     def _logps(self, policy, rows):
-        return self.umm.image_logps(policy, rows.prompts, rows.tokens), None
+        return self.umm.image_logps(policy, rows.prompts, rows.drawn), None
 
     def _hold_reading(self, policy, rows, base):
         read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)
         return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
-    def _update(self, state, base, prompts, image_tokens, sampler_logps, reward, seen, asked=None):
-        """GRPO on S samples. prompts [S], image_tokens and sampler_logps [S, N], reward [S] and seen [S, r, c] as
-        `reward` returns them; asked: anchor.questions, where there is an anchor that is to hold their answers. Returns
-        the state after step + 1 and a dict of scalar metrics."""
+    def _update(self, state, base, prompts, drawn, sampler_logps, reward, seen, asked=None):
+        """GRPO on S samples. prompts [S], drawn [S, ..], sampler_logps [S, T], reward [S] and seen [S, ..] as `reward`
+        returns them; asked: anchor.questions, where there is an anchor that is to hold their answers. Returns the state
+        after step + 1 and a dict of scalar metrics."""
         gvu = self.config.gvu
         held = anchor.held(seen, prompts, asked, gvu.group) if gvu.anchor else ()
         state, metrics = grpo.update(
-            state, Drawn(prompts, image_tokens, held), reward, sampler_logps, reference=base,
+            state, Rows(prompts, drawn, held), reward, sampler_logps, reference=base,
             policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,
             optimizer=self.optimizer, penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
-        return sharding.constrain(state), metrics | {"duplicates": objectives.duplicates(image_tokens, gvu.group)}
+        return sharding.constrain(self.umm.partition, state), metrics | {
+            "duplicates": objectives.duplicates(drawn, gvu.group)}
 
 
 @struct.dataclass
-class Drawn:
-    """S samples: prompts and image tokens [S, ..]; and, with an anchor, what it holds (see anchor.held)."""
+class Rows:
+    """S samples: prompts and what was drawn [S, ..]; and, with an anchor, what it holds (see anchor.held)."""
     prompts: object
-    tokens: jax.Array
+    drawn: object
     held: tuple

@@ -12,8 +12,8 @@ such pictures is its non-unification; what it accepts and what it rejects are da
 
 WORKDIR/data/round_0 (the pool) and round_1 (the replay) hold what was drawn: manifest.jsonl, a line for each candidate
 with its prompt, score, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
-it was drawn) and image tokens; pictures.png, some prompts' candidates from the most accepted to the most rejected one,
-framed green or red. Until a round is whole, its calls stand in parts/: a run that is killed goes on with the next one.
+it was drawn) and what was drawn, the leaves of its tree (of image tokens, one); pictures.png, some prompts' candidates
+from the most accepted to the most rejected one, framed green or red. Until a round is whole, its calls stand in parts/: a run that is killed goes on with the next one.
 """
 import functools
 import itertools
@@ -32,7 +32,7 @@ from gvu_jax.methods import anchor, grpo
 from gvu_jax.metrics import read_json, replace_file
 from gvu_jax.policy import State, check_trainable, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
-from gvu_jax.umm import compile_programs
+from gvu_jax.umm import check_shared, compile_programs
 
 
 class InternalGap:
@@ -54,6 +54,10 @@ class InternalGap:
         self.settings, self.folder = config.internal_gap, workdir and Path(workdir) / "data"
         sharding.check(umm, mesh, self.settings, self.settings.batch)
         anchor.check(self.settings, "internal_gap", self.settings.batch, mesh)
+        for setting, asked in {"reward.view = 'tokens'": config.reward.view == "tokens",
+                               "internal_gap.anchor above 0": self.settings.anchor}.items():
+            if asked:
+                check_shared(umm, setting)
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -85,7 +89,7 @@ class InternalGap:
 
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        return place_state(base, self.config, self.optimizer, key, self.mesh)
+        return place_state(self.umm, base, self.config, self.optimizer, key, self.mesh)
 
     # ---- 1. draw and 3. replay -----------------------------------------------------------------------------------
 
@@ -109,23 +113,23 @@ class InternalGap:
         return prompts, asked, *sharding.put((*arrays, self.facts), self.mesh)
 
     def draw(self, texts, key, base, policy, clock, shown=True):
-        """One call: `prompts` texts, N candidates each -> tokens [B, N, T], logp [B, N], score [B, N], and, where they
+        """One call: `prompts` texts, N candidates each -> drawn [B, N, ..], logp [B, N], score [B, N], and, where they
         are to be shown, pixels [B, N, H, W, 3] float32, else None."""
         keys = sharding.put(tuple(jax.random.split(key)), self.mesh)
         prompts = sharding.place_prompts(self.umm, texts, self.lengths, self.mesh)
         asked = (sharding.place_questions if self.config.reward.mean == "yes" else sharding.place_prompts)(
             self.umm, texts, self.lengths, self.mesh, self.settings.group)
         judge, pixels = base if self.config.reward.teacher == "base" else policy, None
-        tokens, logps = clock.lap("sample", self.programs.sample(policy, prompts, keys[0]))
+        drawn, logps = clock.lap("sample", self.programs.sample(policy, prompts, keys[0]))
         if shown or self.config.reward.view == "pixels":
-            pixels = clock.lap("render", self.programs.render(base, tokens, prompts, keys[1]))
+            pixels = clock.lap("render", self.programs.render(base, drawn, prompts, keys[1]))
         seen = self.programs.see(judge, pixels) if self.config.reward.view == "pixels" else (
-            tokens.reshape(-1, *self.umm.grid))
+            self.umm.seen_of(drawn))
         score = clock.lap("reward", self.score(*self.programs.read(judge, seen, asked)))
-        tokens, logps, score, pixels = (
-            None if x is None else x.reshape(len(texts), -1, *x.shape[1:])
-            for x in sharding.fetch((tokens, logps, score, pixels if shown else None)))
-        return tokens, logps.sum(axis=2), score, pixels
+        drawn, logps, score, pixels = jax.tree.map(
+            lambda x: x.reshape(len(texts), -1, *x.shape[1:]),
+            sharding.fetch((drawn, logps, score, pixels if shown else None)))
+        return drawn, logps.sum(axis=2), score, pixels
 
     def add_round(self, texts, begins, step, key, draw, clock):
         """Adds the round of `texts`, which begins at step `begins`: drawn now, or read where that was done before.
@@ -150,7 +154,7 @@ class InternalGap:
                 replace_file(folder / "manifest.jsonl", "".join(part.read_text() for part in parts))
                 shutil.rmtree(folder / "parts")
         sharding.wait_for_all("the data of a round")
-        self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, self.umm.image_tokens, begins))
+        self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, self.umm.drawn_shapes(1), begins))
         self.pairs = choose_pairs(self.rounds, gap)
         self.facts = facts(self.rounds, self.pairs, gap)
         if jax.process_index() == 0:
@@ -181,7 +185,7 @@ class InternalGap:
         """The objective on one micro-batch, and its metrics. The policy draws nothing here, so kl (k3) and entropy
         (cross-entropy), nats a token, are those of the accepted pictures."""
         gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
-        logps = lambda params, tokens: self.umm.image_logps(params, batch.prompts, tokens)             # [B, T]
+        logps = lambda params, drawn: self.umm.image_logps(params, batch.prompts, drawn)               # [B, T]
         chosen, ref = logps(policy, batch.chosen), logps(base, batch.chosen)
         if gap.objective == "dpo":
             loss, metrics = objectives.dpo_loss(
@@ -189,7 +193,7 @@ class InternalGap:
         else:
             loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
         if gap.anchor:
-            seen = batch.chosen.reshape(-1, *self.umm.grid)                # the tokens: their pixels are long forgotten
+            seen = self.umm.seen_of(batch.chosen)                                    # their pixels are long forgotten
             held = anchor.held(seen, batch.prompts, batch.asked)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
@@ -201,7 +205,7 @@ class InternalGap:
     def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts):
         """One optimizer step on B rows, over `micro_batches` slices of them.
 
-        prompts [B] and, with an anchor, asked [B] (anchor.questions); chosen and rejected tokens [B, T], logp [B] of
+        prompts [B] and, with an anchor, asked [B] (anchor.questions); chosen and rejected drawn [B, ..], logp [B] of
         the chosen one when drawn, by_base [B] bool: by the base. Returns the state after step + 1 and a dict of scalar
         metrics, `facts` among them.
         """
@@ -210,7 +214,8 @@ class InternalGap:
         trainable, opt_state, metrics, _ = grpo.descend(
             lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, state.opt_state, batches,
             self.optimizer)
-        return sharding.constrain(State(state.step + 1, trainable, opt_state)), metrics | facts | skipped(opt_state)
+        state = sharding.constrain(self.umm.partition, State(state.step + 1, trainable, opt_state))
+        return state, metrics | facts | skipped(opt_state)
 
 
 @struct.dataclass
@@ -218,8 +223,8 @@ class Batch:
     """Rows of one micro-batch; see `InternalGap._update`."""
     prompts: object
     asked: object
-    chosen: jax.Array
-    rejected: jax.Array
+    chosen: object
+    rejected: object
     logp: jax.Array
     by_base: jax.Array
 
@@ -230,7 +235,7 @@ class Round(NamedTuple):
     """Candidates of P prompts, N each, and how they were judged."""
     begins: int              # the step
     prompts: list            # P texts
-    tokens: np.ndarray       # [P, N, T] int32
+    drawn: object            # tree of [P, N, ..]
     logp: np.ndarray         # [P, N] float32, of the whole picture, nats
     score: np.ndarray        # [P, N] float32
 
@@ -244,29 +249,33 @@ class Round(NamedTuple):
                 f"{len(self.prompts) - kept} are discarded")
 
 
-def lines(texts, tokens, logp, score, threshold, rows):
+def lines(texts, drawn, logp, score, threshold, rows):
     """The manifest's lines of the first `rows` prompts of a call."""
     found = []
-    for text, *candidates in zip(texts[:rows], tokens.tolist(), logp.tolist(), score.tolist()):
-        any_accepted = max(candidates[2]) > threshold
-        for n, (ids, nats, p) in enumerate(zip(*candidates)):
+    for i, (text, *candidates) in enumerate(zip(texts[:rows], logp.tolist(), score.tolist())):
+        any_accepted = max(candidates[1]) > threshold
+        for n, (nats, p) in enumerate(zip(*candidates)):
+            leaves = [x[i, n].tolist() for x in jax.tree.leaves(drawn)]
             verdict = "accepted" if p > threshold else "rejected" if any_accepted else "discarded"
             found.append(json.dumps({"prompt": text, "candidate": n, "score": p, "verdict": verdict, "logp": nats,
-                                     "tokens": ids}) + "\n")
+                                     "drawn": leaves}) + "\n")
     return "".join(found)
 
 
-def read_round(path, texts, group, length, begins):
-    """A manifest -> Round. Raises ValueError where it is not that of `texts`, `group` candidates of `length` tokens."""
+def read_round(path, texts, group, shapes, begins):
+    """A manifest -> Round. Raises ValueError where it is not that of `texts`, `group` candidates each, drawn as in
+    `shapes` [1, ..]."""
     try:
         found = [json.loads(line) for line in path.read_text().splitlines()]
         if [line["prompt"] for line in found] != [text for text in texts for _ in range(group)]:
             raise ValueError("its prompts are others")
-        column = lambda name, dtype, *rest: np.array(
-            [line[name] for line in found], dtype).reshape(len(texts), group, *rest)
-        arrays = column("tokens", np.int32, length), column("logp", np.float32), column("score", np.float32)
-        return Round(begins, list(texts), *arrays)
-    except (ValueError, KeyError, TypeError) as error:
+        column = lambda values, dtype=np.float32, shape=(): np.array(values, dtype).reshape(len(texts), group, *shape)
+        leaves, structure = jax.tree.flatten(shapes)
+        drawn = [column([line["drawn"][k] for line in found], leaf.dtype, leaf.shape[1:])
+                 for k, leaf in enumerate(leaves)]
+        return Round(begins, list(texts), jax.tree.unflatten(structure, drawn),
+                     *(column([line[name] for line in found]) for name in ("logp", "score")))
+    except (ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path} is not what this run wrote ({error}): put that back, or give another "
                          f"--workdir") from error
 
@@ -283,26 +292,26 @@ def picture(texts, score, pixels, threshold, rows=12, columns=12):
 class Pairs(NamedTuple):
     """The M prompts to train on, each with its candidates from the most accepted to the most rejected one."""
     prompts: list            # M texts
-    tokens: np.ndarray       # [M, N, T] int32
+    drawn: object            # tree of [M, N, ..]
     logp: np.ndarray         # [M, N] float32
     kept: np.ndarray         # [M] how many of them, from the first on, SFT learns from
     by_base: np.ndarray      # [M] bool: drawn in round 0
 
     def rows(self, places, gap, seed):
-        """Prompts, chosen [B, T], rejected [B, T], logp [B] and by_base [B] of the given places in an endless order:
+        """Prompts, chosen [B, ..], rejected [B, ..], logp [B] and by_base [B] of the given places in an endless order:
         each epoch shuffles anew. The e-th epoch of SFT takes the e-th candidate kept of a prompt, round and round; DPO
         always takes the first."""
         epochs, places = np.divmod(np.array(places), len(self.prompts))
         shuffled = {e: np.random.default_rng((seed, e)).permutation(len(self.prompts)) for e in set(epochs.tolist())}
         rows = np.array([shuffled[e][place] for e, place in zip(epochs.tolist(), places)])
         which = epochs % self.kept[rows] if gap.objective == "sft" else np.zeros_like(rows)
-        return ([self.prompts[row] for row in rows], self.tokens[rows, which], self.tokens[rows, -1],
-                self.logp[rows, which], self.by_base[rows])
+        pick = lambda which: jax.tree.map(lambda x: x[rows, which], self.drawn)
+        return [self.prompts[row] for row in rows], pick(which), pick(-1), self.logp[rows, which], self.by_base[rows]
 
 
 def choose_pairs(rounds, gap):
     """All rounds' prompts with an accepted candidate and, for DPO, a rejected one. ValueError where there is none."""
-    join = lambda name: np.concatenate([getattr(drawn, name) for drawn in rounds])
+    join = lambda name: jax.tree.map(lambda *x: np.concatenate(x), *(getattr(drawn, name) for drawn in rounds))
     score, texts = join("score"), [text for drawn in rounds for text in drawn.prompts]
     accepted = (score > gap.threshold).sum(axis=1)
     rows = np.flatnonzero((accepted > 0) & ((accepted < gap.group) | (gap.objective == "sft")))
@@ -311,8 +320,8 @@ def choose_pairs(rounds, gap):
         raise ValueError(f"none of {len(score)} prompts has {wanted}: raise internal_gap.pool or internal_gap.group, "
                          f"or change internal_gap.threshold")
     order = np.argsort(-score[rows], axis=1, kind="stable")                                            # [M, N]
-    return Pairs([texts[row] for row in rows], np.take_along_axis(join("tokens")[rows], order[:, :, None], axis=1),
-                 np.take_along_axis(join("logp")[rows], order, axis=1), np.minimum(accepted[rows], gap.keep),
+    drawn, logp = jax.tree.map(lambda x: x[rows[:, None], order], (join("drawn"), join("logp")))
+    return Pairs([texts[row] for row in rows], drawn, logp, np.minimum(accepted[rows], gap.keep),
                  rows < len(rounds[0].prompts))
 
 
@@ -320,7 +329,8 @@ def facts(rounds, pairs, gap):
     """Metrics of the newest round's candidates and of the data as a whole, float32 scalars."""
     newest = next(drawn for drawn in reversed(rounds) if drawn.prompts)
     found = {"reward/mean": newest.score.mean(), "reward/std": newest.score.std(axis=1).mean(),
-             "duplicates": np.mean([1 - len(np.unique(some, axis=0)) / gap.group for some in newest.tokens]),
+             "duplicates": jax.jit(objectives.duplicates, static_argnums=1)(
+                 jax.tree.map(np.concatenate, newest.drawn), gap.group),
              "data/prompts": len(pairs.prompts), "data/recovered": (~pairs.by_base).sum(),
              "data/discarded": len(rounds[-1].discarded(gap.threshold))}
     return {name: np.float32(value) for name, value in found.items()}

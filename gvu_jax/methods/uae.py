@@ -14,7 +14,7 @@ Three stages, each step belonging to one, on B pictures with groups of G:
                G pictures of each caption
 
 The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
-image tokens (grpo.py). One backbone does both, so what a stage teaches the other one meets in its next turn.
+picture's decisions (grpo.py). One backbone does both, so what a stage teaches the other one meets in its next turn.
 """
 import dataclasses
 import functools
@@ -61,9 +61,9 @@ class UAE:
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
         def begin(base, key):
-            state = init_state(base, self.config, self.optimizer, key)
+            state = init_state(self.umm, base, self.config, self.optimizer, key)
             return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
-        where = sharding.shardings(jax.eval_shape(begin, base, key), self.mesh)
+        where = sharding.shardings(self.umm.partition, jax.eval_shape(begin, base, key), self.mesh)
         return sharding.Program(begin, self.mesh, out_shardings=where)(base, key)
 
     def stage(self, step):
@@ -84,37 +84,39 @@ class UAE:
         pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
         if stage == "cold":
             captions = [example["prompt"] for example in examples]                    # see data.check_captions
-            seen = clock.lap("sample", self.programs.see(base, pixels))
+            seen, target = clock.lap("sample", self.programs.learn(base, pixels))
             for phase in ("render", "reward"):
                 clock.lap(phase, None)                                          # nothing is drawn, and a step says so
-            return stage, seen, sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
+            prompts = sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
+            return stage, seen, target, prompts, keys[0]
         policy = self.policy(base, state.trainable)
         telling, drawing = (loop.groups, loop.singles) if stage == "caption" else (loop.singles, loop.groups)
         told = clock.lap("sample", loop.say(telling, policy, base, pixels, keys[0]))
         texts = loop.texts(told[2])
-        image_tokens, logps, pictures = clock.lap("render", loop.draw(drawing, policy, base, texts, keys[1]))
+        drawn, logps, pictures = clock.lap("render", loop.draw(drawing, policy, base, texts, keys[1]))
         reward = clock.lap("reward", loop.alike(base, pictures, pixels))
         if stage == "caption":
             return stage, *told, reward
         prompts = sharding.place_prompts(self.umm, texts, loop.lengths, self.mesh, uae.group)
-        return stage, prompts, image_tokens, logps, reward
+        return stage, prompts, drawn, logps, reward
 
     def update(self, state, base, stage, *batch):
         """Returns the state after step + 1 and a dict of scalar metrics."""
         return self.updates[stage](state, base, *batch)
 
-    def _cold(self, state, base, seen, prompts):
-        """Supervised, both ways: -log p(caption | picture) a word, and -log p(picture | caption) an image token."""
+    def _cold(self, state, base, seen, target, prompts, key):
+        """Supervised, both ways: -log p(caption | picture) a word, and -log p(picture | caption) a decision."""
         def loss(trainable, part):
-            policy, (seen, prompts) = self.policy(base, trainable), part
+            policy, ((seen, target, prompts), key) = self.policy(base, trainable), part
             telling = objectives.cross_entropy(*self.umm.text_logps(policy, seen, prompts))
-            drawing = -jnp.mean(self.umm.image_logps(policy, prompts, seen.reshape(len(seen), -1)))
+            drawing = jnp.mean(self.umm.image_nll(policy, prompts, target, key))
             return telling + drawing, ({"loss": telling + drawing, "cold/caption": telling, "cold/draw": drawing}, ())
-        slices = sharding.split_rows((seen, prompts), self.config.uae.micro_batches)
+        slices = (sharding.split_rows((seen, target, prompts), self.config.uae.micro_batches),
+                  jax.random.split(key, self.config.uae.micro_batches))
         trainable, opt_state, metrics, _ = grpo.descend(
             loss, state.trainable, state.opt_state, slices, self.optimizer)
         state = State(state.step + 1, trainable, opt_state, reference=jax.tree.map(jnp.copy, trainable))
-        return sharding.constrain(state), metrics | skipped(opt_state)
+        return sharding.constrain(self.umm.partition, state), metrics | skipped(opt_state)
 
     def _caption(self, state, base, seen, asked, words, logps, mask, reward):
         """GRPO on captions: seen and asked [B], words, logps and mask [S, T], reward [S].
@@ -125,22 +127,23 @@ class UAE:
         group = self.config.uae.group
         reward = objectives.pool_equal(reward, words, group)
         said = asked.repeat(group).replace(words=words, words_mask=mask)
-        state, metrics = self._grpo(state, base, (jnp.repeat(seen, group, axis=0), said), reward, logps,
+        seen = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), seen)
+        state, metrics = self._grpo(state, base, (seen, said), reward, logps,
                                     lambda policy, rows: self.umm.text_logps(policy, *rows))
         return state, metrics | {"duplicates": objectives.duplicates(words, group),
                                  "caption/length": jnp.mean(jnp.sum(mask, axis=1))}
 
-    def _draw(self, state, base, prompts, image_tokens, logps, reward):
-        """GRPO on pictures: prompts [S], image_tokens and logps [S, N], reward [S]."""
-        state, metrics = self._grpo(state, base, (prompts, image_tokens), reward, logps,
+    def _draw(self, state, base, prompts, drawn, logps, reward):
+        """GRPO on pictures: prompts [S], drawn [S, ..], logps [S, T], reward [S]."""
+        state, metrics = self._grpo(state, base, (prompts, drawn), reward, logps,
                                     lambda policy, rows: (self.umm.image_logps(policy, *rows), None))
-        return state, metrics | {"duplicates": objectives.duplicates(image_tokens, self.config.uae.group)}
+        return state, metrics | {"duplicates": objectives.duplicates(drawn, self.config.uae.group)}
 
     def _grpo(self, state, base, rows, reward, sampler_logps, logps_of):
         policy_of = functools.partial(self.policy, base)
         state, metrics = grpo.update(state, rows, reward, sampler_logps, policy_of(state.reference), policy_of,
                                      logps_of, self.config.uae, self.optimizer)
-        return sharding.constrain(state), metrics
+        return sharding.constrain(self.umm.partition, state), metrics
 
 
 def stages_of(text):
@@ -192,11 +195,11 @@ class Loop:
         return [known[text] for text in texts]
 
     def draw(self, programs, policy, base, texts, key):
-        """Texts -> image_tokens [S, N], logps [S, N] of the sampler, pixels [S, H, W, 3]."""
+        """Texts -> drawn [S, ..], logps [S, T] of the sampler, pixels [S, H, W, 3]."""
         keys = jax.random.split(key)
         prompts = sharding.place_prompts(self.umm, texts, self.lengths, self.mesh)
-        image_tokens, logps = programs.sample(policy, prompts, keys[0])
-        return image_tokens, logps, programs.render(base, image_tokens, prompts, keys[1])
+        drawn, logps = programs.sample(policy, prompts, keys[0])
+        return drawn, logps, programs.render(base, drawn, prompts, keys[1])
 
     def _alike(self, base, pictures, originals):
         """The reward [S] of pictures [S, H, W, 3], those of one of the originals [B, H, W, 3] side by side."""

@@ -11,7 +11,6 @@ The result is cached under a hash of everything that shaped it. Held-out prompts
 
     python -m gvu_jax.shapes.pretrain --config=configs/shapes.py        # trains the base alone and prints its folder
 """
-import functools
 import hashlib
 import json
 import tempfile
@@ -23,12 +22,11 @@ import numpy as np
 import optax
 from flax import struct
 
-from gvu_jax import checkpoint, cli, objectives, rewards
+from gvu_jax import checkpoint, cli, families, objectives, rewards
 from gvu_jax.metrics import Progress
-from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.models import flux, siglip_vq, vae
 from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.tokenizer import build_tokenizer
-from gvu_jax.umm import XOmni
 
 STAGES = 4         # to be raised when a stage changes what comes out: no older base is then taken for a new one
 
@@ -68,23 +66,14 @@ def model(config):
     if config.model.vision.codebook_size < codes:
         raise ValueError(f"model.vision.codebook_size is {config.model.vision.codebook_size}, but a world of side "
                          f"{config.world.side} needs {codes} codes: one for each thing in each column")
-    tokenizer = build_tokenizer(config.model.vision.codebook_size)
-    text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
-    ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
-                      image_vocab_size=config.model.vision.codebook_size,
-                      remat=config.model.get("remat", "nothing"), **config.model.ar)
-    tuples = lambda settings: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
-    return XOmni(ar=ar, vision=siglip_vq.Config(**config.model.vision), flux=flux.Config(**tuples(config.model.flux)),
-                 vae=vae.PatchConfig(**config.model.vae), tokenizer=tokenizer,
-                 grid=(config.world.side, config.world.side), diffusion_steps=config.model.diffusion_steps,
-                 instruction=config.model.instruction)
+    return families.of(config).tiny(config, build_tokenizer(config.model.vision.codebook_size))
 
 
 def build(config):
     """The untrained model of a config: (umm, params)."""
     umm = model(config)
     checkpoint.shapes(umm)
-    return umm, jax.jit(functools.partial(checkpoint.init, umm))(jax.random.key(config.pretrain.seed))
+    return umm, jax.jit(umm.init)(jax.random.key(config.pretrain.seed))
 
 
 def pretrain(config):

@@ -1,4 +1,4 @@
-"""What a PyTorch user would assemble a GvU step from, carrying our weights: the other side of benchmark.py.
+"""What a PyTorch user would assemble a GvU step from, carrying our weights: the other side of benchmark.py for X-Omni.
 
     sample, reward, update    transformers' Qwen2ForCausalLM, generate with its key/value cache; LoRA from peft
     render                    diffusers' FluxTransformer2DModel, its Euler flow, AutoencoderKL
@@ -10,6 +10,11 @@ its head is cut to the half that a phase asks for. With that, both sides do the 
 
 Weights pass through the key rules of the models, so a rule that is wrong ends here as an error or as other outputs.
 """
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
@@ -19,11 +24,65 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
+from gvu_jax import sampling
+from gvu_jax.families.xomni import XOmni
 from gvu_jax.models import flux, siglip_vq, torch_keys, vae, xomni
+from gvu_jax.shapes.tokenizer import build_tokenizer
+
+SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M
+    "tiny": dict(
+        ar=dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
+                num_key_value_heads=4, rope_theta=100.0),
+        vision=dict(width=64, layers=2, heads=4, mlp_hidden=128, codebook_size=32, codebook_dim=8, z_channels=32,
+                    groups=8),
+        flux=dict(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+                  axes_dims_rope=(4, 6, 6)),
+        vae=dict(latent_channels=4, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8)),
+    "small": dict(
+        ar=dict(hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+                num_key_value_heads=4),
+        vision=dict(width=256, layers=4, heads=4, mlp_hidden=1024, codebook_size=1024, codebook_dim=8, z_channels=64,
+                    groups=16),
+        flux=dict(in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=64, num_attention_heads=6,
+                  axes_dims_rope=(8, 28, 28)),
+        vae=dict(latent_channels=16, block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=16)),
+    "medium": dict(
+        ar=dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=12, num_attention_heads=16,
+                num_key_value_heads=4),
+        vision=dict(width=512, layers=8, heads=8, mlp_hidden=2048, codebook_size=4096, codebook_dim=8, z_channels=128,
+                    groups=32),
+        flux=dict(in_channels=64, num_layers=3, num_single_layers=6, attention_head_dim=64, num_attention_heads=12,
+                  axes_dims_rope=(8, 28, 28)),
+        vae=dict(latent_channels=16, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)),
+}
+PARTS = "denoise", "decode"                             # of render
 
 SIGLIP_RULES = siglip_vq.RULES + (                     # from the checkpoint's names to those of TransformerEncoderLayer
     (r"patch_embed\.proj", "patch_embed"), (r"attn/qkv/kernel", "self_attn/in_proj_weight"),
     (r"attn/qkv/bias", "self_attn/in_proj_bias"), (r"attn/proj", "self_attn/out_proj"), (r"mlp/fc", "linear"))
+
+
+def build(sizes, tokens):
+    """An XOmni of one of SIZES, without multimodal layers (Qwen2 has none), that draws `tokens` image tokens."""
+    side = math.isqrt(tokens)
+    if side * side != tokens or not side:
+        raise ValueError(f"--tokens={tokens} is no square number; 256 (16 x 16) and 1296 (36 x 36) are")
+    tokenizer = build_tokenizer(sizes["vision"]["codebook_size"])
+    text_ids, pixels = tokenizer.convert_tokens_to_ids("<MM-Token-0>"), vae.Config(
+        **sizes["vae"], scaling_factor=0.3611, shift_factor=0.1159)
+    ar = dict(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids, num_mm_adap_layers=0, num_mm_head_layers=0,
+              image_vocab_size=sizes["vision"]["codebook_size"])
+    head = dict(joint_attention_dim=32, pooled_projection_dim=32, guidance_embeds=False,
+                siglip_channels=sizes["vision"]["z_channels"])
+    return XOmni(
+        ar=xomni.Config(**ar, **sizes["ar"]), vae=pixels, flux=flux.Config(**head, **sizes["flux"]),
+        vision=siglip_vq.Config(**sizes["vision"], patch_size=2 * pixels.downscale, pos_table_side=side),
+        tokenizer=tokenizer, grid=(side, side), diffusion_steps=4)
+
+
+def alike(params):
+    """Params as the peers can carry them: Qwen2 has one final norm."""
+    return {**params, "ar": {**params["ar"], "mm_norm": params["ar"]["lm_norm"]}}
 
 
 def tensor(array):
@@ -144,7 +203,11 @@ class Pictures:
     """SigLIP-VQ, FLUX and the autoencoder."""
 
     def __init__(self, umm, params):
-        self.umm, (self.rows, self.cols) = umm, umm.grid
+        self.umm, self.params, (self.rows, self.cols) = umm, params, umm.grid
+        nbytes = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+        self.bytes_of = {"denoise": nbytes(params["flux"]), "decode": nbytes(params["vae"]["decoder"]),
+                         "see": nbytes(params["vision"]["vit"])}                         # of weights that must be read
+        self.bytes_of["render"] = self.bytes_of["decode"] + umm.diffusion_steps * self.bytes_of["denoise"]
         c = umm.vision
         self.vision = Vision(c).eval()
         rest = {name: part for name, part in params["vision"].items() if name != "vit"}
@@ -196,6 +259,34 @@ class Pictures:
     def see(self, pixels):
         """pixels [S, 3, H, W] in [0, 1] -> codes [S, N]."""
         return self.vision(pixels)
+
+    def noise(self, key, samples):
+        """What our render begins with under this key, [S, N, C]."""
+        draw = jax.vmap(lambda key: jax.random.normal(key, (self.umm.image_tokens, self.umm.flux.in_channels)))
+        return tensor(draw(sampling.sample_keys(key, jnp.arange(samples))))
+
+    # ---- pieces that are compared by themselves: the peer's name, ours, theirs, bytes that must be read ----
+
+    def compare_denoise(self, key, S):
+        """One evaluation of the diffusion head."""
+        c, N = self.umm.flux, self.umm.image_tokens
+        noise, siglip = (jax.random.normal(key, (S, N, width)) for width in (c.in_channels, c.siglip_channels))
+        context, pooled = jnp.zeros((S, 1, c.joint_attention_dim)), jnp.zeros((S, c.pooled_projection_dim))
+        velocity = functools.partial(flux.FluxTransformer(c).apply, grid=self.umm.grid)
+        ours = functools.partial(jax.jit(velocity), {"params": self.params["flux"]}, noise, siglip, context, pooled,
+                                 jnp.full(S, 0.7), jnp.ones(S))
+        theirs = functools.partial(self.velocity, tensor(noise), tensor(siglip), 0.7)
+        return "diffusers FLUX", ours, theirs, self.bytes_of["denoise"]
+
+    def compare_decode(self, key, S):
+        """Latents to pixels by the autoencoder."""
+        c = self.umm.vae
+        latents = jax.random.normal(key, (S, 2 * self.rows, 2 * self.cols, c.latent_channels))
+        decode = functools.partial(vae.module(c).apply, method="decode")
+        channels_first = jax.jit(lambda params, latents: jnp.moveaxis(decode({"params": params}, latents), -1, 1))
+        ours = functools.partial(channels_first, self.params["vae"], latents)
+        return "diffusers AutoencoderKL", ours, functools.partial(
+            self.decode, tensor(jnp.moveaxis(latents, -1, 1))), self.bytes_of["decode"]
 
 
 class Vision(nn.Module):

@@ -1,0 +1,31 @@
+"""The families: one file each, and the one table that lists them.
+
+A family's file has the model behind the interface of umm.py, `MODEL`, and of its own
+
+    published(override)                        -> umm at its published sizes, for plans; it needs no folder
+    tiny(config, tokenizer)                    -> umm of a config of the shapes world
+    read_source(src, image_size, **FOLDERS)    -> tensor_files.Source of a published folder; FOLDERS {name: help} are
+                                                  what is read from elsewhere, options of gvu_jax.convert
+"""
+from gvu_jax.described import Described
+from gvu_jax.families import xomni
+
+FAMILIES = {"xomni": xomni}                    # what a model folder calls its kind -> the family
+MODEL_TYPES = {"x-omni": xomni}                # what a published config.json calls its model_type -> the family
+FIRST = next(iter(FAMILIES))                   # what model folders and configs mean that name none
+
+
+def of(config):
+    """The family that a config names, `family`. ValueError where there is none such."""
+    if (kind := config.get("family", FIRST)) not in FAMILIES:
+        raise ValueError(f"config.family is {kind!r}; it must be one of {', '.join(FAMILIES)}")
+    return FAMILIES[kind]
+
+
+def of_published(folder):
+    """The family of a published folder. Raises ValueError or OSError where its config.json names none of ours."""
+    described = Described(folder / "config.json")
+    found = described.get("model_type")
+    if found not in list(MODEL_TYPES):
+        raise ValueError(f"{described.path} says model_type = {found!r}; implemented is {' or '.join(MODEL_TYPES)}")
+    return MODEL_TYPES[found]

@@ -1,0 +1,170 @@
+"""Methods ask of a family what umm.py says and nothing else: all three train one that is a few numbers."""
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from conftest import load_config, one_device, tiny_config
+from gvu_jax import checkpoint, data, families, optim, sampling
+from gvu_jax.metrics import Stopwatch
+from gvu_jax.sampling import How
+from gvu_jax.train import METHODS
+from gvu_jax.umm import Lengths, Prompts, gather_logps
+
+W, V, T = 5, 4, 2          # words and codes there are, codes of a picture
+
+
+class Toy:
+    """Draws each of T codes by the words of the prompt, and reads all words by the codes: two matrices."""
+    kind, instruction, trains, partition = "toy", "What is it?", {"all": "", "backbone": ""}, {"ar": [("", ())]}
+    ar = types.SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
+    tokenizer = types.SimpleNamespace(batch_decode=lambda words, **_: [" ".join("a" * w for w in row) for row in words])
+    shared = True
+
+    def init(self, key):
+        return {"ar": {"draw": jax.random.normal(key, (W, V)), "read": jax.random.normal(key, (V, W))}}
+
+    def lengths(self, texts, questions=None, end=False):
+        return Lengths(8, 1, 8)
+
+    def encode_prompts(self, texts, lengths=None, questions=None, end=False):
+        lengths = lengths or self.lengths(texts)
+        arrays = [np.zeros((len(texts), length), dtype) for length in lengths for dtype in (np.int32, bool)]
+        for i, text in enumerate(texts):
+            ids = [len(word) % W for word in text.split()][:arrays[-1].shape[1]] or [0]
+            for at in (0, 4):
+                arrays[at][i, :len(ids)], arrays[at + 1][i, :len(ids)] = ids, True
+        return Prompts(*arrays)
+
+    def _codes(self, params, prompts):
+        words = jax.nn.one_hot(prompts.tokens, W) * prompts.mask[:, :, None]
+        return jnp.repeat((words.sum(axis=1) @ params["ar"]["draw"])[:, None], T, axis=1)              # [B, T, V]
+
+    def sample_image(self, params, prompts, key, how, index=None):
+        logits = jnp.repeat(self._codes(params, prompts), how.images_per_prompt, axis=0)
+        codes = jax.vmap(jax.random.categorical)(sampling.sample_keys(key, index), logits)
+        return {"codes": codes, "with": {"more": jnp.ones((len(codes), 1, 2))}}, gather_logps(logits, codes)
+
+    def drawn_shapes(self, S):
+        shape = jax.ShapeDtypeStruct
+        return {"codes": shape((S, T), jnp.int32), "with": {"more": shape((S, 1, 2), jnp.float32)}}
+
+    def image_logps(self, params, prompts, drawn):
+        return gather_logps(self._codes(params, prompts), drawn["codes"])
+
+    def image_target(self, params, pixels):
+        return {"codes": self.see(params, pixels)}
+
+    def image_nll(self, params, prompts, target, key):
+        return -self.image_logps(params, prompts, target)
+
+    def render(self, params, drawn, prompts, key, index=None):
+        return jnp.broadcast_to(((drawn["codes"] + 1) / V)[:, None, :, None], (len(drawn["codes"]), 1, T, 3))
+
+    def see(self, params, pixels):
+        return jnp.round(pixels[:, 0, :, 0] * V).astype(int) - 1
+
+    def seen_of(self, drawn):
+        return drawn["codes"] if self.shared else None
+
+    def text_logits(self, params, seen, prompts):
+        S, L = prompts.words.shape
+        logits = jnp.repeat(params["ar"]["read"][seen].sum(axis=1), S // len(seen), axis=0)            # [B*K, W]
+        return jnp.repeat(logits[:, None], L, axis=1)
+
+    def text_logps(self, params, seen, prompts):
+        return gather_logps(self.text_logits(params, seen, prompts), prompts.words), prompts.words_mask
+
+    def sample_text(self, params, seen, prompts, key, how, steps, index=None):
+        said = jax.tree.map(lambda x: jnp.repeat(x, how.images_per_prompt, axis=0), seen)
+        logits = jnp.repeat(params["ar"]["read"][said].sum(axis=1)[:, None], steps, axis=1)
+        words = jax.vmap(jax.random.categorical)(sampling.sample_keys(key, index), logits)
+        return words, gather_logps(logits, words), jnp.ones_like(words, bool)
+
+    def features(self, params, pixels):
+        return pixels.reshape(len(pixels), T, 3)
+
+
+PICTURES = [{"prompt": text, "pixels": np.full((1, T, 3), (i % V + 1) / V, np.float32)}
+            for i, text in enumerate(("a bb", "ccc a", "bb bb", "dddd", "a a ccc", "bb"))]
+
+
+def settings(name, **changes):
+    config = load_config(name, "sft" if name == "shapes_gap" else "smoke")
+    size = dict(pool=4, prompts=2, batch=8, threshold=0.01) if name == "shapes_gap" else dict(prompts=4)
+    config[config.method].update(group=4, **size)
+    if name == "shapes_uae":
+        config.uae.update(cold=1, pairs=4, stages="caption:1,draw:1")
+    config.optim.update(warmup=0)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def method_of(umm, config, workdir=None):
+    how, optimizer = How(images_per_prompt=config[config.method].group), optim.build(config.optim, 10)
+    return METHODS[config.method](umm, config, how, optimizer, one_device(), umm.lengths([]), workdir)
+
+
+@pytest.mark.parametrize("name, changes, steps", [
+    ("shapes", {"gvu.anchor": 1.0, "gvu.inner_steps": 2}, 1), ("shapes", {"reward.view": "tokens"}, 1),
+    ("shapes", {"reward.mean": "yes", "gvu.waves": 2, "gvu.anchor": 0.0}, 1),
+    ("shapes_gap", {"internal_gap.objective": "dpo", "internal_gap.threshold": 0.5}, 1),
+    ("shapes_gap", {"reward.view": "tokens"}, 1), ("shapes_uae", {"uae.micro_batches": 2}, 3)])
+def test_every_method_trains_a_family_of_which_it_knows_the_protocol(name, changes, steps, tmp_path):
+    method = method_of(Toy(), settings(name, **changes), tmp_path)
+    base = method.umm.init(jax.random.key(0))
+    state, stream = method.init(base, jax.random.key(1)), data.prompt_stream(PICTURES, 0)
+    for step in range(steps):
+        before, key = jax.device_get(state.trainable), jax.random.key(step)
+        batch = method.rollout(state, base, step, stream, key, Stopwatch(None, lambda: False))
+        state, metrics = method.update(state, base, *batch)
+        assert all(np.isfinite(value) for value in jax.device_get(metrics).values())
+        assert metrics.get("logp_gap", 0) < 1e-5
+        assert not np.array_equal(before["ar"]["draw"], state.trainable["ar"]["draw"]) or method.config.method == "uae"
+
+
+def test_what_was_drawn_comes_back_from_disk_as_it_was(tmp_path):
+    config, stream = settings("shapes_gap"), data.prompt_stream(PICTURES, 0)
+    first, again = (method_of(Toy(), config, tmp_path) for _ in range(2))
+    base = first.umm.init(jax.random.key(0))
+    for method in (first, again):
+        state = method.init(base, jax.random.key(1))
+        method.rollout(state, base, 0, stream, jax.random.key(2), Stopwatch(None, lambda: False))
+    jax.tree.map(np.testing.assert_array_equal, first.rounds[0].drawn, again.rounds[0].drawn)
+    assert first.rounds[0].drawn["with"]["more"].shape == (4, 4, 1, 2)
+
+
+@pytest.mark.parametrize("name, changes, said", [
+    ("shapes", {"reward.view": "tokens"}, "reward.view = 'tokens'"),
+    ("shapes_gap", {"internal_gap.anchor": 1.0}, "internal_gap.anchor")])
+def test_what_a_family_draws_is_not_read_where_it_cannot_be(name, changes, said):
+    umm = Toy()
+    umm.shared = False
+    with pytest.raises(ValueError, match=f"{said}.*kind 'toy'"):
+        method_of(umm, settings(name, **changes))
+
+
+# ---- the table ---------------------------------------------------------------------------------------------------
+
+def test_folders_from_before_there_were_families_are_read(tiny, tmp_path):
+    _, umm, params = tiny
+    checkpoint.save_model(tmp_path / "model", umm, params)
+    path = tmp_path / "model/metadata.json"
+    metadata = json.loads(path.read_text())
+    assert metadata.pop("kind") == umm.kind in families.FAMILIES
+    path.write_text(json.dumps(metadata))
+    again = checkpoint.read_metadata(tmp_path / "model")
+    assert type(again) is type(umm) and (again.ar, again.vae, again.grid) == (umm.ar, umm.vae, umm.grid)
+
+
+def test_a_family_that_is_not_there_is_named(tmp_path):
+    config = tiny_config()
+    config.family = "other"
+    with pytest.raises(ValueError, match="config.family is 'other'; it must be one of xomni"):
+        families.of(config)
+    (tmp_path / "config.json").write_text('{"model_type": ["other"]}')
+    with pytest.raises(ValueError, match=r"model_type = \['other'\]; implemented is x-omni"):
+        families.of_published(tmp_path)
