@@ -151,8 +151,8 @@ class XOmni:
         return Prompts(*arrays, self._head_ids(texts))
 
     def prompt_shapes(self, B, prompt, words, asked=0):
-        """The shapes of B encoded texts of these padded lengths, Prompts of jax.ShapeDtypeStruct; asked: how many tokens
-        their questions have more than the instruction."""
+        """The shapes of B encoded texts of these padded lengths, Prompts of jax.ShapeDtypeStruct; asked: by how many
+        tokens their questions are longer than the instruction."""
         question = len(self._around(self.instruction, self.grid)[1]) + asked
         arrays = [jax.ShapeDtypeStruct((B, length), dtype) for length in Lengths(prompt, question, words)
                   for dtype in (jnp.int32, bool)]

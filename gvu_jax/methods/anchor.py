@@ -32,8 +32,8 @@ def questions(umm, texts, lengths, mesh, group=1):
 
 
 def held(seen, prompts, asked=None, group=1):
-    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], its own
-    prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
+    """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], its
+    own prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
     `questions`, or None)."""
     next_one = lambda x: jnp.roll(x, -group, axis=0)[::ANCHORED]
     pair = lambda x: jnp.stack([x[::ANCHORED], next_one(x)], axis=1)

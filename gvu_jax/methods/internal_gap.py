@@ -13,7 +13,8 @@ such pictures is its non-unification; what it accepts and what it rejects are da
 WORKDIR/data/round_0 (the pool) and round_1 (the replay) hold what was drawn: manifest.jsonl, a line for each candidate
 with its prompt, score, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
 it was drawn) and what was drawn, the leaves of its tree (of image tokens, one); pictures.png, some prompts' candidates
-from the most accepted to the most rejected one, framed green or red. Until a round is whole, its calls stand in parts/: a run that is killed goes on with the next one.
+from the most accepted to the most rejected one, framed green or red. Until a round is whole, its calls stand in parts/:
+a run that is killed goes on with the next one.
 """
 import functools
 import itertools

@@ -177,7 +177,7 @@ class Loop:
         return seen, asked, *programs.say(policy, seen, asked, key)
 
     def encode(self, captions):
-        """Captions as the cold start learns them, with their end: Prompts. ValueError for one that cannot be learned."""
+        """Captions as the cold start learns them, with their end: Prompts. ValueError for what cannot be learned."""
         return self.umm.encode_prompts(captions, self.lengths, end=True)
 
     def texts(self, words):

@@ -94,8 +94,8 @@ def adam(rate):
 
 
 def muon(rate):
-    """Muon (Jordan et al. 2024) for the stacked kernels [layers, in, out], Adam for the rest: the backbone learns in 60 %
-    of Adam's steps. Its updates are as long as Adam's, so that one rate serves both (Liu et al. 2025)."""
+    """Muon (Jordan et al. 2024) for the stacked kernels [layers, in, out], Adam for the rest: the backbone learns in
+    60 % of Adam's steps. Its updates are as long as Adam's, so that one rate serves both (Liu et al. 2025)."""
     def matrices(params):
         spec = optax.contrib.MuonDimensionNumbers(reduction_axis=(1,), output_axis=(2,))
         return jax.tree.map(lambda x: spec if x.ndim == 3 else None, params)

@@ -1,8 +1,9 @@
 """What is said of scenes (see world.py): the captions, descriptions and questions that pretraining reads.
 
 People's captions tell what there is: one object, two, a number of a kind, or of shapes where they differ, and nothing
-that stands there is left out. So must these. If any true statement would do, a model learns that the more stands in a picture, the more is true
-of it, and a reward that asks it for a prompt's probability is best served by filling the picture.
+that stands there is left out. So must these. If any true statement would do, a model learns that the more stands in a
+picture, the more is true of it, and a reward that asks it for a prompt's probability is best served by filling the
+picture.
 
     captions     caption, wrong_caption  a prompt that tells all there is, and one that does not
     statements   true_prompt             a prompt that is true of a scene, whatever else it holds

@@ -13,7 +13,8 @@ What a model in this world reads is said in sentences.py, how it is tested in su
 
 Prompts are dicts with the keys of GenEval's metadata (Ghosh et al., 2023): `tag`, `include`, `exclude`, `prompt`.
 A scene is an int8 array [side * side] in reading order: 0 is an empty cell, 1 + shape * len(COLORS) + color an object,
-and -1 a cell that the checker could not read: none of the objects, but not empty either. Every random choice comes from an explicit `rng`.
+and -1 a cell that the checker could not read: none of the objects, but not empty either. Every random choice comes from
+an explicit `rng`.
 """
 
 import itertools
