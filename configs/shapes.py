@@ -49,8 +49,8 @@ def get_config(preset="normal"):
     config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24))
     # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
     # often are. Reading never is: so it knows better than drawing, in every category.
-    config.pretrain.backbone = dict(steps=920, lr=3e-3, mismatched=0.2,
-                                    batch=dict(captions=13, descriptions=2, questions=7, prompts=36))
+    config.pretrain.backbone = dict(steps=1000, lr=3e-3, mismatched=0.2,
+                                    batch=dict(captions=17, descriptions=2, questions=7, prompts=32))
 
     # ---- GvU ----
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)

@@ -208,8 +208,7 @@ def table(results):
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
         "overall", "exact overall", "objects overall", "auc overall", "understanding four_way",
         "understanding relation", "understanding count", "understanding binding", "judgement non_unification",
-        "judgement accuracy_on_base",
-        "judgement non_unification_by_words",
+        "judgement accuracy_on_base", "judgement auc_on_base", "judgement non_unification_by_words",
         *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
     wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"

@@ -206,6 +206,8 @@ def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
     ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.groop=3"], "the config has no setting groop"),
     ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.gvu.group=1"], "at least 2"),
     ("train", ["--config=configs/shapes.py"], "workdir"),
+    ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.pretrain.backbone.mismatched=2.0",
+               "--config.cache=none"], "a share, at most 1"),
     ("train", ["--config=configs/shapes.py", "--workdir=w", "config.gvu.group=8"], "is no flag"),
     ("train", ["--config=configs/shapes.py", "--workdir=w", "--config.optim.clip_norm=0"], "clip_norm is 0"),
     ("train", ["--config=configs/shapes.py", "--workdir=gs://bucket/run"], "mount the bucket"),

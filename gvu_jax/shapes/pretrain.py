@@ -50,6 +50,8 @@ def ensure_base(config):
         raise ValueError("this config has no world to pretrain a model in: give configs/shapes.py, or, to train a "
                          "converted model, its folder as --config.model.checkpoint")
     cli.check_numbers(config)
+    if config.pretrain.backbone.mismatched > 1:
+        raise ValueError(f"pretrain.backbone.mismatched is {config.pretrain.backbone.mismatched}; it is a share, at most 1")
     folder = base_folder(config)
     if not (folder / "metadata.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -271,9 +273,9 @@ def train_backbone(umm, params, place, settings, rng, key):
     """Next-token prediction both ways, through the very calls that GvU uses, in two lessons.
 
     Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
-    nothing else: so captions of positions, of two objects, are the first lesson (unless it has 0 steps). Drawing is
-    taught in the second alone, a share `mismatched` of it with pictures of other prompts: that decides how weak it
-    starts.
+    nothing else: so captions of positions, of two objects, are the first lesson (unless it has 0 steps), and a quarter
+    of the captions in the second. Drawing is taught in the second alone, a share `mismatched` of it with pictures of
+    other prompts: that decides how weak it starts.
     """
     see, forbidden = jax.jit(umm.see), world.compositions(world.split_prompts()[1])
     look = lambda scenes: np.concatenate([jax.device_get(see(params, world.render(chunk, rng)))
@@ -301,6 +303,8 @@ def train_backbone(umm, params, place, settings, rng, key):
     crowds = world.crowded_scenes(rng, settings.crowded, place, share=0.4)
     seen, lesson = look(scenes), settings.backbone
     captions = write_captions(umm, seen, scenes, rng, forbidden)
+    if settings.positions.steps:                                            # else they would be forgotten
+        captions = jax.tree.map(lambda x, y: np.concatenate([x, y[:len(x) // 3]]), captions, positions)
     # What drawing is taught with: of the mismatched share, the prompt belongs to another picture.
     told = write_captions(umm, seen, scenes, rng, forbidden, DRAWN)
     drawn, prompts = np.repeat(told.seen, CAPTIONS, axis=0), jax.tree.map(flat, told.prompts)
