@@ -111,17 +111,19 @@ def test_each_token_is_drawn_with_its_own_key_after_those_before_it(how, stop):
     drawn, logps = jax.jit(lambda key: decode(
         model, model.params, jnp.asarray(tokens), jnp.asarray(mask), key, how, steps=steps, head="any", offset=offset,
         index=jnp.asarray(places), negative=jnp.array(negative), stop=stop))(key)
-    for s, place in enumerate(places):
-        ids, other, of_sample = list(prompts[s // how.images_per_prompt]), list(negative), jax.random.fold_in(key, place)
+    scores_of = jax.jit(lambda logits, unguided: filter_logits(logits, how, unguided))
+    pick = jax.jit(lambda scores, place, t: jnp.argmax(scores) if how.temperature == 0 else jax.random.categorical(
+        jax.random.fold_in(jax.random.fold_in(key, place), t), scores))
+    for s, (place, row) in enumerate(zip(places, np.asarray(drawn))):
+        ids, other, before = list(prompts[s // how.images_per_prompt]), list(negative), []
         for t in range(steps):
-            plain = np.asarray(jax.nn.log_softmax(model.logits(ids)))
-            scores = np.asarray(filter_logits(jnp.asarray(model.logits(ids)), how, jnp.asarray(model.logits(other))))
-            token = int(scores.argmax() if how.temperature == 0 else
-                        jax.random.categorical(jax.random.fold_in(of_sample, t), scores))
-            ended = stop in np.asarray(ids[len(prompts[s // how.images_per_prompt]):]) - offset
-            assert drawn[s, t] == (stop if ended else token), (s, t)
-            np.testing.assert_allclose(logps[s, t], 0 if ended else plain[token], atol=1e-4)
-            ids, other = [*ids, int(drawn[s, t]) + offset], [*other, int(drawn[s, t]) + offset]
+            logits = model.logits(ids)
+            token, ended = int(pick(scores_of(logits, model.logits(other)), place, t)), stop in before
+            assert row[t] == (stop if ended else token), (s, t)
+            plain = logits[token] - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(logps[s, t], 0 if ended else plain, atol=1e-4)
+            before.append(row[t])
+            ids, other = [*ids, row[t] + offset], [*other, row[t] + offset]
 
 
 def test_guidance_moves_from_the_unguided_towards_the_prompts():
