@@ -1,8 +1,8 @@
 """What each method means: its steps against the same in numpy, on a model of 84 numbers (toy.py).
 
 What moves, towards what, measured to what, drawn from which key, in which order, at which inner step. The cases are
-those where right and wrong differ: three inner steps, several groups, micro-batches of unequal content, texts of unequal
-length, a policy that is not the base any more.
+those where right and wrong differ: three inner steps, several groups, micro-batches of unequal content, texts of
+unequal length, a policy that is not the base any more.
 """
 import json
 
@@ -125,19 +125,13 @@ def test_a_step_of_gvu(rolled):
     texts, seen_ = [text for text in prompts_of(3, 8) for _ in range(3)], np.asarray(seen)
     sampler = logps + 0.25
     after, metrics = built.update(jax.tree.map(jnp.copy, state), base, prompts, tokens, sampler, reward, seen)
-    expected, told = toy.grpo(POLICY, BASE, lambda theta: toy.drawn(theta, texts, tokens), reward, built.config.gvu, RATE,
-                              lambda theta: 0.5 * read_kl(theta, seen_, texts, 3))
+    expected, told = toy.grpo(POLICY, BASE, lambda theta: toy.drawn(theta, texts, tokens), reward, built.config.gvu,
+                              RATE, {"read_kl": (0.5, lambda theta: read_kl(theta, seen_, texts, 3))})
     assert 0.02 < told["clipped"] < 0.9 and int(after.step) == 1 + int(state.step)
     assert_moved(after, expected)
     same = [len({tuple(row) for row in group}) for group in np.asarray(tokens).reshape(-1, 3, toy.N)]
     assert_told(metrics, told | {"logp_gap": 0.25, "duplicates": np.mean([(3 - n) / 3 for n in same]),
                                  "reward/flat": np.mean(np.ptp(np.reshape(reward, (-1, 3)), axis=1) < 1e-7)})
-    # Metrics are of the last inner step, before it: two steps from where the policy began.
-    built.config.gvu.inner_steps = 2
-    before, _ = toy.grpo(POLICY, BASE, lambda theta: toy.drawn(theta, texts, tokens), reward, built.config.gvu, RATE,
-                         lambda theta: 0.5 * read_kl(theta, seen_, texts, 3))
-    built.config.gvu.inner_steps = 3
-    np.testing.assert_allclose(metrics["read_kl"], read_kl(before, seen_, texts, 3), rtol=1e-3)
 
 
 def test_what_the_anchor_holds():
@@ -243,8 +237,8 @@ ALBUM = type("Album", (), {"__getitem__": lambda self, i: {"pixels": PICTURES[i 
 
 
 def uae(rate=RATE, **changes):
-    settings = dict(prompts=4, group=3, clip=0.05, beta=0.3, advantage_eps=0.05, inner_steps=3, micro_batches=2, waves=1,
-                    cold=2, pairs=8, stages="caption:1,draw:2", words=5) | changes
+    settings = dict(prompts=4, group=3, clip=0.05, beta=0.3, advantage_eps=0.05, inner_steps=3, micro_batches=2,
+                    waves=1, cold=2, pairs=8, stages="caption:1,draw:2", words=5) | changes
     built, base, state = build(UAE, rate, uae=settings)
     return built, base, state.replace(reference=toy.as_params(REFERENCE))
 
@@ -300,8 +294,9 @@ def test_uae_compares_each_reconstruction_with_its_own_original(loop):
             seen, _, words, logps, mask = batch
             np.testing.assert_array_equal(seen, toy.look(originals))
             assert [row[real].tolist() for row, real in zip(np.asarray(words), np.asarray(mask))] == captions
-            for row, real, s in zip(logps, np.asarray(mask), range(12)):
-                np.testing.assert_allclose(row[real], toy.read(POLICY, toy.look(originals[s // 3]), captions[s]), atol=1e-5)
+            for s, (row, real) in enumerate(zip(logps, np.asarray(mask))):
+                likely = toy.read(POLICY, toy.look(originals[s // 3]), captions[s])
+                np.testing.assert_allclose(row[real], likely, atol=1e-5)
         else:
             prompts, drew, logps = batch
             np.testing.assert_array_equal(drew, tokens)
@@ -323,8 +318,8 @@ def test_a_step_of_the_captioner(loop):
     after, metrics = built.update(jax.tree.map(jnp.copy, state), base, "caption", seen, asked, words, logps, mask,
                                   jnp.asarray(reward))
     pictures = np.asarray(seen).repeat(3, axis=0)
-    expected, told = toy.grpo(POLICY, REFERENCE, lambda theta: [
-        toy.read(theta, picture, caption) for picture, caption in zip(pictures, captions)], shared, built.config.uae, RATE)
+    logps_of = lambda theta: [toy.read(theta, picture, caption) for picture, caption in zip(pictures, captions)]
+    expected, told = toy.grpo(POLICY, REFERENCE, logps_of, shared, built.config.uae, RATE)
     assert len(set(map(len, captions))) > 1 and told["clipped"] > 0
     changed = toy.as_tables(after.trainable)
     np.testing.assert_allclose(changed["lm_head"], expected["lm_head"], atol=2e-4)

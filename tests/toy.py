@@ -1,14 +1,15 @@
 """A unified model of 84 numbers, twice: as the methods take it, and in plain numpy, where an equation fits on a line.
 
-`Toy` has the calls of `gvu_jax.umm` that methods make, over two tables of logits and no network. `Plain` says the same
-of texts and numbers in float64 and knows nothing of the package: neither its masks, nor its keys, nor its order of rows.
+`Toy` has the calls of `gvu_jax.umm` that methods make, over two tables of logits and no network. The functions below it
+say the same of texts and numbers in float64, and know nothing of the package: not its masks, nor its order of rows.
 
     drawing   a picture has N tokens out of CODES; their logits are a row of the table "mm_head", which the prompt picks
     reading   a text's letters are words, the letter 0 ends it; their logits are a row of the table "lm_head", which the
               picture and the question pick, and in it one for the word before
     rendering token c becomes the grey value 10 c + noise, noise of 0, 1 or 2; what is seen is (c + noise) modulo CODES
 
-A test of a method: let the method take a step, let `descend` take the same one down a loss that is written out, compare.
+A test of a method: let the method take a step, let `descend` take the same one down a loss that is written out, and
+compare.
 """
 import types
 
@@ -168,7 +169,8 @@ def tell(theta, seen, steps, key):
         words = []
         while len(words) < steps and 0 not in words:
             of_word = jax.random.fold_in(jax.random.fold_in(key, s), len(words))
-            words.append(int(jax.random.categorical(of_word, reading(theta, picture, [*words, 0])[-1].astype(np.float32))))
+            logits = reading(theta, picture, [*words, 0])[-1].astype(np.float32)
+            words.append(int(jax.random.categorical(of_word, logits)))
         captions.append(words)
     return captions
 
@@ -191,9 +193,13 @@ def descend(theta, loss, rate):
             np.sqrt(sum((part ** 2).sum() for part in down.values())))
 
 
-def grpo(theta, reference, logps, reward, settings, rate, penalty=lambda theta: 0.0):
+def grpo(theta, reference, logps, reward, settings, rate, penalties={}):
     """GRPO as its paper has it: `inner_steps` steps up the clipped ratio to the policy that drew, less KL to the
-    reference. logps(theta) -> S arrays, of each sample's tokens; -> tables, metrics of the last step."""
+    reference, less penalties.
+
+    logps(theta) -> S arrays, of each sample's tokens. penalties: {name: (weight, function of theta)}. Returns the
+    tables, and metrics as they stand before the last of the steps.
+    """
     groups = np.asarray(reward, np.float64).reshape(-1, settings.group)
     A = ((groups - groups.mean(1, keepdims=True)) / (groups.std(1, ddof=1, keepdims=True)
                                                     + settings.advantage_eps)).ravel()
@@ -206,10 +212,12 @@ def grpo(theta, reference, logps, reward, settings, rate, penalty=lambda theta: 
             yield gain, np.exp(base - new) - (base - new) - 1, gain != ratio * a, ratio
 
     mean = lambda theta, which: np.mean([np.mean(part[which]) for part in parts(theta)])
-    loss = lambda theta: -mean(theta, 0) + settings.beta * mean(theta, 1) + penalty(theta)
+    loss = lambda theta: -mean(theta, 0) + settings.beta * mean(theta, 1) + sum(
+        weight * value(theta) for weight, value in penalties.values())
     for _ in range(settings.inner_steps):
         metrics = {"loss": loss(theta), "kl": mean(theta, 1), "clipped": mean(theta, 2),
                    "ratio_max": max(part[3].max() for part in parts(theta))}
+        metrics |= {name: value(theta) for name, (_, value) in penalties.items()}
         theta, metrics["grad_norm"] = descend(theta, loss, rate)
     return theta, metrics | {"reward/mean": groups.mean(), "reward/std": groups.std(axis=1).mean(),
                              "entropy": -np.mean([np.mean(one) for one in old])}
