@@ -105,6 +105,10 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll):
     return loss, {"preferred": jnp.mean(margin > 0), "margin": jnp.mean(margin)}
 
 
-def cross_entropy(logps, mask):
-    """Mean negative log-probability per counted token: supervised fine-tuning and pretraining. [B, L] -> scalar."""
-    return -jnp.sum(jnp.where(mask, logps, 0.0)) / jnp.maximum(jnp.sum(mask), 1)
+def cross_entropy(logps, mask, count=None):
+    """Mean negative log-probability per counted token: supervised fine-tuning and pretraining. [B, L] -> scalar.
+
+    count: how many tokens to divide by, None: those that the mask counts. Of a micro-batch they are its even share of
+    the whole batch's, so that the mean over micro-batches is the mean over tokens.
+    """
+    return -jnp.sum(jnp.where(mask, logps, 0.0)) / (jnp.maximum(jnp.sum(mask), 1) if count is None else count)

@@ -688,3 +688,14 @@ def test_a_run_without_adapter_says_so(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model": {}, "lora": {"rank": 0}}))
     with pytest.raises(ValueError, match="lora.rank = 0"):
         convert.export_peft(tmp_path, tmp_path / "x")
+
+
+def test_views_of_one_storage_are_read_where_they_begin(tmp_path):
+    """torch saves what shares a storage once; a view says how many elements of its dtype lie before it."""
+    torch = pytest.importorskip("torch")
+    whole, half = torch.arange(12, dtype=torch.float32), torch.arange(20, dtype=torch.float16)
+    tensors = {"all": whole, "rows": whole[4:].view(2, 4), "last": whole[11:], "half": half[6:9]}
+    torch.save(tensors, tmp_path / "x.pt")
+    file = TensorFile(tmp_path / "x.pt")
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(file.read(name), tensor.numpy(), err_msg=name)

@@ -43,6 +43,21 @@ def test_intervals_hold_what_they_promise():
     assert twice == [0.5, 0.0, 1.0], "two prompts, however often they are drawn"
 
 
+def test_a_prompt_goes_with_its_repetitions():
+    """Three prompts, one of which was drawn four times: the interval is that of three draws among three prompts, each
+    with all of its rows, and overall of the means of the categories; by the bootstrap in a loop."""
+    prompts = ["x", "y", "x", "x", "z", "x"]
+    values = np.random.default_rng(1).uniform(size=(6, 3)) + np.array([0, 2, 0, 0, 4, 0])[:, None]
+    rng, means = np.random.default_rng(2), []
+    for _ in range(4000):
+        drawn = [values[[i for i, prompt in enumerate(prompts) if prompt == one]] for one in rng.choice(list("xyz"), 3)]
+        means.append(np.concatenate(drawn).mean())
+    metas = [{"prompt": prompt, "tag": "a"} for prompt in prompts] + [{"prompt": "w", "tag": "b"}]
+    found = suite.by_category(np.concatenate([values, [[7.0] * 3]]), metas, draws=4000)
+    np.testing.assert_allclose(found["a"], [values.mean(), *np.percentile(means, [2.5, 97.5])], atol=0.05)
+    np.testing.assert_allclose(found["overall"], (np.array(found["a"]) + 7) / 2)
+
+
 def test_what_pictures_come_to():
     """Means over the pictures of a category, and over categories; the AUC by counting pairs."""
     metas = [{"prompt": f"{tag}{i}", "tag": tag} for tag in "ab" for i in range(2)]

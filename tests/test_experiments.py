@@ -11,6 +11,7 @@ import gvu_jax
 from conftest import ROOT, one_device, tiny_config
 from gvu_jax import experiments, report, train
 from gvu_jax.shapes import pretrain, suite
+from gvu_jax.suite import Verdicts
 
 
 def test_every_arm_can_be_configured(monkeypatch):
@@ -106,3 +107,32 @@ def test_what_words_are_worth(tiny, monkeypatch):
     for kind, values in found.items():
         assert 0 <= values["full"] < 1 and values["change"] == values["removed"] - values["full"]
         assert values["full"] > 0 or kind not in kinds
+
+
+def test_words_taken_out_are_judged_by_the_full_prompt(monkeypatch):
+    """A model that draws the number of its prompt and reads a text as likely as it is near: the words cost what the
+    pictures lack, prompt by prompt."""
+    monkeypatch.setattr(experiments, "PROMPTS", 4)
+    code = lambda text: sum(map(ord, text)) % 251
+
+    class Drawer:
+        def generate(self, prompts, images_per_prompt):
+            pictures = np.zeros((len(prompts), images_per_prompt, 2, 2, 3), np.uint8)
+            pictures[:, :, 0, 0, 0] = np.array([[code(prompt)] for prompt in prompts])
+            return pictures
+
+        def read(self, pictures, texts):
+            near = -np.abs(pictures[:, 0, 0, 0].astype(float) - [code(text) for text in texts]) / 50
+            return near[:, None], np.ones((len(texts), 1), bool)
+
+    right = lambda pixels, metas: np.round(pixels[:, 0, 0, 0] * 255).astype(int) == [code(m["prompt"]) for m in metas]
+    monkeypatch.setattr(experiments.checker, "judge", lambda pixels, metas: suite_verdicts(right(pixels, metas)))
+    found = experiments.drop_words(Drawer(), Drawer())
+    for kind in suite.WORDS:
+        assert found[kind]["full"] == found[f"{kind} (checker)"]["full"] == 1 and found[f"{kind} (exact)"]["full"] == 0
+        assert 0 < found[kind]["removed"] < 1 and found[f"{kind} (checker)"]["removed"] < 0.5
+        assert found[kind]["change"] == found[kind]["removed"] - 1
+
+
+def suite_verdicts(right):
+    return Verdicts(right, np.zeros_like(right), *np.ones((2, len(right)), int))

@@ -291,6 +291,25 @@ def test_guided_sample_of_a_batch_equals_that_of_its_row(random_params):
     np.testing.assert_allclose(together[1:], alone, atol=1e-4)
 
 
+def test_the_flow_is_guided_from_the_empty_prompt():
+    """Euler steps along n + s (c - n), with the tokenizer's latents for the prompt alone; the step is the fall of
+    sigma."""
+    def velocity(latents, siglip, context, pooled, sigma, guidance):
+        return latents * sigma[:, None, None] + siglip + context.mean(axis=1, keepdims=True) + pooled[:, None]
+
+    rng = np.random.default_rng(0)
+    x, siglip, context, pooled, other, other_pooled = (rng.standard_normal(shape).astype(np.float32) for shape in (
+        (2, 4, 3), (2, 4, 3), (2, 5, 3), (2, 3), (1, 5, 3), (1, 3)))
+    ours = flux.sample(velocity, x, siglip, context, pooled, 3, 2.5, (other, other_pooled))
+    levels = flux.sigmas(3, 4)
+    assert levels[0] == 1 and levels[-1] == 0
+    for sigma, after in zip(levels, levels[1:]):
+        c = x * sigma + siglip + context.mean(axis=1, keepdims=True) + pooled[:, None]
+        n = x * sigma + other.mean(axis=1, keepdims=True) + other_pooled[:, None]
+        x = x + (after - sigma) * (n + 2.5 * (c - n))
+    np.testing.assert_allclose(ours, x, rtol=1e-4, atol=1e-5)
+
+
 def test_remat_changes_no_value(random_params):
     grid = (2, 2)
     latents, *rest = random_inputs(WITH_SIGLIP, grid)

@@ -81,6 +81,18 @@ def test_where_the_clip_acts_the_policy_gets_no_gradient():
     assert slope(jnp.log(2.0) + old) == 0 and slope(old) == -1
 
 
+@pytest.mark.parametrize("ratio, advantage, held", [
+    (1.5, 1.0, True), (1.5, -1.0, False), (0.5, 1.0, False), (0.5, -1.0, True), (1.1, 1.0, False), (0.9, -1.0, False)])
+def test_which_tokens_the_clip_holds(ratio, advantage, held):
+    """One that is likelier than the clip allows and was good, or less likely and was bad; the way back stays open. What
+    is counted as clipped is what has no gradient."""
+    logps, A = jnp.log(jnp.array([[ratio]])), jnp.array([advantage])
+    loss = lambda logps: objectives.clipped_policy_loss(logps, jnp.zeros((1, 1)), logps, A, 0.2, 0.0)
+    slope, metrics = jax.grad(loss, has_aux=True)(logps)
+    assert metrics["clipped"] == held
+    np.testing.assert_allclose(slope, 0 if held else -ratio * advantage, rtol=1e-6)
+
+
 @pytest.mark.parametrize("beta, of_trl", [
     (0.1, [0.8019744157791138, 0.8170759677886963, 1.016432285308838, 0.565202534198761]),
     (0.5, [1.3388392925262451, 1.4409894943237305, 2.892991542816162, 0.22572098672389984])])

@@ -1,8 +1,11 @@
 """Plans of small slices by the real TPU compiler, of the full-size model by its shapes, and what is refused."""
+import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from conftest import load_config, tiny_config
@@ -43,6 +46,42 @@ def test_a_plan_adds_up(small, planned):
     assert planned["seconds"] == pytest.approx(sum(program["seconds"] for program in planned["programs"].values()))
     assert planned["images_per_second"] == pytest.approx(16 / planned["seconds"])
     assert planned["chip_hours"] == pytest.approx(config.steps * planned["seconds"] * 4 / 3600)
+
+
+GATHER = """HloModule x, num_partitions=4
+
+ENTRY %main (p: f32[8], q: f32[4]) -> f32[32] {
+  %p = f32[8]{0} parameter(0), metadata={op_name="base[\\'ar\\'][\\'mm_head\\'][\\'kernel\\']"}
+  %q = f32[4]{0} parameter(1), metadata={op_name="x"}
+  ROOT %gathered = f32[32]{0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+"""
+
+
+def test_what_a_program_needs_and_takes():
+    """By hand: [16, 8] times a kernel [8, 12] over fsdp 2 x tensor 2. Results that take an argument's place count with
+    it; a chip reads its half of the kernel, and its share of what goes in and out."""
+    mesh = sharding.make_mesh("fsdp:2,tensor:2", jax.devices()[:4])
+    base = sharding.place({"ar": {"mm_head": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}}, mesh)
+    x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding.batch_sharding(mesh, 16))
+    traced = jax.jit(lambda base, x: x @ base["ar"]["mm_head"]["kernel"]).trace(base, x)
+    compiled = types.SimpleNamespace(as_text=lambda: GATHER, memory_analysis=lambda: types.SimpleNamespace(
+        output_size_in_bytes=700, alias_size_in_bytes=400, temp_size_in_bytes=5000, argument_size_in_bytes=90,
+        peak_memory_in_bytes=80))
+    lowered = types.SimpleNamespace(compile=lambda compiler_options: compiled)
+    program = types.SimpleNamespace(jitted=types.SimpleNamespace(
+        trace=lambda *args: types.SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda: lowered)))
+    chip = plan.Chip(memory=8000, flops=100.0, bandwidth=10.0, links=1.0)
+    found = plan.plan_program(program, (base, x), mesh, chip, resident=1000, busy=4, decoded=None)
+    batch = 16 * 8 * 4 // 2                                                      # rows over fsdp, alike over tensor
+    assert found["needs"] == 1000 + batch + 5000 + (700 - 400) and found["fits"] == (found["needs"] <= 0.9 * 8000)
+    assert found["flops"] == 2 * 16 * 8 * 12 / 4
+    read = 8 * 12 * 4 / 2 + (16 * 8 + 16 * 12) * 4 / 4 + 32 * 4
+    assert found["traffic"] == read
+    assert found["seconds_of"] == {"compute": found["flops"] / 100, "memory": read / 10, "links": 32 * 4 * 3 / 4}
+    assert found["seconds"] == 96 and [c["bytes"] for c in found["collectives"]] == [96]
+    less = dataclasses.replace(chip, memory=7000)
+    assert not plan.plan_program(program, (base, x), mesh, less, 1000, 4, None)["fits"]
 
 
 def test_a_plan_as_text_and_as_json(planned):

@@ -1,11 +1,13 @@
 """The filters against transformers' own, and against the golden distributions."""
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
-from gvu_jax.sampling import How, filter_logits
+from gvu_jax.sampling import How, decode, filter_logits
 
 
 def theirs(logits, how):
@@ -56,3 +58,75 @@ def test_golden_distributions(fixtures):
 def test_settings_that_mean_nothing_are_refused(bad):
     with pytest.raises(ValueError):
         How(**bad)
+
+
+# ------------------------------------------------------------------ drawing one token after the other
+
+@struct.dataclass
+class Sum:
+    """The cache of `Memory`."""
+    read: jax.Array                                                                                     # [B, D]
+
+    def repeat(self, times):
+        return Sum(jnp.repeat(self.read, times, axis=0))
+
+
+class Memory:
+    """A model whose state is the sum of what it has read, each id's row of a table times its position, and whose logits
+    are a matrix of that: enough to tell which tokens were read, where, and in which order."""
+    V, D = 5, 4
+    table, matrix = (np.random.default_rng(0).standard_normal(shape).astype(np.float32) for shape in ((12, D), (D, V)))
+    params = {"params": {"lm_embed_tokens": {"embedding": jnp.asarray(table)}}}
+
+    def empty_cache(self, rows, slots, dtype):
+        return Sum(jnp.zeros((rows, self.D), dtype))
+
+    def for_steps(self, variables, caches):
+        return self, variables, caches
+
+    def apply(self, variables, ids, mask=None, positions=None, cache=None, at=0, text_only=False, method=None):
+        if method:
+            return ids @ self.matrix
+        real = mask[:, at:at + ids.shape[1]] if isinstance(at, int) else jnp.ones(ids.shape, bool)
+        read = jnp.where(real[..., None], (1 + positions[..., None]) * jnp.asarray(self.table)[ids], 0.0)
+        states = cache.read[:, None] + jnp.cumsum(read, axis=1)
+        return states / 8, Sum(states[:, -1])
+
+    def logits(self, ids):
+        """In numpy: after these ids, the first of them at position 0."""
+        return (np.arange(1, 1 + len(ids))[:, None] * self.table[ids]).sum(axis=0) / 8 @ self.matrix
+
+
+@pytest.mark.parametrize("how, stop", [
+    (How(images_per_prompt=3), None), (How(images_per_prompt=2, temperature=0.5, top_k=3, suppress=(1,)), None),
+    (How(images_per_prompt=3), 2), (How(guidance=2.0), None), (How(temperature=0.0), None)])
+def test_each_token_is_drawn_with_its_own_key_after_those_before_it(how, stop):
+    """Token t of sample s with fold_in(fold_in(key, s), t), the last one too; its log-probability is the unguided and
+    unfiltered policy's. Prompts of unequal length, of which the padding is not read."""
+    model, key, steps, offset = Memory(), jax.random.key(3), 5, 6
+    prompts, negative = [[1, 4, 2], [3], [5, 0]], [2]
+    tokens = np.array([[9] * (3 - len(ids)) + ids for ids in prompts])
+    mask = np.arange(3) >= 3 - np.array([[len(ids)] for ids in prompts])
+    places = 7 + 2 * np.arange(3 * how.images_per_prompt)                               # in a whole that is larger
+    drawn, logps = jax.jit(lambda key: decode(
+        model, model.params, jnp.asarray(tokens), jnp.asarray(mask), key, how, steps=steps, head="any", offset=offset,
+        index=jnp.asarray(places), negative=jnp.array(negative), stop=stop))(key)
+    scores_of = jax.jit(lambda logits, unguided: filter_logits(logits, how, unguided))
+    pick = jax.jit(lambda scores, place, t: jnp.argmax(scores) if how.temperature == 0 else jax.random.categorical(
+        jax.random.fold_in(jax.random.fold_in(key, place), t), scores))
+    for s, (place, row) in enumerate(zip(places, np.asarray(drawn))):
+        ids, other, before = list(prompts[s // how.images_per_prompt]), list(negative), []
+        for t in range(steps):
+            logits = model.logits(ids)
+            token, ended = int(pick(scores_of(logits, model.logits(other)), place, t)), stop in before
+            assert row[t] == (stop if ended else token), (s, t)
+            plain = logits[token] - np.log(np.exp(logits).sum())
+            np.testing.assert_allclose(logps[s, t], 0 if ended else plain, atol=1e-4)
+            before.append(row[t])
+            ids, other = [*ids, row[t] + offset], [*other, row[t] + offset]
+
+
+def test_guidance_moves_from_the_unguided_towards_the_prompts():
+    conditional, negative = np.log([[0.5, 0.3, 0.2]]), np.log([[0.2, 0.3, 0.5]])
+    scores = filter_logits(jnp.asarray(conditional), How(guidance=3.0), jnp.asarray(negative))
+    np.testing.assert_allclose(scores, negative + 3 * (conditional - negative), rtol=1e-5)

@@ -30,6 +30,17 @@ def test_tokens_join_into_words_and_their_product_is_kept(tokens, words):
     np.testing.assert_allclose(np.prod(products), np.prod(probabilities))
 
 
+@pytest.mark.parametrize("text, tokens, words", [
+    ("cafe\u0301s au", ["cafe", "\u0301", "s", " au"], ["cafe\u0301s", "au"]),                # an acute accent of its own
+    ("\u0928\u092e\u0938\u094d\u0924\u0947", ["\u0928\u092e\u0938", "\u094d", "\u0924", "\u0947"],
+     ["\u0928\u092e\u0938\u094d\u0924\u0947"])])                                            # Hindi's vowels and virama
+def test_a_combining_mark_goes_on_with_its_word(text, tokens, words):
+    ends = np.cumsum([len(token) for token in tokens]).tolist()
+    spans = [(end - len(token), end) for token, end in zip(tokens, ends)]
+    joined, products = rewards.join_tokens(text, spans, [0.5] * len(tokens))
+    assert joined == words and products[0] == 0.5 ** (len(tokens) - len(words) + 1)
+
+
 def test_a_character_of_several_tokens_is_one_word():
     text = "a 🦄 红"                                      # as byte-level tokenizers count: each byte spans its character
     spans = [(0, 1), (1, 3), (2, 3), (2, 3), (3, 4), (4, 5), (4, 5)]

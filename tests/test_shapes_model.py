@@ -6,7 +6,8 @@ import pytest
 
 from conftest import one_device
 
-from gvu_jax.models import vae
+from gvu_jax import checkpoint
+from gvu_jax.models import flux, vae
 from gvu_jax.shapes import pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
@@ -104,6 +105,36 @@ def test_the_backbone_begins_with_the_codebook(tiny):
         same = np.mean([alike[k, 0, k, 1] for k in range(26)])
         other = np.mean([alike[k, 0, (k + 1) % 26, 0] for k in range(26)])
         assert same > other + 0.3
+
+
+def test_the_head_learns_the_way_from_picture_to_noise(tiny, monkeypatch):
+    """Rectified flow: at (1 - s) latents + s noise, noise - latents, at the levels that sampling visits."""
+    _, umm, params = tiny
+    taught, heard = {}, []
+
+    def fit(label, loss, params, data, settings, key):
+        taught.update(loss=loss, data=data)
+        return params
+
+    class Head:
+        def __init__(self, config):
+            pass
+
+        def apply(self, variables, noisy, siglip, context, pooled, sigma, guidance, grid):
+            heard.append((noisy, sigma))
+            return 0.3 * noisy
+
+    monkeypatch.setattr(pretrain, "fit", fit)
+    pretrain.train_diffusion(umm, params, world.sample_scenes(np.random.default_rng(0), 6), None,
+                             np.random.default_rng(1), None)
+    monkeypatch.setattr(pretrain.flux, "FluxTransformer", Head)
+    error, _ = taught["loss"]({name: params[name] for name in ("vision", "flux")}, taught["data"], jax.random.key(2))
+    (noisy, sigma), latents = heard[0], taught["data"]["pictures"]["latents"]
+    assert set(np.asarray(sigma)) <= set(flux.sigmas(umm.diffusion_steps, umm.image_tokens)[:-1])
+    noise = jax.random.normal(jax.random.split(jax.random.key(2), 4)[1], latents.shape)
+    s = np.asarray(sigma)[:, None, None]
+    np.testing.assert_allclose(noisy, (1 - s) * latents + s * noise, atol=1e-5)
+    np.testing.assert_allclose(error, np.mean((0.3 * noisy - (noise - latents)) ** 2), rtol=1e-5)
 
 
 def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(tiny):

@@ -58,6 +58,17 @@ def test_equals_diffusers(config):
     np.testing.assert_allclose(to_channels_first(raw), decoded, atol=5e-4)
 
 
+def test_group_norm_of_faint_channels():
+    """Where the variance is as small as the epsilon it says how much is left: torch's with the epsilon of diffusers."""
+    torch = pytest.importorskip("torch")
+    x = 1e-3 * np.random.default_rng(0).standard_normal((2, 3, 5, 8)).astype(np.float32)
+    scale, bias = np.random.default_rng(1).standard_normal((2, 8)).astype(np.float32)
+    ours = vae.GroupNorm(4).apply({"params": {"scale": scale, "bias": bias}}, x)
+    theirs = torch.nn.functional.group_norm(
+        torch.from_numpy(to_channels_first(x)), 4, torch.from_numpy(scale), torch.from_numpy(bias), eps=1e-6)
+    np.testing.assert_allclose(to_channels_first(ours), theirs.numpy(), atol=1e-4)
+
+
 # ------------------------------------------------------------------ against the fixture
 
 @pytest.fixture(scope="module")

@@ -106,9 +106,11 @@ class UAE:
 
     def _cold(self, state, base, seen, target, prompts, key):
         """Supervised, both ways: -log p(caption | picture) a word, and -log p(picture | caption) a decision."""
+        words = jnp.sum(prompts.words_mask) / self.config.uae.micro_batches   # each counts alike, in whichever slice
+
         def loss(trainable, part):
             policy, ((seen, target, prompts), key) = self.policy(base, trainable), part
-            telling = objectives.cross_entropy(*self.umm.text_logps(policy, seen, prompts))
+            telling = objectives.cross_entropy(*self.umm.text_logps(policy, seen, prompts), words)
             drawing = jnp.mean(self.umm.image_nll(policy, prompts, target, key))
             return telling + drawing, ({"loss": telling + drawing, "cold/caption": telling, "cold/draw": drawing}, ())
         slices = (sharding.split_rows((seen, target, prompts), self.config.uae.micro_batches),
