@@ -111,6 +111,14 @@ def random_false(scene, rng):
     return next(meta for _ in iter(int, 1) for meta in [s.pick(rng, w.all_prompts())] if not w.judge_scene(scene, meta))
 
 
+def test_a_clear_object_beside_a_faint_foreign_color_is_unreadable():
+    """The object's own color and shape are as they should be: only the strip of cyan at the edge of its cell is not."""
+    code = 1 + w.SHAPES.index("circle") * len(w.COLORS) + w.COLORS.index("red")
+    picture = w.render(np.full((1, 9), code, np.int8))
+    picture[0, w.CELL : 2 * w.CELL, w.CELL : w.CELL + 2, 0] -= 0.4  # of the middle cell, where no glyph reaches
+    assert checker.read_pixels(picture, 3).tolist() == [[code] * 4 + [checker.UNREADABLE] + [code] * 4]
+
+
 def test_judge_follows_the_scene(scenes, pictures):
     rng = np.random.default_rng(0)
     true = [s.true_prompt(scene, rng) for scene in scenes]
