@@ -1,4 +1,4 @@
-"""What each method means: its steps against the same in numpy, on a model of 84 numbers (toy.py).
+"""What each method means: its steps against the same in numpy, on a model of 111 numbers (toy.py).
 
 What moves, towards what, measured to what, drawn from which key, in which order, at which inner step. The cases are
 those where right and wrong differ: three inner steps, several groups, micro-batches of unequal content, texts of

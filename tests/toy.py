@@ -1,4 +1,4 @@
-"""A unified model of 84 numbers, twice: as the methods take it, and in plain numpy, where an equation fits on a line.
+"""A unified model of 111 numbers, twice: as the methods take it, and in plain numpy, where an equation fits on a line.
 
 `Toy` has the calls of `gvu_jax.umm` that methods make, over two tables of logits and no network. The functions below it
 say the same of texts and numbers in float64, and know nothing of the package: not its masks, nor its order of rows.
