@@ -58,6 +58,7 @@ def path_flag(name, help, required=False):
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
 AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "eval.choices", "eval.group",
                 "eval.prompts", "gvu.prompts", "uae.prompts", "uae.words", "alarm.skipped")
+SHARES = ("pretrain.backbone.mismatched", "pictures.told")
 NOT_ZERO = ("optim.clip_norm", "gvu.advantage_eps", "uae.advantage_eps")        # both divide: nothing would be learned
 
 
@@ -66,8 +67,9 @@ def check_numbers(config):
     or enormous ones, and 0 where there must be one at least."""
     for name, value in flatten(config).items():
         least = 1 if name in AT_LEAST_ONE else -1 if name in REST else 0
-        if isinstance(value, (int, float)) and not least <= value < 2 ** 31:                # nan fails every comparison
-            raise ValueError(f"{name} is {value}; it must be a number from {least} to {2 ** 31 - 1}")
+        most = 1 if name in SHARES else 2 ** 31 - 1
+        if isinstance(value, (int, float)) and not least <= value <= most:                  # nan fails every comparison
+            raise ValueError(f"{name} is {value}; it must be a number from {least} to {most}")
         if name in NOT_ZERO and value == 0:
             raise ValueError(f"{name} is 0; it must be above" + (
                 " (a large one, as 1e9, clips nothing)" if name == "optim.clip_norm" else ""))

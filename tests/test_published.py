@@ -90,7 +90,7 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
     method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
-    batch = grpo.Batch(gvu.Drawn(prompts, tokens, held=()), ref_logps, advantages)
+    batch = grpo.Batch(gvu.Rows(prompts, tokens, held=()), ref_logps, advantages)
     loss = functools.partial(
         grpo.loss, policy_of=functools.partial(policy_params, base, lora_config=settings.lora),
         logps_of=method._logps, settings=settings.gvu)

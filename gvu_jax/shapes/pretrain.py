@@ -50,8 +50,6 @@ def ensure_base(config):
         raise ValueError("this config has no world to pretrain a model in: give configs/shapes.py, or, to train a "
                          "converted model, its folder as --config.model.checkpoint")
     cli.check_numbers(config)
-    if config.pretrain.backbone.mismatched > 1:
-        raise ValueError(f"pretrain.backbone.mismatched is {config.pretrain.backbone.mismatched}; it is a share, at most 1")
     folder = base_folder(config)
     if not (folder / "metadata.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
