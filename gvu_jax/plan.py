@@ -98,7 +98,7 @@ def model_of(config):
     else:
         from gvu_jax.shapes import pretrain
         umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
-            families.of(config).published(override), jnp.bfloat16)
+            families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
     remat = config.model.get("remat", umm.ar.remat)
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
