@@ -279,7 +279,7 @@ def export_peft(run, dst, base=None):
         states.close()
     tensors = lora.to_peft(adapter, umm.adapter_rules)
     with _Whole(Path(dst).absolute()) as partial:
-        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base)
+        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base, umm.loads)
     return len(tensors)
 
 

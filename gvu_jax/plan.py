@@ -85,7 +85,8 @@ def chips_of(topology):
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}     # else hosts have four
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"there is no slice {topology}: {error}") from error
 

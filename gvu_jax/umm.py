@@ -28,7 +28,7 @@ Besides these, a model says what its arrays are like: `lengths(texts)`, `prompt_
 what pictures are drawn with unless told; `init(key)`, `check_parts()` and `check_text()`; `ar`, the config of the
 backbone, whose heads and channels a mesh divides; `partition` (part of the params -> table, see sharding.py); `trains`
 (what config.trains names -> regex of the backbone's paths); and how its parameters are called in the published folder
-(`adapter_rules`, `published_parts`).
+(`adapter_rules`, `published_parts`), which the class `loads` of transformers reads, if one does.
 
 `params` is a nested dict: "ar", the backbone that is trained, other parts by names of the family's own, and, in a
 policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.

@@ -1,4 +1,5 @@
 """Janus-Pro as a family: all that the golden data record, through the calls of umm.py, from converted folders."""
+import dataclasses
 import functools
 import json
 import shutil
@@ -10,10 +11,15 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from gvu_jax import checkpoint, convert, objectives, rewards, sharding
+import gvu_jax
+from conftest import load_config
+from gvu_jax import adapters, checkpoint, convert, objectives, rewards, sharding
 from gvu_jax.families import janus as family
+from gvu_jax.metrics import read_metrics
 from gvu_jax.models import siglip, torch_keys
 from gvu_jax.sampling import How, guided
+from gvu_jax.tensor_files import Spec
+from gvu_jax.train import train
 from gvu_jax.umm import gather_logps
 
 LAYOUTS = {"published": "janus", "transformers": "janus_hf"}
@@ -177,13 +183,13 @@ def test_golden_policy(janus, golden, call):
 
     # Of the guided policy both forwards are differentiated: along a direction, as the difference quotient says.
     ours = gradient(params["ar"], DRAWN)
-    step = jax.tree.map(lambda g: 1e-3 * g / optax_norm(ours), ours)
+    step = jax.tree.map(lambda g: 1e-3 * g / norm_of(ours), ours)
     at = lambda sign: float(jax.jit(total, static_argnums=1)(
         jax.tree.map(lambda p, s: p + sign * s, params["ar"], step), DRAWN))
-    np.testing.assert_allclose((at(1) - at(-1)) / 2e-3, optax_norm(ours), rtol=5e-3)
+    np.testing.assert_allclose((at(1) - at(-1)) / 2e-3, norm_of(ours), rtol=5e-3)
 
 
-def optax_norm(tree):
+def norm_of(tree):
     return jnp.sqrt(sum(jnp.sum(leaf * leaf) for leaf in jax.tree.leaves(tree)))
 
 
@@ -370,21 +376,89 @@ def test_folders_that_are_not_implemented_are_refused(fixtures, tmp_path, layout
     assert not (tmp_path / "model").exists()
 
 
+# ------------------------------------------------------------------ training
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def trained(request, folders, janus, tmp_path_factory):
+    """The layout of a golden model, and the folder of a run of three steps that began with it."""
+    folder, config = tmp_path_factory.mktemp("run"), load_config("janus_pro")
+    texts = janus.cases["generate"]["prompts"]
+    (folder / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": text}) for text in texts))
+    config.data.update(prompts=str(folder / "prompts.jsonl"), held_out=str(folder / "prompts.jsonl"))
+    config.model.checkpoint = str(folders[request.param])
+    config.gvu.update(prompts=2, group=2, micro_batches=2)
+    config.mesh.update(fsdp=1, tensor=1)
+    config.optim.lr = 1e-2
+    config.lora.targets = "_proj|aligner|gen_head"
+    config.update(steps=3, eval=dict(every=3, batches=1))
+    train(config, folder / "run")
+    return request.param, folder / "run"
+
+
+def test_three_steps_of_gvu(trained):
+    lines = [line for line in read_metrics(trained[1] / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    # The golden weights are bfloat16, in which one token at a time and all at once differ by more than in float32.
+    assert all(line["logp_gap"] < 0.2 and np.isfinite(line["grad_norm"]) for line in lines)
+    model = gvu_jax.load(trained[1])
+    pictures = model.generate(["a red cube"], images_per_prompt=2)[0]
+    scores = model.score(pictures, ["a red cube"] * 2)
+    assert scores[0].words == ["a", "red", "cube"] and 0 < scores[0].reward < 1
+    np.testing.assert_allclose(scores[0].reward, np.exp(np.log(scores[0].token_probabilities).mean()), rtol=1e-3)
+
+
+def test_peft_lays_the_adapter_over_transformers_janus(trained, fixtures, janus, tmp_path):
+    """And reads back what a run began from DeepSeek's folder says, under its names."""
+    torch, peft, transformers = (pytest.importorskip(name) for name in ("torch", "peft", "transformers"))
+    layout, run = trained
+    convert.export_peft(run, tmp_path / "adapter")
+    model = gvu_jax.load(run)
+    adapter, _ = adapters.read_peft(tmp_path / "adapter", model.umm)
+    assert any(leaf.any() for leaf in jax.tree.leaves(adapter))
+    told = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    if layout == "published":
+        assert told["auto_mapping"] is None and "language_model.model.layers.0.self_attn.q_proj" in told["target_modules"]
+        return
+    assert told["auto_mapping"]["base_model_class"] == "JanusForConditionalGeneration"
+    theirs = transformers.JanusForConditionalGeneration.from_pretrained(fixtures / "janus_hf", dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    assert sum(hasattr(module, "lora_A") for module in theirs.modules()) == sum(
+        leaf.shape[0] if leaf.ndim == 3 else 1 for leaf in jax.tree.leaves(adapter)) / 2
+    params = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), model.params)
+    prompts = model.umm.encode_prompts(janus.cases["generate"]["prompts"][:1])
+    prompt, codes = janus.arrays("generate")["prompt_ids"], janus.arrays("generate")["forced_codes"][:1]
+    with torch.no_grad():
+        inner = theirs.base_model.model
+        embedded = torch.cat([inner.get_input_embeddings()(torch.from_numpy(prompt)),
+                              inner.prepare_embeddings_for_image_generation(torch.from_numpy(codes[:, :-1]))], dim=1)
+        hidden = inner.model.language_model(inputs_embeds=embedded).last_hidden_state
+        logits = inner.model.generation_head(hidden[:, -codes.shape[1]:]).numpy()
+    found = jax.jit(model.umm.code_logits)(params, prompts.tokens, prompts.mask, codes)
+    np.testing.assert_allclose(found, logits, atol=1e-3)
+    assert np.abs(logits - janus.arrays("generate")["cond_logits"][:1]).max() > 1e-2
+
+
 # ------------------------------------------------------------------ full size
 
 @pytest.mark.parametrize("size, billions, entries", [("1b", 2.089, 882), ("7b", 7.420, 936)])
 def test_full_size(size, billions, entries):
-    """Parameters as published; the published count also has SigLIP's pooling head, which is not read, and a buffer."""
+    """As published, which counts SigLIP's pooling head and a buffer; and each key of both layouts has its place."""
     umm = family.published({}, size)
     shapes = checkpoint.shapes(umm)
-    names = torch_keys.to_torch(
-        jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes),
-        umm.published_parts(shapes, {"": {}})[""][1])
-    count = sum(array.size for array in names.values())
-    pooling = 12 * 1024 ** 2 + 13 * 1024 + 2 * 1024 + 1024
-    assert round((count + pooling) / 1e9, 3) == billions
-    mesh = sharding.make_mesh("fsdp:4,tensor:2")
-    sharding.place(umm.partition, shapes, mesh)
+    pooling = 12 * 1024 ** 2 + 12 * 1024
+    assert round((sum(leaf.size for leaf in jax.tree.leaves(shapes)) + pooling) / 1e9, 3) == billions
+    empty = jax.tree.map(lambda leaf: np.broadcast_to(jnp.bfloat16(0), leaf.shape), shapes)
+    for layout in family.llama.RULES:
+        umm = dataclasses.replace(umm, layout=layout)
+        rules = umm.published_parts(shapes, {"": {}})[""][1]
+        found = {name: Spec(array.dtype, array.shape, 0) for name, array in torch_keys.to_torch(empty, rules).items()}
+        if layout == "published":
+            assert len(found) + 14 == entries
+        planned = convert.plan(umm, {"": {name: spec.shape for name, spec in found.items()}})
+        assert {path: shape for path, (shape, _, _) in convert.leaves(planned, {"": found}).items()} == {
+            path: leaf.shape for path, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
+
+    sharding.place(umm.partition, shapes, sharding.make_mesh("fsdp:4,tensor:2"))
     prompts = umm.prompt_shapes(2, 40, 32)
     logps = jax.eval_shape(functools.partial(umm.image_logps, how=DRAWN), shapes, prompts, umm.drawn_shapes(2))
     assert logps.shape == (2, 576)

@@ -295,6 +295,11 @@ class Janus:
         """How the parameters of the backbone are called in a checkpoint, and so in peft's adapters (see torch_keys)."""
         return llama.RULES[self.layout]
 
+    @property
+    def loads(self):
+        """The class of transformers that reads the published folder; DeepSeek's layout is read by DeepSeek's code."""
+        return "JanusForConditionalGeneration" if self.layout == "transformers" else None
+
     def published_parts(self, shapes, found):
         """{part: (parameters, rules, keys to ignore)} of the published files, see torch_keys.places: one part, "", of
         all parameters. shapes: of the params; found: {part: {key: shape}}."""

@@ -50,6 +50,7 @@ class XOmni:
     clip_tokenizer: Any = None
 
     kind = "xomni"
+    loads = "AutoModelForCausalLM"                      # the class of transformers that reads the published folder
     guidance = 1.0                                      # of the backbone; the head that paints has its own
     # What of the backbone a run may train; "projector": image tokens on their way in and out.
     trains = xomni.TRAINS
