@@ -9,7 +9,7 @@ The weights take 4.2 GB (1B) or 14.8 GB (7B) in bfloat16, and the conversion as 
 top, and on which chips it fits: python -m gvu_jax.plan --config=configs/janus_pro.py:1b --topology=v5e:2x2.
 
 Prompts, schedule, adapter and alarms are those of configs/xomni.py: nobody has published GvU on this model. What is
-trained is the distribution that is drawn from: guidance belongs to it (sampling.logps), and the sampler filters nothing.
+trained is the distribution that is drawn from: guidance belongs to it (sampling.logps), and nothing is filtered.
 """
 import runpy
 from pathlib import Path

@@ -13,7 +13,7 @@ same command goes on where it stopped: it reads what is there, compares checksum
 
 A converted folder also has `source/`: the small files of the source as they were, the headers of its large ones and
 the few tensors that the model does not read. --export=hf restores the source from them: the safetensors byte for
-byte, the files of torch tensor for tensor (their zip checksums are not filled in; torch does not ask for them). Parts that
+byte, files of torch tensor for tensor (their zip checksums are not filled in; torch does not ask for them). Parts that
 config.json names outside of the model directory ("../decoder") are written inside of it ("decoder").
 """
 import hashlib

@@ -382,7 +382,7 @@ def read_source(src, image_size=None):
 
 def image_transform(told):
     told.insist(image_mean=[0.5] * 3, image_std=[0.5] * 3, background_color=[siglip.BACKGROUND] * 3,
-                     rescale_factor=1 / 255, do_resize=True, do_rescale=True, do_pad=True, resample=3)
+                rescale_factor=1 / 255, do_resize=True, do_rescale=True, do_pad=True, resample=3)
     if not told.get("do_normalize", True):
         logging.warning("%s says do_normalize = false, as that of the first Janus did by mistake: pictures are "
                         "normalised all the same", told.path)
@@ -399,13 +399,12 @@ def ar_config(told, **more):
     heads = told.a(int, "num_attention_heads")
     rope = told.get("rope_parameters") or {}
     told.insist(model_type="llama", hidden_act="silu", rope_scaling=None, attention_bias=False, mlp_bias=False,
-                     head_dim=told.a(int, "hidden_size") // max(1, heads))
+                head_dim=told.a(int, "hidden_size") // max(1, heads))
     if rope.get("rope_type", "default") != "default":
         raise ValueError(f"{told.path} says rope_parameters = {rope}; implemented is rope_type 'default' only")
     if "rope_theta" in rope:
         more["rope_theta"] = rope["rope_theta"]
-    return told.numbers(
-        llama.Config, num_key_value_heads=told.get("num_key_value_heads") or heads, **more)
+    return told.numbers(llama.Config, num_key_value_heads=told.get("num_key_value_heads") or heads, **more)
 
 
 def published_configs(told, src):
@@ -458,13 +457,13 @@ def transformers_configs(told, src):
     return dict(ar=ar, vision=vision, vq=vq_config(codes, names)), codes.a(int, "num_patches")
 
 
-def vision_config(told, **named):
-    image, patch, width = (told.a(int, name) if name in told.values else named[name]
-                           for name in ("image_size", "patch_size", "width"))
+def vision_config(told, width, layers, heads):
+    image, patch = told.a(int, "image_size"), told.a(int, "patch_size")
     if patch < 1 or image % patch:
         raise ValueError(f"{told.path} says image_size = {image} and patch_size = {patch}, which does not divide it")
-    return config_of(told, siglip.Config, named | dict(
-        mlp_hidden=int(width * told.a(float, "mlp_ratio")), patch_size=patch, pos_table_side=image // patch))
+    return config_of(told, siglip.Config, dict(
+        width=width, layers=layers, heads=heads, mlp_hidden=int(width * told.a(float, "mlp_ratio")), patch_size=patch,
+        pos_table_side=image // patch))
 
 
 def vq_config(told, names):
@@ -472,4 +471,5 @@ def vq_config(told, names):
 
 
 def config_of(told, cls, values):
+    """cls(**values), whose errors name the file that they come from."""
     return described.named(told.path, lambda: described.typed(cls, values))
