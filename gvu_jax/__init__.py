@@ -105,12 +105,13 @@ class Model:
         self._render, self._see, self._read = (
             sharding.Program(call, mesh) for call in (umm.render, umm.see, umm.text_logps))
 
-    def generate(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=BATCH, progress=None):
+    def generate(self, prompts, seed=0, images_per_prompt=1, how=None, batch=BATCH, progress=None):
         """Draws pictures: uint8 [prompts, images_per_prompt, H, W, 3].
 
         A picture depends on the seed, its prompt, the prompt's place in the list and its own place among the prompt's
-        pictures: not on their number, nor on `batch`, the prompts drawn at a time. progress: called with the number of
-        finished prompts after each batch.
+        pictures: not on their number, nor on `batch`, the prompts drawn at a time. how: None draws from the policy
+        itself, with the guidance that its family was published with. progress: called with the number of finished
+        prompts after each batch.
         """
         batches = []
         for pictures in self.draw(prompts, seed, images_per_prompt, how, batch):
@@ -119,7 +120,7 @@ class Model:
                 progress(len(pictures))
         return np.concatenate(batches)
 
-    def draw(self, prompts, seed=0, images_per_prompt=1, how=How(), batch=BATCH, places=None):
+    def draw(self, prompts, seed=0, images_per_prompt=1, how=None, batch=BATCH, places=None):
         """As `generate`, but yields the pictures of `batch` prompts at a time, as soon as they are drawn.
 
         places: which of the prompts to draw, their places in the list; None: all of them.
@@ -128,7 +129,7 @@ class Model:
             raise ValueError("prompts is a list of at least one text")
         if images_per_prompt > MOST_IMAGES:
             raise ValueError(f"images_per_prompt is {images_per_prompt}; it must be at most {MOST_IMAGES}")
-        how = dataclasses.replace(how, images_per_prompt=images_per_prompt)
+        how = dataclasses.replace(how or How(guidance=self.umm.guidance), images_per_prompt=images_per_prompt)
         keys, places = jax.random.split(jax.random.key(seed)), range(len(prompts)) if places is None else places
         lengths, batch = self.umm.lengths(prompts), min(batch, len(prompts))
         for start in range(0, len(places), batch):
@@ -168,9 +169,9 @@ class Model:
         logps, mask = self.read(images, prompts)
         tokenizer, scores = self.umm.tokenizer, []
         for prompt, reward, row, real in zip(prompts, rewards.geometric_mean(logps, mask), logps, mask):
-            probabilities = np.exp(row[real])
-            encoded = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-            words, products = rewards.join_tokens(prompt, encoded["offset_mapping"], probabilities)
+            probabilities, said = np.exp(row[real]), self.umm.said(prompt)
+            encoded = tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)
+            words, products = rewards.join_tokens(said, encoded["offset_mapping"], probabilities)
             scores.append(Score(float(reward), [tokenizer.decode([t]) for t in encoded["input_ids"]], probabilities,
                                 words, np.array(products, np.float32)))
         return scores

@@ -1,18 +1,19 @@
-"""Converts a published checkpoint, here of X-Omni, to a model folder, and back.
+"""Converts a published checkpoint to a model folder, and back.
 
+    python -m gvu_jax.convert --src=Janus-Pro-1B --dst=DIR
     python -m gvu_jax.convert --src=X-Omni-En --dst=DIR [--flux=FLUX.1-dev] [--image_size=576]
-    python -m gvu_jax.convert --export=hf --src=DIR --dst=X-OMNI-AGAIN
+    python -m gvu_jax.convert --export=hf --src=DIR --dst=AS-PUBLISHED
     python -m gvu_jax.convert --export=peft --src=RUN --dst=ADAPTER [--base=X-Omni/X-Omni-En]
 
-The way in reads a directory as published; what that is, its family's file says (families/xomni.py). What comes out is
-described in checkpoint.py, and needs neither the source nor torch. Nothing in the source is executed.
+The way in reads a directory as published; what that is, its family's file says (families/NAME.py). What comes out
+is described in checkpoint.py, and needs neither the source nor torch. Nothing in the source is executed.
 
 One tensor is held at a time, and nothing is written before every key of every file has its place. Interrupted, the
 same command goes on where it stopped: it reads what is there, compares checksums, and writes the rest.
 
 A converted folder also has `source/`: the small files of the source as they were, the headers of its large ones and
 the few tensors that the model does not read. --export=hf restores the source from them: the safetensors byte for
-byte, the .pt files tensor for tensor (their zip checksums are not filled in; torch does not ask for them). Parts that
+byte, files of torch tensor for tensor (their zip checksums are not filled in; torch does not ask for them). Parts that
 config.json names outside of the model directory ("../decoder") are written inside of it ("decoder").
 """
 import hashlib
@@ -38,8 +39,8 @@ _DST = cli.path_flag("dst", "The folder to write; it must not exist yet.", requi
 _FOLDERS = {name: cli.path_flag(name, what) for family in families.FAMILIES.values()
             for name, what in family.FOLDERS.items()}                  # what a family reads from elsewhere
 _IMAGE_SIZE = flags.DEFINE_integer(
-    "image_size", None, "Side in pixels of the pictures to draw; default 576, or the transform's short_size where "
-    "its long_size is below 576.", lower_bound=1)
+    "image_size", None, "Side in pixels of the pictures to draw; without it, as the model was published.",
+    lower_bound=1)
 _BASE = flags.DEFINE_string("base", None, "What an exported adapter calls its base, for peft to load: a name on the "
                             "Hugging Face Hub or a folder; without it, what the base was converted from.")
 _EXPORT = flags.DEFINE_enum("export", None, ["hf", "peft"], "The way back: the published layout, or a peft adapter.")
@@ -58,12 +59,13 @@ def read_source(src, image_size=None, **folders):
 class Place(NamedTuple):
     path: str              # of the parameter, "ar/layers/layer/mlp/up_proj/kernel"
     row: Any               # on its leading axis, which stacks the layers; None: the tensor is the parameter
+    keys: tuple            # the tensors that make up this row, equal shares of its last axis: mostly one
 
 
 def plan(umm, found):
     """Where every tensor of a checkpoint goes, from names and shapes alone.
 
-    found: {part: {key: shape}} for the parts of the params that its files hold ("ar", "vision/vit", ..).
+    found: {part: {key: shape}} for the parts of the params that its files hold ("ar", "vision/vit", ..; "" is all).
     Returns {part: {key: Place}}; what a part may hold besides has no place. Raises ValueError naming missing,
     unknown and misshapen keys.
     """
@@ -72,8 +74,12 @@ def plan(umm, found):
         try:
             places = torch_keys.places(found[part], tree, rules, ignored)
         except ValueError as error:
-            raise ValueError(f"{part}: {error}") from error
-        planned[part] = {key: Place(f"{part}/{path}", row) for key, (path, row, _) in places.items()}
+            raise ValueError(f"{part or 'weights'}: {error}") from error
+        rows = {}
+        for key, (path, row, _) in places.items():
+            rows.setdefault((path, row), []).append(key)
+        planned[part] = {key: Place(f"{part}/{path}" if part else path, row, tuple(rows[path, row]))
+                         for key, (path, row, _) in places.items()}
     return planned
 
 
@@ -85,19 +91,22 @@ def leaves(planned, specs):
     """
     rows = {}
     for part, places in planned.items():
-        for key, (path, row) in places.items():
+        for key, (path, row, keys) in places.items():
             spec = specs[part][key]
             if spec.dtype.name not in ("float32", "float16", "bfloat16"):
-                raise ValueError(f"{part}: key {key} has dtype {spec.dtype}, which is not implemented for parameters")
-            rows.setdefault(path, []).append((key, spec, row))
+                raise ValueError(f"{part or 'weights'}: key {key} has dtype {spec.dtype}, which is not implemented for "
+                                 f"parameters")
+            rows.setdefault(path, []).append((key, spec, row, len(keys)))
     result = {}
     for path, group in rows.items():
-        if len({spec.dtype for _, spec, _ in group}) > 1:
+        if len({spec.dtype for _, spec, *_ in group}) > 1:
             raise ValueError("layers of one parameter differ in dtype: " + ", ".join(
-                f"{key} {spec.dtype}" for key, spec, _ in group))
-        _, spec, row = group[0]
-        shape = torch_keys.to_flax_layout(np.broadcast_to(0, spec.shape), path).shape
-        result[path] = (shape, spec.dtype, False) if row is None else ((len(group), *shape), spec.dtype, True)
+                f"{key} {spec.dtype}" for key, spec, *_ in group))
+        _, spec, row, shares = group[0]
+        *shape, last = torch_keys.to_flax_layout(np.broadcast_to(0, spec.shape), path).shape
+        shape = *shape, last * shares
+        rows = len(group) // shares
+        result[path] = (shape, spec.dtype, False) if row is None else ((rows, *shape), spec.dtype, True)
     return result
 
 
@@ -136,13 +145,13 @@ def convert(src, dst, image_size=None, **folders):
         store.create(path, shape, dtype, stacked)
     with Progress(total, "B", "converting") as progress:
         for part, files in source.weights.items():
-            for file in files:
-                for key, spec in file.specs.items():
-                    if key in planned[part]:
-                        path, row = planned[part][key]
-                        if not (resumed and store.holds(path, row)):
-                            store.write(path, row, torch_keys.to_flax_layout(file.read(key), path))
-                    progress.update(spec.nbytes)
+            holder = {key: file for file in files for key in file.specs}
+            for key, file in holder.items():
+                path, row, keys = planned[part].get(key, (None, None, ()))
+                if key in keys[:1] and not (resumed and store.holds(path, row)):
+                    shares = [torch_keys.to_flax_layout(holder[share].read(share), path) for share in keys]
+                    store.write(path, row, np.concatenate(shares, axis=-1) if len(shares) > 1 else shares[0])
+                progress.update(file.specs[key].nbytes)
     store.finish()
     checkpoint.write_metadata(partial, source.umm)
     partial.rename(dst)
@@ -212,8 +221,9 @@ def export_hf(src, dst):
 
             def read(key):
                 if key in planned[part]:
-                    path, row = planned[part][key]
-                    array = torch_keys.to_torch_layout(store.read(path, row), path)
+                    path, row, keys = planned[part][key]
+                    array = np.split(store.read(path, row), len(keys), axis=-1)[keys.index(key)]
+                    array = torch_keys.to_torch_layout(array, path)
                 else:
                     array = unread.read(key)
                 progress.update(array.nbytes)
@@ -269,7 +279,7 @@ def export_peft(run, dst, base=None):
         states.close()
     tensors = lora.to_peft(adapter, umm.adapter_rules)
     with _Whole(Path(dst).absolute()) as partial:
-        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base)
+        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base, umm.loads)
     return len(tensors)
 
 

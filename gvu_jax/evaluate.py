@@ -120,7 +120,7 @@ def shapes(model):
 def build_shapes(model):
     """The prompts and the Suite (see shapes/suite.py)."""
     train, held_out = world.split_prompts()
-    how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
+    how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
     metas = suite.choose_prompts(held_out, whole_batches(), np.random.default_rng(_SEED.value))
     lengths = model.umm.lengths([meta["prompt"] for meta in train + held_out])
     return metas, shapes_suite.build(
@@ -161,7 +161,7 @@ def own_pictures(model, metas):
     judged = metas is None
     if judged:
         metas = suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value, np.random.default_rng(_SEED.value))
-    prompts, how = [meta["prompt"] for meta in metas], How(temperature=_TEMPERATURE.value)
+    prompts, how = [meta["prompt"] for meta in metas], How(temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
     pictures = model.generate(prompts, _SEED.value, _IMAGES.value, how, _BATCH.value)
     if _SUITE.value == "cycle":
         captions, found = suite.cycle(model, pictures, prompts, _QUESTION.value)
@@ -187,7 +187,7 @@ def unified(model):
               shapes_suite.picture_stream((_SEED.value, 1), 1.0, shapes_suite.place_of(model.umm), _MOST.value))
     examples = data.batch(stream, 0, whole_batches())
     originals = np.stack([example["pixels"] for example in examples])
-    how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value)
+    how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
     found, captions, pictures = suite.Unified(
         Loop(model.umm, how, model.mesh, _WORDS.value), originals, _BATCH.value, _SEED.value,
         None if _PICTURES.value else shapes_suite.judge_captions).measure(model.params, model.params)

@@ -52,7 +52,8 @@ _MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens less probable than this 
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k most probable tokens; 0 keeps all.")
 _STEPS = flags.DEFINE_integer("diffusion_steps", None, "Of the decoder; without it, as many as the model's or the run's.",
                               lower_bound=1)
-_GUIDANCE = flags.DEFINE_float("guidance", 1.0, "Classifier-free guidance scale; 1 is none.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale; 1 is none. Without it, what the "
+                               "model was published with.")
 
 
 def main(_):
@@ -60,7 +61,8 @@ def main(_):
     count = _IMAGES.value or LAYOUTS[layout]
     if layout in FIXED and count != LAYOUTS[layout]:
         raise ValueError(f"--layout={layout} has {LAYOUTS[layout]} pictures a prompt, not {count}")
-    how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value, guidance=_GUIDANCE.value)
+    how = How(temperature=_TEMPERATURE.value, min_p=_MIN_P.value, top_k=_TOP_K.value,
+              **({} if _GUIDANCE.value is None else {"guidance": _GUIDANCE.value}))
     out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
     if layout == "geneval":
         check_geneval(metas)
@@ -69,10 +71,13 @@ def main(_):
     cli.keep_compiled()
     given = {"diffusion_steps": _STEPS.value, "adapter": _ADAPTER.value}
     model = gvu_jax.load(_CHECKPOINT.value, **{name: value for name, value in given.items() if value})
+    if _GUIDANCE.value is None:
+        how = dataclasses.replace(how, guidance=model.umm.guidance)
     origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
               **({"adapter": identify(Path(_ADAPTER.value))} if _ADAPTER.value else {}),
-              "diffusion_steps": model.umm.diffusion_steps,
-              **{name: value for name, value in dataclasses.asdict(how).items() if name != "images_per_prompt"}}
+              "diffusion_steps": getattr(model.umm, "diffusion_steps", None),
+              **{name: value for name, value in dataclasses.asdict(how).items()
+                 if name not in ("images_per_prompt", "logps")}}
     records = [json.dumps({"prompt": prompt, **origin}) for prompt in prompts]
     places = [i for i in range(len(metas)) if not all(is_drawn(file, records[i]) for file in files[i])]
     if layout == "geneval":

@@ -85,7 +85,8 @@ def chips_of(topology):
     os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
                    "TPU_ACCELERATOR_TYPE": "v5litepod-4", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        alone = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}     # else hosts have four
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"there is no slice {topology}: {error}") from error
 
@@ -98,7 +99,7 @@ def model_of(config):
     else:
         from gvu_jax.shapes import pretrain
         umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
-            families.of(config).published(override), jnp.bfloat16)
+            families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
     remat = config.model.get("remat", umm.ar.remat)
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params

@@ -3,8 +3,9 @@
     prefill the prompts [B, P] once ─> repeat the cache for G samples ─> scan: head -> filters -> draw -> next state
 
 The order of the filters is that of transformers' generation: guidance, suppressed tokens, temperature, top-k, top-p,
-min-p, each on what the one before left. The log-probability that comes back with a token is the policy's own: plain
-log-softmax of the unguided, unfiltered logits, so that it equals what a teacher-forced forward finds.
+min-p, each on what the one before left. The log-probability that comes back with a token is that of the policy it was
+drawn from, guidance included and nothing filtered, so that it equals what teacher-forced forwards find
+(`policy_logits`).
 """
 import dataclasses
 
@@ -22,8 +23,12 @@ class How:
     min_p: float = 0.0
     guidance: float = 1.0                 # u + guidance (c - u); 1 runs no second context
     suppress: tuple[int, ...] = ()        # indices into the head's own vocabulary, never drawn
+    logps: str = "guided"                 # which policy is trained: what is drawn from, two forwards; or "conditional",
+                                          # as if there were no guidance: the ratio is then of another distribution
 
     def __post_init__(self):
+        if self.logps not in ("guided", "conditional"):
+            raise ValueError(f"sampling.logps is {self.logps!r}; it must be guided or conditional")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {self.images_per_prompt}")
         if not (self.temperature >= 0 and self.top_k >= 0 and self.guidance >= 0):          # not what nan says no to
@@ -36,6 +41,12 @@ class How:
 def guided(conditional, unconditional, guidance):
     """u + guidance (c - u) (Ho & Salimans 2022) of logits or of log-probabilities: the distribution is the same."""
     return unconditional + guidance * (conditional - unconditional)
+
+
+def policy_logits(how, logits, negative):
+    """The logits [.., V] of the policy that a method trains. logits: with the prompt; negative(): those without it,
+    asked for where they count."""
+    return logits if how.guidance == 1.0 or how.logps == "conditional" else guided(logits, negative(), how.guidance)
 
 
 def filter_logits(logits, how, negative=None):
@@ -121,7 +132,8 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
             drawn = jnp.argmax(scores, axis=-1)
         else:
             drawn = jax.vmap(jax.random.categorical)(key, scores)
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits[0]), drawn[:, None], axis=-1)[:, 0]
+        policy = logits[0] if len(logits) == 1 else guided(*logits, how.guidance)
+        logp = jnp.take_along_axis(jax.nn.log_softmax(policy), drawn[:, None], axis=-1)[:, 0]
         if stop is not None:
             drawn, logp = jnp.where(done, stop, drawn), jnp.where(done, 0.0, logp)
             done = done | (drawn == stop)

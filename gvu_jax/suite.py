@@ -152,8 +152,9 @@ class Suite:
                  for read in self._read(params, pictures, np.arange(len(texts)), texts)]
         told = []
         for text, (reward, logps, mask) in zip(texts, (row for read in reads for row in zip(*read))):
-            spans = self.umm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-            words, probabilities = rewards.join_tokens(text, spans, np.exp(logps[mask]))
+            said = self.umm.said(text)
+            spans = self.umm.tokenizer(said, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            words, probabilities = rewards.join_tokens(said, spans, np.exp(logps[mask]))
             told.append({"reward": float(reward), "words": words, "probabilities": probabilities})
         return told
 

@@ -192,13 +192,16 @@ def _write_tensor(file, spec, array):
 # ------------------------------------------------------------------ published folders
 
 def weight_files(folder):
-    """The safetensors of a directory, one file or the shards of an index: list of TensorFile.
+    """The safetensors of a directory, one file or the shards of an index, or where there are none its pytorch_model.bin
+    in the same way: list of TensorFile.
 
     Raises ValueError for an index that does not agree with its shards or leaves the directory, and for duplicates.
     """
-    stems = ("model", "diffusion_pytorch_model")
-    single = [folder / f"{stem}.safetensors" for stem in stems if (folder / f"{stem}.safetensors").is_file()]
-    index = [path for stem in stems if (path := folder / f"{stem}.safetensors.index.json").is_file()]
+    for stems in ("model.safetensors", "diffusion_pytorch_model.safetensors"), ("pytorch_model.bin",):
+        single = [path for stem in stems if (path := folder / stem).is_file()]
+        index = [path for stem in stems if (path := folder / f"{stem}.index.json").is_file()]
+        if single + index:
+            break
     if len(single) + len(index) > 1:
         raise ValueError(f"{folder} has several sets of weights: {', '.join(p.name for p in single + index)}")
     if single:

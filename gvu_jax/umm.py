@@ -7,7 +7,8 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
 
     encode_prompts(texts)                       -> Prompts: everything the model needs to know of B texts, as arrays
     sample_image(params, prompts, key, how)     -> drawn [S, ..], logps [S, T]
-    image_logps(params, prompts, drawn)         -> logps [S, T]    teacher-forced, differentiable; equals the sampler's
+    image_logps(params, prompts, drawn, how)    -> logps [S, T]    teacher-forced, differentiable; equals the sampler's,
+                                                                   unless how.logps asks for another policy's
     image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw
     image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision: exact (next token) or a bound
                                                                    (others); `key` is what masks or noise come from
@@ -23,10 +24,11 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     fitted_size((h, w))                         -> (H, W), or a ValueError that says why it cannot be read
 
 Besides these, a model says what its arrays are like: `lengths(texts)`, `prompt_shapes`, `drawn_shapes`, `grid`,
-`picture_size`, `tokenizer`, `instruction`, `init(key)`, `check_parts()` and `check_text()`; `ar`, the config of the
+`picture_size`, `tokenizer`, `instruction`, `said(text)`, the characters whose ids are a text's `words`; `guidance`,
+what pictures are drawn with unless told; `init(key)`, `check_parts()` and `check_text()`; `ar`, the config of the
 backbone, whose heads and channels a mesh divides; `partition` (part of the params -> table, see sharding.py); `trains`
 (what config.trains names -> regex of the backbone's paths); and how its parameters are called in the published folder
-(`adapter_rules`, `published_parts`).
+(`adapter_rules`, `published_parts`), which the class `loads` of transformers reads, if one does.
 
 `params` is a nested dict: "ar", the backbone that is trained, other parts by names of the family's own, and, in a
 policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
@@ -37,6 +39,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from gvu_jax import sharding
@@ -96,6 +99,66 @@ def lengths_of(parts):
     """The Lengths that hold ids of prompts, questions and words: lists of rows."""
     up = lambda n: -(-n // 4) * 4
     return Lengths(*(max(map(len, part)) if i == 1 else up(max(map(len, part))) for i, part in enumerate(parts)))
+
+
+def check_texts(texts):
+    """ValueError for a text that no tokenizer takes."""
+    for i, text in enumerate(texts):
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"prompt {i} is no Unicode text: {text[:40]!r}")
+        if not text.strip():
+            raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
+
+
+def pad_prompts(texts, parts, lengths, pad, head=()):
+    """Prompts of int32 / bool numpy arrays from the ids of B texts: prompts, questions and words, lists of rows.
+
+    lengths: padded lengths; None takes the smallest that hold these texts. ValueError for a text that is longer.
+    """
+    arrays = []
+    for rows, width, name, left in zip(parts, lengths or lengths_of(parts), Lengths._fields, (True, True, False)):
+        ids, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
+        for i, row in enumerate(rows):
+            if len(row) > width:
+                raise ValueError(f"the {name} of {texts[i][:40]!r} has {len(row)} tokens, more than the {width} this "
+                                 f"run is padded to")
+            where = slice(width - len(row), None) if left else slice(0, len(row))
+            ids[i, where], mask[i, where] = row, True
+        arrays += [ids, mask]
+    return Prompts(*arrays, head)
+
+
+def prompt_shapes(B, lengths, head=()):
+    """The shapes of B encoded texts of these padded lengths, Prompts of jax.ShapeDtypeStruct. head: its widths."""
+    arrays = [jax.ShapeDtypeStruct((B, length), dtype) for length in lengths for dtype in (jnp.int32, bool)]
+    return Prompts(*arrays, tuple(jax.ShapeDtypeStruct((B, length), jnp.int32) for length in head))
+
+
+def hidden_of_words(run, asked, asked_mask, prompts):
+    """What the head for text reads at each word of B*K texts, the K about a picture side by side: [B*K, L, D].
+
+    asked, asked_mask [B, C]: the chat about each picture up to where the answer begins. It is read once: the K texts
+    follow it in one row, and none of them reads another. run(tokens, mask, positions) -> hidden [B, T, D].
+    """
+    (S, L), (B, C) = prompts.words.shape, asked.shape
+    K = S // B
+    said, said_mask = prompts.words[:, :-1], prompts.words_mask[:, :-1]                             # [B*K, L-1]
+    tokens = jnp.concatenate([asked, said.reshape(B, -1)], axis=1)                                  # [B, C+K(L-1)]
+    mask = jnp.concatenate([asked_mask, said_mask.reshape(B, -1)], axis=1)
+    if K > 1:
+        text = jnp.concatenate([jnp.full(C, -1), jnp.repeat(jnp.arange(K), L - 1)])                 # -1: read by all
+        mask = mask[:, None, :] & ((text[None, :] == -1) | (text[:, None] == text[None, :]))        # [B, T, T]
+    counted = jnp.concatenate([jnp.repeat(asked_mask, K, axis=0), said_mask], axis=1)               # [B*K, C+L-1]
+    positions = count_positions(counted)
+    positions = jnp.concatenate([positions[::K, :C], positions[:, C:].reshape(B, -1)], axis=1)
+    hidden = run(tokens, mask, positions)
+    ends = jnp.repeat(hidden[:, C - 1:C], K, axis=0)                          # each text's first word is said from here
+    return jnp.concatenate([ends, hidden[:, C:].reshape(S, L - 1, -1)], axis=1)                     # [B*K, L, D]
+
+
+def until_end(words, end):
+    """Which words [.., T] count: those up to and including the first that is `end`. Bool [.., T]."""
+    return jnp.cumsum(words == end, axis=-1) - (words == end) == 0
 
 
 def gather_logps(logits, ids):

@@ -118,29 +118,6 @@ def converted(fixtures, tmp_path_factory):
     return folder
 
 
-def janus_configs(folder):
-    """The configs of llama, siglip and vq from a config.json in the published layout, with the fixture's extra keys."""
-    from gvu_jax.models import llama, siglip, vq
-    told = json.loads((folder / "config.json").read_text())
-    tower, codes = told["vision_config"]["params"], told["gen_vision_config"]["params"]
-    depth = tower["layers"] if tower["select_layer"] >= 0 else tower["layers"] + tower["select_layer"] + 1
-    numbers = {k: v for k, v in told["language_config"].items() if k in llama.Config.__dataclass_fields__}
-    heads = numbers["num_attention_heads"]
-    return {
-        "ar": llama.Config(
-            **{"num_key_value_heads": heads} | numbers, image_vocab_size=codes["image_token_size"],
-            code_width=told["gen_aligner_config"]["params"]["input_dim"],
-            vision_width=told["aligner_config"]["params"]["input_dim"],
-            image_head_width=told["gen_head_config"]["params"]["image_token_embed"]),
-        "vision": siglip.Config(
-            width=tower["width"], layers=depth, heads=tower["heads"],
-            mlp_hidden=int(tower["width"] * tower["mlp_ratio"]), patch_size=tower["patch_size"],
-            pos_table_side=tower["image_size"] // tower["patch_size"]),
-        "vq": vq.Config(
-            codebook_size=codes["image_token_size"], codebook_dim=codes["n_embed"], z_channels=codes["z_channels"],
-            channels=codes["ch"], multipliers=tuple(codes["ch_mult"]), res_blocks=codes["num_res_blocks"])}
-
-
 def janus_params(tensors, configs, layout):
     """The params of all three parts from a checkpoint's tensors (name -> array), in their dtypes."""
     from gvu_jax.models import llama, siglip, torch_keys, vq
@@ -153,8 +130,10 @@ def janus_params(tensors, configs, layout):
 def janus(fixtures):
     """The golden Janus-Pro in float32: its folder, configs, params, texts and scores, and arrays(name) of an archive."""
     from safetensors.numpy import load_file
+    from gvu_jax.described import Described
+    from gvu_jax.families.janus import published_configs
     folder = fixtures / "janus"
-    configs = janus_configs(folder)
+    configs, _ = published_configs(Described(folder / "config.json"), folder)
     params = janus_params(load_file(folder / "model.safetensors"), configs, "published")
     return types.SimpleNamespace(
         folder=folder, configs=configs, params=jax.tree.map(lambda leaf: leaf.astype(np.float32), params),

@@ -52,7 +52,7 @@ class Toy:
         shape = jax.ShapeDtypeStruct
         return {"codes": shape((S, T), jnp.int32), "with": {"more": shape((S, 1, 2), jnp.float32)}}
 
-    def image_logps(self, params, prompts, drawn):
+    def image_logps(self, params, prompts, drawn, how=How()):
         return gather_logps(self._codes(params, prompts), drawn["codes"])
 
     def image_target(self, params, pixels):
@@ -163,8 +163,8 @@ def test_folders_from_before_there_were_families_are_read(tiny, tmp_path):
 def test_a_family_that_is_not_there_is_named(tmp_path):
     config = tiny_config()
     config.family = "other"
-    with pytest.raises(ValueError, match="config.family is 'other'; it must be one of xomni"):
+    with pytest.raises(ValueError, match="config.family is 'other'; it must be one of xomni, janus"):
         families.of(config)
     (tmp_path / "config.json").write_text('{"model_type": ["other"]}')
-    with pytest.raises(ValueError, match=r"model_type = \['other'\]; implemented is x-omni"):
+    with pytest.raises(ValueError, match=r"model_type = \['other'\]; implemented is x-omni or .*janus"):
         families.of_published(tmp_path)

@@ -23,7 +23,7 @@ class Noise:
     step = None
 
     def with_steps(self, diffusion_steps):
-        self.umm = types.SimpleNamespace(diffusion_steps=diffusion_steps)
+        self.umm = types.SimpleNamespace(diffusion_steps=diffusion_steps, guidance=1.0)
         return self
 
     def draw(self, prompts, seed, images_per_prompt, how, batch, places=None):

@@ -17,7 +17,8 @@ from gvu_jax.umm import check_plain, control_tokens
 
 def jitted(call):
     """A call of the interface, compiled: eager, each of its thousand small operations would be compiled alone."""
-    return jax.jit(call, static_argnums={"sample_image": 3, "sample_text": (4, 5)}.get(call.__name__, ()))
+    static = {"sample_image": 3, "image_logps": 3, "sample_text": (4, 5)}
+    return jax.jit(call, static_argnums=static.get(call.__name__, ()))
 
 
 TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo of a square left of a green diamond"]
@@ -29,7 +30,7 @@ def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(tiny, ke
     prompts = umm.encode_prompts(TEXTS)
     tokens, logps = jitted(umm.sample_image)(params, prompts, key, how)
     assert tokens.shape == logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
-    teacher_forced = jitted(umm.image_logps)(params, prompts.repeat(how.images_per_prompt), tokens)
+    teacher_forced = jitted(umm.image_logps)(params, prompts.repeat(how.images_per_prompt), tokens, how)
     np.testing.assert_allclose(logps, teacher_forced, atol=1e-4)
 
 

@@ -2,16 +2,17 @@
 
 A family's file has the model behind the interface of umm.py, `MODEL`, and of its own
 
-    published(override)                        -> umm at its published sizes, for plans; it needs no folder
+    published(override, size)                  -> umm at one of its published sizes, for plans; it needs no folder
     tiny(config, tokenizer)                    -> umm of a config of the shapes world
     read_source(src, image_size, **FOLDERS)    -> tensor_files.Source of a published folder; FOLDERS {name: help} are
                                                   what is read from elsewhere, options of gvu_jax.convert
 """
 from gvu_jax.described import Described
-from gvu_jax.families import xomni
+from gvu_jax.families import janus, xomni
 
-FAMILIES = {"xomni": xomni}                    # what a model folder calls its kind -> the family
-MODEL_TYPES = {"x-omni": xomni}                # what a published config.json calls its model_type -> the family
+FAMILIES = {"xomni": xomni, "janus": janus}                    # what a model folder calls its kind -> the family
+# What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers'.
+MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus}
 FIRST = next(iter(FAMILIES))                   # what model folders and configs mean that name none
 
 

@@ -21,7 +21,8 @@ from gvu_jax import described, sampling, sharding
 from gvu_jax.described import Described
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.tensor_files import Source, TensorFile, small_files, weight_files
-from gvu_jax.umm import Lengths, Prompts, check_plain, count_positions, gather_logps, lengths_of
+from gvu_jax.umm import (
+    Lengths, check_plain, check_texts, gather_logps, hidden_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
 
 MOST_TOKENS = 512       # of a prompt: what the published diffusion head's T5 reads. Longer ones are refused, not cut
 
@@ -49,6 +50,8 @@ class XOmni:
     clip_tokenizer: Any = None
 
     kind = "xomni"
+    loads = "AutoModelForCausalLM"                      # the class of transformers that reads the published folder
+    guidance = 1.0                                      # of the backbone; the head that paints has its own
     # What of the backbone a run may train; "projector": image tokens on their way in and out.
     trains = xomni.TRAINS
     partition = {"ar": xomni.PARTITION, "adapter": xomni.PARTITION, "vision": siglip_vq.PARTITION,
@@ -77,6 +80,10 @@ class XOmni:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def said(self, text):
+        """A text as an answer: what its words' ids are of."""
+        return text
+
     @functools.lru_cache(maxsize=4096)
     def _around(self, question, grid):
         """Ids before and after a picture's tokens when `question` is put about it, up to where the answer begins."""
@@ -88,12 +95,10 @@ class XOmni:
         return tuple(ids[:start]), tuple(ids[start + rows * cols:])
 
     def _encode(self, texts, questions, end):
-        for i, text in enumerate(texts):
-            if any("\ud800" <= character <= "\udfff" for character in text):
-                raise ValueError(f"prompt {i} is no Unicode text: {text[:40]!r}")
+        check_texts(texts)
         words = self._ids(list(texts))
-        for i, (text, ids) in enumerate(zip(texts, words)):
-            if not text.strip() or not ids:
+        for i, ids in enumerate(words):
+            if not ids:
                 raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
             if max(ids) >= self.ar.vocab_size:
                 mark = self.tokenizer.decode(max(ids))
@@ -136,28 +141,14 @@ class XOmni:
         """
         questions = questions or [self.instruction] * len(texts)
         parts = self._encode(texts, questions, end)
-        lengths = lengths or lengths_of(parts)
-        arrays = []
-        for rows, width, name, left in zip(parts, lengths, Lengths._fields, (True, True, False)):
-            ids, mask = np.full((len(rows), width), self.tokenizer.pad_token_id, np.int32), np.zeros(
-                (len(rows), width), bool)
-            for i, row in enumerate(rows):
-                if len(row) > width:
-                    raise ValueError(f"the {name} of {texts[i][:40]!r} has {len(row)} tokens, more than the {width} "
-                                     f"this run is padded to")
-                where = slice(width - len(row), None) if left else slice(0, len(row))
-                ids[i, where], mask[i, where] = row, True
-            arrays += [ids, mask]
-        return Prompts(*arrays, self._head_ids(texts))
+        return pad_prompts(texts, parts, lengths, self.tokenizer.pad_token_id, self._head_ids(texts))
 
     def prompt_shapes(self, B, prompt, words, asked=0):
         """The shapes of B encoded texts of these padded lengths, Prompts of jax.ShapeDtypeStruct; asked: by how many
         tokens their questions are longer than the instruction."""
         question = len(self._around(self.instruction, self.grid)[1]) + asked
-        arrays = [jax.ShapeDtypeStruct((B, length), dtype) for length in Lengths(prompt, question, words)
-                  for dtype in (jnp.int32, bool)]
         head = () if self.t5 is None else (MOST_TOKENS, self.clip.max_position_embeddings)
-        return Prompts(*arrays, tuple(jax.ShapeDtypeStruct((B, length), jnp.int32) for length in head))
+        return prompt_shapes(B, Lengths(prompt, question, words), head)
 
     def _head_ids(self, texts):
         """What the diffusion head's text encoders read: (T5 ids [B, X], CLIP ids [B, Y]), or () without them.
@@ -196,15 +187,24 @@ class XOmni:
         """The shape of S pictures as a policy draws them: image tokens [S, N] int32."""
         return jax.ShapeDtypeStruct((S, self.image_tokens), jnp.int32)
 
-    def image_logps(self, params, prompts, image_tokens):
-        """log pi(I_t | prompt, I_<t) of given pictures in one forward. image_tokens [B, N] -> [B, N] float32."""
-        N = self.image_tokens
-        tokens = jnp.concatenate([prompts.tokens, image_tokens[:, :-1] + self.ar.vocab_size], axis=1)  # [B, P+N-1]
-        mask = jnp.pad(prompts.mask, ((0, 0), (0, N - 1)), constant_values=True)
+    def image_logps(self, params, prompts, image_tokens, how=sampling.How()):
+        """log pi(I_t | prompt, I_<t) of given pictures in one forward, with guidance in two. image_tokens [B, N] ->
+        [B, N] float32."""
+        B, N = image_tokens.shape
         model, variables = xomni.XOmni(self.ar), self._variables(params)
-        hidden, _ = model.apply(variables, tokens, mask)
-        logits = model.apply(variables, hidden[:, -N:], method="image_logits")                      # [B, N, V]
-        return gather_logps(logits, image_tokens)
+
+        def logits(context, mask):                                                       # [B, P] -> [B, N, V]
+            tokens = jnp.concatenate([context, image_tokens[:, :-1] + self.ar.vocab_size], axis=1)  # [B, P+N-1]
+            mask = jnp.pad(mask, ((0, 0), (0, N - 1)), constant_values=True)
+            hidden, _ = model.apply(variables, tokens, mask)
+            return model.apply(variables, hidden[:, -N:], method="image_logits")
+
+        def without():
+            header = jnp.array(self._ids(self.image_header), jnp.int32)
+            header = jnp.broadcast_to(header, (B, len(header)))
+            return logits(header, jnp.ones_like(header, bool))
+
+        return gather_logps(sampling.policy_logits(how, logits(prompts.tokens, prompts.mask), without), image_tokens)
 
     def image_target(self, params, pixels):
         """Outside pictures as something to learn to draw: the tokens [B, N] that the understanding branch reads."""
@@ -278,25 +278,14 @@ class XOmni:
 
     def text_logits(self, params, seen, prompts):
         """What `text_logps` picks the words from: logits [B*K, L, V] float32 of the word at each place."""
-        (S, L), B = prompts.words.shape, seen.shape[0]
-        K = S // B
+        K = len(prompts.words) // len(seen)
         if K > 1 and self.ar.sliding_window is not None:
             raise ValueError("texts of one picture cannot share a row under a sliding window: pass the picture K times")
         asked, asked_mask = self._asked(seen, jax.tree.map(lambda x: x[::K], prompts))              # [B, C]
-        C = asked.shape[1]
-        said, said_mask = prompts.words[:, :-1], prompts.words_mask[:, :-1]                         # [B*K, L-1]
-        tokens = jnp.concatenate([asked, said.reshape(B, -1)], axis=1)                              # [B, C+K(L-1)]
-        mask = jnp.concatenate([asked_mask, said_mask.reshape(B, -1)], axis=1)
-        if K > 1:
-            text = jnp.concatenate([jnp.full(C, -1), jnp.repeat(jnp.arange(K), L - 1)])             # -1: read by all
-            mask = mask[:, None, :] & ((text[None, :] == -1) | (text[:, None] == text[None, :]))    # [B, T, T]
-        counted = jnp.concatenate([jnp.repeat(asked_mask, K, axis=0), said_mask], axis=1)           # [B*K, C+L-1]
-        positions = count_positions(counted)
-        positions = jnp.concatenate([positions[::K, :C], positions[:, C:].reshape(B, -1)], axis=1)
         model, variables = xomni.XOmni(self.ar), self._variables(params)
-        hidden, _ = model.apply(variables, tokens, mask, positions=positions, text_only=True)
-        ends = jnp.repeat(hidden[:, C - 1:C], K, axis=0)                      # each text's first word is said from here
-        hidden = jnp.concatenate([ends, hidden[:, C:].reshape(S, L - 1, -1)], axis=1)               # [B*K, L, D]
+        run = lambda tokens, mask, positions: model.apply(
+            variables, tokens, mask, positions=positions, text_only=True)[0]
+        hidden = hidden_of_words(run, asked, asked_mask, prompts)                                   # [B*K, L, D]
         return model.apply(variables, hidden, method="text_logits")                                 # [B*K, L, V]
 
     def sample_text(self, params, seen, prompts, key, how, steps, index=None):
@@ -314,8 +303,7 @@ class XOmni:
         words, logps = sampling.decode(
             xomni.XOmni(self.ar), self._variables(backbone), asked, mask, key, how, steps=steps, head="text_logits",
             offset=0, index=index, stop=end)
-        ended = jnp.cumsum(words == end, axis=1) - (words == end)                       # [B*G, T]: how often, before
-        return words, logps, ended == 0
+        return words, logps, until_end(words, end)
 
     def answer(self, params, seen, question, key, max_words=32, how=sampling.How(temperature=0.0)):
         """Answers one question about each picture seen [B, r, c]. Returns B strings (what precedes the end of turn)."""
@@ -468,8 +456,8 @@ class Sizes(XOmni):
                 np.zeros((len(texts), self.clip.max_position_embeddings), np.int32))
 
 
-def published(override):
-    """The published model for a plan. override: fields to set, `grid` among them."""
+def published(override, size=None):
+    """The published model for a plan. override: fields to set, `grid` among them. size: there is one only."""
     return described.typed(Sizes, PUBLISHED | dict(override, tokenizer=None))
 
 

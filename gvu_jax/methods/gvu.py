@@ -41,6 +41,7 @@ class GvU:
         if config.reward.view == "tokens":
             check_shared(umm, "reward.view = 'tokens'")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
+        self.how = how
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.mean = sharding.Program(rewards.MEANS.get(config.reward.mean, rewards.geometric_mean), mesh)
@@ -110,7 +111,7 @@ class GvU:
         return self.mean(*self.programs.read(teacher, seen, prompts)), seen
 
     def _logps(self, policy, rows):
-        return self.umm.image_logps(policy, rows.prompts, rows.drawn), None
+        return self.umm.image_logps(policy, rows.prompts, rows.drawn, self.how), None
 
     def _hold_reading(self, policy, rows, base):
         read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)

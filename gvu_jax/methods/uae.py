@@ -41,7 +41,7 @@ class UAE:
         self.check(config)
         self.pictures = config.uae.prompts * config.uae.group
         sharding.check(umm, mesh, config.uae, self.pictures)
-        self.umm, self.config, self.optimizer, self.mesh = umm, config, optimizer, mesh
+        self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         self.loop = Loop(umm, how, mesh, config.uae.words, config.uae.waves)
         self.programs = self.loop.groups
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
@@ -138,7 +138,7 @@ class UAE:
     def _draw(self, state, base, prompts, drawn, logps, reward):
         """GRPO on pictures: prompts [S], drawn [S, ..], logps [S, T], reward [S]."""
         state, metrics = self._grpo(state, base, (prompts, drawn), reward, logps,
-                                    lambda policy, rows: (self.umm.image_logps(policy, *rows), None))
+                                    lambda policy, rows: (self.umm.image_logps(policy, *rows, self.how), None))
         return state, metrics | {"duplicates": objectives.duplicates(drawn, self.config.uae.group)}
 
     def _grpo(self, state, base, rows, reward, sampler_logps, logps_of):

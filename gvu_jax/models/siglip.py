@@ -6,7 +6,6 @@ SigLIP-VQ (siglip_vq.py) has the same tower without the norm behind it. Everythi
 inputs and parameters; norm statistics and softmax are float32. Letters as in layers.py, N = rows * columns of patches.
 """
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +116,7 @@ RULES = {
         (r"^norm/", "post_layernorm/"),
         (r"^", "model/vision_model/")),
 }
-UNUSED = r"vision_model\.vision_tower\.attn_pool\."          # SigLIP's pooling head, which nothing here reads
+UNUSED = "vision_model.vision_tower.attn_pool."            # SigLIP's pooling head, which nothing here reads
 
 
 def init(config, key):
@@ -132,7 +131,7 @@ def from_torch(tensors, config, layout="published"):
     layout: of RULES. Raises ValueError naming every key that is missing, unknown or misshapen.
     """
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    ignored = [name for name in tensors if re.match(UNUSED, name)]
+    ignored = [name for name in tensors if name.startswith(UNUSED)]
     return torch_keys.to_params(tensors, shapes, RULES[layout], ignored)
 
 
@@ -153,6 +152,36 @@ def fitted_size(width, height, transform):
     longer = max(width, height)
     # In this order and cut, not rounded: 37 / 53 * 80 is 55.8 and becomes 55.
     return tuple(max(int(side / longer * transform.image_size), transform.min_size) for side in (height, width))
+
+
+def squared(pixels, transform):
+    """What `fit_image` makes of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits, inside a program and bit
+    for bit: like PIL it resizes along rows and then along columns, in whole numbers."""
+    height, width = fitted_size(*pixels.shape[2:0:-1], transform)
+    for axis, size in (2, width), (1, height):
+        if pixels.shape[axis] != size:
+            levels = jnp.moveaxis(jnp.round(pixels * 255).astype(jnp.int32), axis, -1)
+            levels = (levels @ resizing(pixels.shape[axis], size) + (1 << BITS - 1)) >> BITS
+            pixels = jnp.moveaxis(jnp.clip(levels, 0, 255).astype(jnp.float32) / 255, -1, axis)
+    side = max(height, width)
+    around = [(0, 0)] + [((side - n) // 2, side - n - (side - n) // 2) for n in (height, width)] + [(0, 0)]
+    return jnp.pad(pixels, around, constant_values=BACKGROUND / 255)
+
+
+BITS = 22                    # behind the point, of PIL's weights
+
+
+def resizing(old, new):
+    """PIL's bicubic weights (Keys 1981, a = -1/2), a matrix [old, new] int32 of 1 / 2^BITS: each column sums to 1 at
+    the borders too, and is widened where the picture shrinks."""
+    scale = old / new
+    widened, centre = max(scale, 1.0), (np.arange(new) + 0.5) * scale
+    place = np.arange(old)[:, None]
+    first, end = np.floor(centre - 2 * widened + 0.5), np.floor(centre + 2 * widened + 0.5)
+    x = np.abs((place - centre + 0.5) / widened)
+    weights = np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((x - 5) * x + 8) * x * -0.5 + 2, 0))
+    weights = np.where((place >= first) & (place < end), weights, 0)
+    return np.floor(weights / weights.sum(axis=0) * (1 << BITS) + 0.5).astype(np.int32)
 
 
 def fit_image(image, transform):

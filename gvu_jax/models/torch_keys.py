@@ -17,8 +17,12 @@ def torch_name(path, rules):
         {only}      for a leading axis of one row that torch does not have; it leaves no trace in the name
         {q,k,v}     for equal shares of the last axis, each a tensor of its own in torch
 
-    `rules` are (regex, replacement) pairs applied in order; what every model shares comes last.
+    `rules` are (regex, replacement) pairs applied in order; what every model shares comes last. A model of several
+    parts in one checkpoint has a dict of them, by the first name of the path.
     """
+    if isinstance(rules, dict):
+        part, path = path.split("/", 1)
+        rules = rules[part]
     for pattern, replacement in rules:
         path = re.sub(pattern, replacement, path)
     return re.sub(r"(kernel|scale)$", "weight", path).replace("/", ".")
