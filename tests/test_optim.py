@@ -1,4 +1,6 @@
 """The optimizer against AdamW in numpy, its rate at every update, and how many updates a run tells it of."""
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,11 +83,12 @@ def test_the_schedule_is_as_long_as_the_run_has_updates(monkeypatch, tmp_path, c
 
 BASE = {"ar": {"layers": {"q_proj": {"kernel": np.ones((2, 3, 4))}}, "mm_head": {"kernel": np.ones((3, 5))},
                "lm_embed_tokens": {"embedding": np.ones((6, 3))}}, "vae": {"kernel": np.ones(2)}}
+UMM = types.SimpleNamespace(trains={"backbone": "^layers/"})
 
 
 def test_an_adapter_is_laid_over_the_base_at_alpha_by_rank():
     config = ConfigDict(dict(lora=dict(rank=2, alpha=6.0, targets="_proj|mm_head"), trains="backbone"))
-    trainable = init_trainable(BASE, config, jax.random.key(0))
+    trainable = init_trainable(UMM, BASE, config, jax.random.key(0))
     assert list(trainable) == ["adapter"] and list(trainable["adapter"]) == ["layers"], "the head is no backbone"
     half = jax.tree.map(lambda x: x + 1.0, trainable["adapter"]["layers"]["q_proj"])
     policy = policy_params(BASE, {"adapter": {"layers": {"q_proj": half}}}, config.lora)
@@ -102,7 +105,7 @@ def test_a_new_adapter_has_unit_products_and_changes_nothing():
 
 def test_only_what_is_trained_takes_the_place_of_the_base():
     config = ConfigDict(dict(lora=dict(rank=0, alpha=1.0, targets=""), trains="backbone"))
-    trainable = init_trainable(BASE, config, None)
+    trainable = init_trainable(UMM, BASE, config, None)
     assert list(trainable["ar"]) == ["layers"]
     policy = policy_params(BASE, jax.tree.map(lambda x: x + 1, trainable), config.lora)
     assert (policy["ar"]["layers"]["q_proj"]["kernel"] == 2).all() and (policy["ar"]["mm_head"]["kernel"] == 1).all()
