@@ -266,10 +266,11 @@ def test_golden_greedy_pictures(janus, reader):
     conditional = reader.code_logits(alone, codes)
     np.testing.assert_allclose(conditional[:1], expected["greedy_cond_cfg5"], atol=2e-4)
     np.testing.assert_allclose(conditional[:1], theirs["image_cond_logits"], atol=2e-4)
-    np.testing.assert_allclose(logps, umm.gather_logps(conditional, codes), atol=1e-4)
-    unconditional = reader.code_logits([unprompted(janus, alone[0])], codes[:1])
-    np.testing.assert_allclose(unconditional, expected["greedy_uncond_cfg5"], atol=2e-4)
-    np.testing.assert_allclose(unconditional, theirs["image_uncond_logits"], atol=2e-4)
+    unconditional = reader.code_logits([unprompted(janus, prompt) for prompt in alone], codes)
+    np.testing.assert_allclose(unconditional[:1], expected["greedy_uncond_cfg5"], atol=2e-4)
+    np.testing.assert_allclose(unconditional[:1], theirs["image_uncond_logits"], atol=2e-4)
+    np.testing.assert_allclose(
+        logps, umm.gather_logps(sampling.guided(conditional, unconditional, 5.0), codes), atol=1e-4)
 
     codes, logps = draw(1.0)
     np.testing.assert_array_equal(codes[:1], expected["greedy_codes_cfg1"])
