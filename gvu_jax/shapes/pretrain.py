@@ -34,6 +34,7 @@ STAGES = 4         # to be raised when a stage changes what comes out: no older 
 def base_folder(config):
     """Where the base of this config is cached: <config.cache>/base-<hash of what shapes it>."""
     shaping = {name: config[name].to_dict() for name in ("model", "world", "pretrain")}
+    shaping |= {"family": config.family} if "family" in config else {}
     for name in ("remat", "override"):                                       # of no effect on what comes out, or later
         shaping["model"].pop(name, None)
     shaping["version"] = (checkpoint.FORMAT, STAGES)
@@ -66,7 +67,9 @@ def model(config):
     if config.model.vision.codebook_size < codes:
         raise ValueError(f"model.vision.codebook_size is {config.model.vision.codebook_size}, but a world of side "
                          f"{config.world.side} needs {codes} codes: one for each thing in each column")
-    return families.of(config).tiny(config, build_tokenizer(config.model.vision.codebook_size))
+    if not hasattr(family := families.of(config), "tiny"):
+        raise ValueError(f"config.family is {config.family!r}, which has no tiny version for the shapes world yet")
+    return family.tiny(config, build_tokenizer(config.model.vision.codebook_size))
 
 
 def build(config):
