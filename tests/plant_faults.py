@@ -60,7 +60,7 @@ FAULTS = [Fault(*fault) for fault in (
      "axis=1) / mask.shape[1])", "test_meaning.py::test_a_step_of_the_captioner"),
     ("the last token drawn with the key of the one before", "sampling.py", "(keys, steps - 1), done)",
      "(keys, steps - 2), done)", "test_sampling.py::test_each_token_is_drawn_with_its_own_key_after_those_before_it"),
-    ("log-probabilities of the filtered scores", "sampling.py", "jax.nn.log_softmax(logits[0]), drawn",
+    ("log-probabilities of the filtered scores", "sampling.py", "jax.nn.log_softmax(policy), drawn",
      "jax.nn.log_softmax(scores), drawn",
      "test_sampling.py::test_each_token_is_drawn_with_its_own_key_after_those_before_it"),
     ("the schedule ends one update too early", "optim.py", "max(steps, config.warmup + 1)",
