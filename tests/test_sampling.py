@@ -101,8 +101,8 @@ class Memory:
     (How(images_per_prompt=3), None), (How(images_per_prompt=2, temperature=0.5, top_k=3, suppress=(1,)), None),
     (How(images_per_prompt=3), 2), (How(guidance=2.0), None), (How(temperature=0.0), None)])
 def test_each_token_is_drawn_with_its_own_key_after_those_before_it(how, stop):
-    """Token t of sample s with fold_in(fold_in(key, s), t), the last one too; its log-probability is the unguided and
-    unfiltered policy's. Prompts of unequal length, of which the padding is not read."""
+    """Token t of sample s with fold_in(fold_in(key, s), t), the last one too; its log-probability is the policy's, guided
+    and unfiltered. Prompts of unequal length, of which the padding is not read."""
     model, key, steps, offset = Memory(), jax.random.key(3), 5, 6
     prompts, negative = [[1, 4, 2], [3], [5, 0]], [2]
     tokens = np.array([[9] * (3 - len(ids)) + ids for ids in prompts])
@@ -118,10 +118,11 @@ def test_each_token_is_drawn_with_its_own_key_after_those_before_it(how, stop):
         ids, other, before = list(prompts[s // how.images_per_prompt]), list(negative), []
         for t in range(steps):
             logits = model.logits(ids)
+            policy = model.logits(other) + how.guidance * (logits - model.logits(other))
             token, ended = int(pick(scores_of(logits, model.logits(other)), place, t)), stop in before
             assert row[t] == (stop if ended else token), (s, t)
-            plain = logits[token] - np.log(np.exp(logits).sum())
-            np.testing.assert_allclose(logps[s, t], 0 if ended else plain, atol=1e-4)
+            likely = policy[token] - np.log(np.exp(policy).sum())
+            np.testing.assert_allclose(logps[s, t], 0 if ended else likely, atol=1e-4)
             before.append(row[t])
             ids, other = [*ids, row[t] + offset], [*other, row[t] + offset]
 
