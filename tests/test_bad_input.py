@@ -359,7 +359,7 @@ def test_what_is_no_run_is_named(tmp_path, content, message):
 
 @pytest.mark.parametrize("change, message", [
     ({"format": 3}, "it is format 3 of kind 'xomni'; .* reads format 2"), ({"format": 1}, "write the folder again"),
-    ({"kind": "janus"}, "kind 'janus'"), ({"ar": 5}, "ar is 5, which is no Config"),
+    ({"kind": "dreamer"}, "kind 'dreamer'"), ({"ar": 5}, "ar is 5, which is no Config"),
     ({"grid": [3]}, r"grid is \(3,\), which is no tuple\[int, int\]"), ({"grid": [0, 3]}, "at least 1"),
     ({"diffusion_steps": "two"}, "diffusion_steps is 'two', which is no int"), ({"colour": 1}, "unknown .*: colour")])
 def test_metadata_of_another_version_or_type_is_named(model, tmp_path, change, message):

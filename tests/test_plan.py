@@ -10,6 +10,7 @@ import pytest
 
 from conftest import load_config, tiny_config
 from gvu_jax import plan, sharding
+from gvu_jax.families import xomni
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,8 @@ def test_what_a_program_needs_and_takes():
     """By hand: [16, 8] times a kernel [8, 12] over fsdp 2 x tensor 2. Results that take an argument's place count with
     it; a chip reads its half of the kernel, and its share of what goes in and out."""
     mesh = sharding.make_mesh("fsdp:2,tensor:2", jax.devices()[:4])
-    base = sharding.place({"ar": {"mm_head": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}}, mesh)
+    kernel = {"ar": {"mm_head": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}}
+    base = sharding.place(xomni.MODEL.partition, kernel, mesh)
     x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding.batch_sharding(mesh, 16))
     traced = jax.jit(lambda base, x: x @ base["ar"]["mm_head"]["kernel"]).trace(base, x)
     compiled = types.SimpleNamespace(as_text=lambda: GATHER, memory_analysis=lambda: types.SimpleNamespace(
