@@ -63,8 +63,8 @@ def test_what_a_program_needs_and_takes():
     """By hand: [16, 8] times a kernel [8, 12] over fsdp 2 x tensor 2. Results that take an argument's place count with
     it; a chip reads its half of the kernel, and its share of what goes in and out."""
     mesh = sharding.make_mesh("fsdp:2,tensor:2", jax.devices()[:4])
-    kernel = {"ar": {"mm_head": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}}
-    base = sharding.place(xomni.MODEL.partition, kernel, mesh)
+    kernel, umm = {"ar": {"mm_head": {"kernel": jax.ShapeDtypeStruct((8, 12), jnp.float32)}}}, xomni.MODEL
+    base = sharding.place(umm.partition, kernel, mesh)
     x = jax.ShapeDtypeStruct((16, 8), jnp.float32, sharding=sharding.batch_sharding(mesh, 16))
     traced = jax.jit(lambda base, x: x @ base["ar"]["mm_head"]["kernel"]).trace(base, x)
     compiled = types.SimpleNamespace(as_text=lambda: GATHER, memory_analysis=lambda: types.SimpleNamespace(
@@ -74,7 +74,7 @@ def test_what_a_program_needs_and_takes():
     program = types.SimpleNamespace(jitted=types.SimpleNamespace(
         trace=lambda *args: types.SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda: lowered)))
     chip = plan.Chip(memory=8000, flops=100.0, bandwidth=10.0, links=1.0)
-    found = plan.plan_program(program, (base, x), mesh, chip, resident=1000, busy=4, decoded=None)
+    found = plan.plan_program(umm, program, (base, x), mesh, chip, resident=1000, busy=4, decoded=None)
     batch = 16 * 8 * 4 // 2                                                      # rows over fsdp, alike over tensor
     assert found["needs"] == 1000 + batch + 5000 + (700 - 400) and found["fits"] == (found["needs"] <= 0.9 * 8000)
     assert found["flops"] == 2 * 16 * 8 * 12 / 4
@@ -83,7 +83,7 @@ def test_what_a_program_needs_and_takes():
     assert found["seconds_of"] == {"compute": found["flops"] / 100, "memory": read / 10, "links": 32 * 4 * 3 / 4}
     assert found["seconds"] == 96 and [c["bytes"] for c in found["collectives"]] == [96]
     less = dataclasses.replace(chip, memory=7000)
-    assert not plan.plan_program(program, (base, x), mesh, less, 1000, 4, None)["fits"]
+    assert not plan.plan_program(umm, program, (base, x), mesh, less, 1000, 4, None)["fits"]
 
 
 def test_a_plan_as_text_and_as_json(planned):
