@@ -58,7 +58,7 @@ def main(_):
         raise ValueError("give --config, e.g. configs/xomni.py, and --topology, e.g. v5e:8x8")
     if _CONFIG.value.method != "gvu":
         raise ValueError(f"the plan knows the steps of the method gvu, not of {_CONFIG.value.method}: plan for "
-                         f"configs/xomni.py, whose model and sampling are the same")
+                         f"the config of the same model whose method is gvu; its sampling is the same")
     cli.check_numbers(_CONFIG.value)
     if _JSON.value:
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)

@@ -341,7 +341,7 @@ def begin_with_codebook(ar, codebook, rng):
 
 CAPTIONS = 4        # of one picture
 CARELESS = 0.1      # share of them that may leave things out
-# Drawing is one loss of five, and the slowest: it counts for three. To put two colors on two shapes is hardest.
+# Drawing is one loss of four, and the slowest: it counts for three. To put two colors on two shapes is hardest.
 EMPHASIS, DRAWN = 3, sentences.TAG_WEIGHTS | {"two_object": 2, "color_attr": 8}
 
 
