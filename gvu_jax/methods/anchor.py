@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gvu_jax import objectives, rewards, sharding
 
 ANCHORED = 4         # every fourth picture holds reading in place: enough, at a part of the cost
+ANSWERS = 2          # weight of the answers: where "yes" begins is a threshold, and moves before the words do
 
 
 def check(settings, name, samples, mesh):
@@ -33,20 +34,19 @@ def questions(umm, texts, lengths, mesh, group=1):
 
 def held(seen, prompts, asked=None, group=1):
     """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], its
-    own prompt beside that of the next group [A, 2, ..], and one of both questions [A, ..] in turn (asked: of
-    `questions`, or None)."""
-    next_one = lambda x: jnp.roll(x, -group, axis=0)[::ANCHORED]
-    pair = lambda x: jnp.stack([x[::ANCHORED], next_one(x)], axis=1)
-    in_turn = lambda x: jnp.where((jnp.arange(-(-len(x) // ANCHORED)) % 2 == 0)[:, None], x[::ANCHORED], next_one(x))
-    return jax.tree.map(lambda x: x[::ANCHORED], seen), jax.tree.map(pair, prompts), jax.tree.map(in_turn, asked)
+    own prompt beside that of the next group [A, 2, ..], and its own question [A, ..] (asked: of `questions`, or None):
+    that another prompt is not what it shows is soon said, and hardly moves."""
+    some = lambda x: x[::ANCHORED]
+    pair = lambda x: jnp.stack([some(x), some(jnp.roll(x, -group, axis=0))], axis=1)
+    return jax.tree.map(some, seen), jax.tree.map(pair, prompts), jax.tree.map(some, asked)
 
 
 def reading_kl(umm, policy, base, seen, texts, asked):
     """KL from the base's reading to the policy's, nats a word, a scalar: of the prompts and, where there are questions,
-    of the answers. seen, texts, asked: as `held` gives them."""
+    of the answers, which count ANSWERS times. seen, texts, asked: as `held` gives them."""
     def distance(prompts):
         logits, reference = (umm.text_logits(params, seen, prompts) for params in (policy, base))   # [A (* 2), L, V]
         return objectives.token_mean(objectives.kl(reference, logits), prompts.words_mask)
 
     kl = distance(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts))
-    return kl if asked is None else kl + distance(asked)
+    return kl if asked is None else kl + ANSWERS * distance(asked)
