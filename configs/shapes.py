@@ -46,10 +46,10 @@ def get_config(preset="normal"):
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things.
-    config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24))
+    config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24, prompts=32))
     # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
     # often are. Reading never is: so it knows better than drawing, in every category.
-    config.pretrain.backbone = dict(steps=1000, lr=3e-3, mismatched=0.2,
+    config.pretrain.backbone = dict(steps=1200, lr=3e-3, mismatched=0.2,
                                     batch=dict(captions=17, descriptions=2, questions=7, prompts=32))
 
     # ---- GvU ----

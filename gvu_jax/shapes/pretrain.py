@@ -28,7 +28,7 @@ from gvu_jax.models import flux, siglip_vq, vae
 from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.tokenizer import build_tokenizer
 
-STAGES = 4         # to be raised when a stage changes what comes out: no older base is then taken for a new one
+STAGES = 5         # to be raised when a stage changes what comes out: no older base is then taken for a new one
 
 
 def base_folder(config):
@@ -274,9 +274,9 @@ def train_backbone(umm, params, place, settings, rng, key):
     """Next-token prediction both ways, through the very calls that GvU uses, in two lessons.
 
     Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
-    nothing else: so captions of positions, of two objects, are the first lesson (unless it has 0 steps), and a quarter
-    of the captions in the second. Drawing is taught in the second alone, a share `mismatched` of it with pictures of
-    other prompts: that decides how weak it starts.
+    nothing else: so positions of two objects, read and drawn, are the first lesson (unless it has 0 steps), and a
+    quarter of the captions in the second. What had never been drawn rightly would earn no reward. Of drawing a share
+    `mismatched` is taught with pictures of other prompts: that decides how weak it starts.
     """
     see, forbidden = jax.jit(umm.see), world.compositions(world.split_prompts()[1])
     look = lambda scenes: np.concatenate([jax.device_get(see(params, world.render(chunk, rng)))
@@ -295,25 +295,31 @@ def train_backbone(umm, params, place, settings, rng, key):
         return sum(losses.values()) + (EMPHASIS - 1) * losses.get("drawing", 0.0), losses
 
     ar = begin_with_codebook(params["ar"], np.asarray(params["vision"]["codebook"]), rng)
+    lesson = settings.backbone
     if settings.positions.steps:
         scenes = world.sample_scenes(rng, settings.scenes, place, {"two": 1.0})
         positions = write_captions(umm, look(scenes), scenes, rng, forbidden, {"position": 1})
-        ar = fit("positions", loss, ar, {"positions": positions}, settings.positions, key, muon)
+        read_and_drawn = {"positions": positions, "prompts": to_draw(positions, lesson.mismatched, rng)}
+        ar = fit("positions", loss, ar, read_and_drawn, settings.positions, key, muon)
 
     scenes = world.sample_scenes(rng, settings.scenes, place)
     crowds = world.crowded_scenes(rng, settings.crowded, place, share=0.4)
-    seen, lesson = look(scenes), settings.backbone
+    seen = look(scenes)
     captions = write_captions(umm, seen, scenes, rng, forbidden)
     if settings.positions.steps:                                            # else they would be forgotten
         captions = jax.tree.map(lambda x, y: np.concatenate([x, y[:len(x) // 3]]), captions, positions)
-    # What drawing is taught with: of the mismatched share, the prompt belongs to another picture.
-    told = write_captions(umm, seen, scenes, rng, forbidden, DRAWN)
-    drawn, prompts = np.repeat(told.seen, CAPTIONS, axis=0), jax.tree.map(flat, told.prompts)
-    mixed = np.where(rng.random(len(drawn)) < lesson.mismatched, rng.permutation(len(drawn)), np.arange(len(drawn)))
+    prompts = to_draw(write_captions(umm, seen, scenes, rng, forbidden, DRAWN), lesson.mismatched, rng)
     descriptions = [(i, sentences.INSTRUCTIONS[1], sentences.describe(scene)) for i, scene in enumerate(crowds)]
     data = {"captions": captions, "descriptions": encode_pairs(umm, look(crowds), descriptions),
-            "questions": write_questions(umm, seen, scenes, rng, forbidden), "prompts": Pairs(drawn[mixed], prompts)}
+            "questions": write_questions(umm, seen, scenes, rng, forbidden), "prompts": prompts}
     return {**params, "ar": fit("backbone", loss, ar, data, lesson, jax.random.fold_in(key, 1), muon)}
+
+
+def to_draw(told, mismatched, rng):
+    """Pairs of one text each that drawing is taught with: of the share `mismatched` the prompt is another picture's."""
+    seen, prompts = np.repeat(told.seen, CAPTIONS, axis=0), jax.tree.map(flat, told.prompts)
+    mixed = np.where(rng.random(len(seen)) < mismatched, rng.permutation(len(seen)), np.arange(len(seen)))
+    return Pairs(seen[mixed], prompts)
 
 
 def flat(x):
