@@ -49,9 +49,8 @@ def get_config(preset="normal"):
     config.pretrain.crowded = 8192
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))                   # X-Omni's two
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
-    config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))                        # Janus' three
-    config.pretrain.codes = dict(steps=1000, lr=3e-3, batch=dict(pictures=8))
-    config.pretrain.painting = dict(steps=1000, lr=3e-3, batch=dict(pictures=8))
+    config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))                        # Janus' two
+    config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things.
     config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24))
@@ -84,6 +83,8 @@ def get_config(preset="normal"):
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
         config.pretrain.diffusion.update(steps=1200, lr=1e-3)
+        config.pretrain.tower.steps = 400
+        config.pretrain.codes.steps = 1000
         config.pretrain.positions.steps = 0                            # left and right take longer than a smoke run has
         config.pretrain.backbone.steps = 300
         config.pretrain.backbone.batch.update(captions=10, descriptions=1, questions=3, prompts=24)

@@ -86,7 +86,7 @@ def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
     config.model.vq.update(channels=2, multipliers=(1, 1, 1, 1, 1), z_channels=4, norm_num_groups=1)
     config.pretrain.update(scenes=1024, crowded=512)
-    for stage in ("tokenizer", "diffusion", "tower", "codes", "painting", "positions", "backbone"):
+    for stage in ("tokenizer", "diffusion", "tower", "codes", "positions", "backbone"):
         config.pretrain[stage].steps = 4
     config[config.method].update(prompts=6, group=4)
     config.mesh.data = 1

@@ -2,8 +2,8 @@
 to draw (shapes/pretrain.py). One patch of SigLIP's tower and one code of VQ-16 are 16 pixels, which is one cell.
 
     tower        the tower learns to name what stands in each cell, and in which column the cell is
-    vq           the tokenizer that is drawn with: an autoencoder through unit vectors, which are clustered into the
-                 codebook; then its decoder learns to paint from the codes
+    codes        VQ-16, which is drawn with, is an autoencoder through noisy unit vectors; they are clustered into the
+                 codebook
 """
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from gvu_jax.shapes.learn import NAMES, cluster, fit, unit
 from gvu_jax.shapes.tokenizer import UNKNOWN, of_words
 
 # What of config.model and config.pretrain is this family's.
-PARTS = "vision", "vq", "tower", "codes", "painting"
+PARTS = "vision", "vq", "tower", "codes"
 END_OF_TEXT = "<｜end▁of▁sentence｜>"
 
 
@@ -49,7 +49,7 @@ def tiny(config):
 def learn_pictures(umm, params, scenes, settings, rng, key):
     """Everything but the backbone learns from scenes [M, cells]. settings: config.pretrain. Returns the params."""
     params = train_tower(umm, params, scenes, settings.tower, rng, key)
-    return train_vq(umm, params, scenes, settings, rng, key)
+    return train_vq(umm, params, scenes, settings.codes, rng, key)
 
 
 def begin(params, rng):
@@ -92,43 +92,28 @@ NOISE = 0.5       # beside features of variance 1
 # ---- the tokenizer that is drawn with ------------------------------------------------------------------------------
 
 def train_vq(umm, params, scenes, settings, rng, key):
-    """VQ-16 in two lessons. First as an autoencoder without codes: a noisy unit vector says what is in each cell, which
-    a linear head names, so that what looks alike (a yellow circle and a yellow square) has codes of its own. Then the
-    vectors are clustered, and the decoder learns to paint from the codes of pictures."""
-    model, pixels, N = vq.VQ(umm.vq), world.render(scenes, rng), umm.image_tokens
+    """VQ-16 as an autoencoder whose middle is a unit vector a cell with noise added, as wide as what a code leaves out.
+    A linear head names what is in the cell, so that what looks alike (a yellow circle and a yellow square) has codes of
+    its own. The vectors are then clustered into the codebook, which the decoder, used to noise, reads as it is."""
+    model, pixels = vq.VQ(umm.vq), world.render(scenes, rng)
     apply = lambda params, x, method: model.apply({"params": params}, x, method=method)
     paint = lambda vq, vectors: vq.decoder(vq.post_quant_conv(vectors))                             # of vq.VQ
 
-    def error(raw, pixels):
-        return jnp.mean((raw - (pixels * 2 - 1)) ** 2)
-
-    def autoencode(trained, batch, key):
+    def loss(trained, batch, key):
         pictures = batch["pictures"]
         vectors = unit(apply(trained["vq"], pictures["pixels"], "project"))                         # [B, r, c, C]
-        noisy = vectors + 0.1 * jax.random.normal(key, vectors.shape)
+        vectors = unit(vectors + BLUR * jax.random.normal(key, vectors.shape))
         named = optax.softmax_cross_entropy_with_integer_labels(
-            noisy.reshape(-1, N, noisy.shape[-1]) @ trained["object"], pictures["object"]).mean()
-        drawn = error(apply(trained["vq"], noisy, paint), pictures["pixels"])
-        return PAINTING * drawn + named, {"painting": drawn, "naming": named}
+            vectors.reshape(*pictures["object"].shape, -1) @ trained["object"], pictures["object"]).mean()
+        painted = jnp.mean((apply(trained["vq"], vectors, paint) - (pictures["pixels"] * 2 - 1)) ** 2)
+        return PAINTING * painted + named, {"painting": painted, "naming": named}
 
-    def repaint(trained, batch, key):
-        pictures = batch["pictures"]
-        drawn = error(model.apply({"params": trained}, pictures["codes"], umm.grid, method="decode"), pictures["pixels"])
-        return drawn, {"painting": drawn}
-
-    head = jax.random.normal(key, (umm.vq.codebook_dim, NAMES))
+    head = 3 * jax.random.normal(key, (umm.vq.codebook_dim, NAMES))
     data = {"pictures": {"pixels": pixels, "object": scenes.astype(np.int32)}}
-    trained = fit("codes", autoencode, {"vq": params["vq"], "object": head}, data, settings.codes, key)["vq"]
-
-    project = jax.jit(lambda params, pixels: apply(params, pixels, "project"))
-    vectors = np.concatenate([unit(project(trained, chunk)) for chunk in np.array_split(pixels, -(-len(pixels) // 256))])
-    codebook = cluster(vectors[:1024].reshape(-1, vectors.shape[-1]), umm.vq.codebook_size, rng)
-    codes = np.argmax(vectors.reshape(-1, N, vectors.shape[-1]) @ codebook.T, axis=-1).astype(np.int32)
-    trained = {**trained, "codebook": jnp.asarray(codebook)}
-    painter = fit("painting", repaint, trained, {"pictures": {"pixels": pixels, "codes": codes}}, settings.painting, key)
-    # Weight decay touched what the loss does not reach.
-    trained |= {name: painter[name] for name in ("decoder", "post_quant_conv")}
-    return {**params, "vq": trained}
+    trained = fit("codes", loss, {"vq": params["vq"], "object": head}, data, settings, key)["vq"]
+    vectors = unit(jax.jit(lambda params, pixels: apply(params, pixels, "project"))(trained, pixels[:1024]))
+    codebook = cluster(np.asarray(vectors).reshape(-1, umm.vq.codebook_dim), umm.vq.codebook_size, rng)
+    return {**params, "vq": {**trained, "codebook": jnp.asarray(codebook)}}
 
 
-PAINTING = 10     # weight of the picture beside what it is called
+BLUR, PAINTING = 0.1, 10     # the noise in each direction; weight of the picture beside what it is called
