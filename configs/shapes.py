@@ -4,7 +4,8 @@
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
-Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16.
+Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni, or
+a tiny Janus with --config.family=janus, which holds for shapes_gap.py and shapes_uae.py as well.
 """
 import os
 
@@ -16,6 +17,7 @@ def get_config(preset="normal"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
     config.method = "gvu"
+    config.family = "xomni"                                            # or janus; see families/NAME_tiny.py
     config.seed = 0
     config.steps = 260
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
@@ -23,7 +25,8 @@ def get_config(preset="normal"):
     config.mesh = dict(data=-1, fsdp=1, tensor=1)                      # -1: all devices that the others leave
     config.world = dict(side=3, max_objects=9)
 
-    # ---- the model: X-Omni's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
+    # ---- the model: a family's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
+    # X-Omni is made of ar, vision, flux and vae; Janus of ar, vision (a tower alone) and vq.
     config.model = ConfigDict()
     config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
                            num_key_value_heads=4, num_mm_adap_layers=1, num_mm_head_layers=1, rope_theta=100.0)
@@ -33,6 +36,8 @@ def get_config(preset="normal"):
                              num_attention_heads=4, joint_attention_dim=8, pooled_projection_dim=8,
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
     config.model.vae = dict(latent_channels=4, patch_size=16)
+    config.model.vq = dict(codebook_size=96, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
+                           res_blocks=1, norm_num_groups=2)
     config.model.diffusion_steps = 2
     config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
     config.model.instruction = "Describe the image."
@@ -42,8 +47,10 @@ def get_config(preset="normal"):
     config.pretrain.seed = 0
     config.pretrain.scenes = 8192
     config.pretrain.crowded = 8192
-    config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
+    config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))                   # X-Omni's two
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
+    config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))                        # Janus' two
+    config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things.
     config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24, prompts=32))
@@ -76,6 +83,8 @@ def get_config(preset="normal"):
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
         config.pretrain.diffusion.update(steps=1200, lr=1e-3)
+        config.pretrain.tower.steps = 400
+        config.pretrain.codes.steps = 1000
         config.pretrain.positions.steps = 0                            # left and right take longer than a smoke run has
         config.pretrain.backbone.steps = 300
         config.pretrain.backbone.batch.update(captions=10, descriptions=1, questions=3, prompts=24)

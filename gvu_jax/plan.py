@@ -97,8 +97,7 @@ def model_of(config):
     if folder and not config.get("world") and cli.path(folder).exists():
         umm, params = checkpoint.describe_model(cli.path(folder), override)
     else:
-        from gvu_jax.shapes import pretrain
-        umm, dtype = (pretrain.model(config), jnp.float32) if config.get("world") else (
+        umm, dtype = (families.tiny_of(config).tiny(config), jnp.float32) if config.get("world") else (
             families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
     remat = config.model.get("remat", umm.ar.remat)

@@ -73,15 +73,20 @@ def load_config(name, *preset):
     return module.get_config(*preset)
 
 
-def tiny_config(name="shapes", preset="smoke"):
+TINY = "xomni", "janus"             # the families that have a tiny version
+
+
+def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     """A config of the shapes world with every size and budget cut to what a test can pay."""
     config = load_config(name, preset)
+    config.family = family
     config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                            num_key_value_heads=1)
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
+    config.model.vq.update(channels=2, multipliers=(1, 1, 1, 1, 1), z_channels=4, norm_num_groups=1)
     config.pretrain.update(scenes=1024, crowded=512)
-    for stage in ("tokenizer", "diffusion", "positions", "backbone"):
+    for stage in ("tokenizer", "diffusion", "tower", "codes", "positions", "backbone"):
         config.pretrain[stage].steps = 4
     config[config.method].update(prompts=6, group=4)
     config.mesh.data = 1
@@ -91,11 +96,31 @@ def tiny_config(name="shapes", preset="smoke"):
     return config
 
 
+def put_untrained(config):
+    """An untrained model stands in the cache as the base of this config: what a run does with it, it does without the
+    minutes that pretraining takes to compile."""
+    from gvu_jax import checkpoint
+    from gvu_jax.shapes import pretrain
+    folder = pretrain.base_folder(config)
+    if not folder.exists():
+        checkpoint.save_model(folder, *pretrain.build(config))
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(config, umm, params) of an untrained model."""
     from gvu_jax.shapes import pretrain
     config = tiny_config()
+    return (config, *pretrain.build(config))
+
+
+@pytest.fixture(scope="session", params=TINY)
+def each(request):
+    """`tiny` of every family."""
+    if request.param == TINY[0]:
+        return request.getfixturevalue("tiny")
+    from gvu_jax.shapes import pretrain
+    config = tiny_config(family=request.param)
     return (config, *pretrain.build(config))
 
 

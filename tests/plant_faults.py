@@ -126,7 +126,7 @@ FAULTS = [Fault(*fault) for fault in (
     ("right pictures with more than was asked are exact", "shapes/world.py",
      "judge_scene(scene, meta) and int(np.count_nonzero(scene)) == objects_asked(meta)", "judge_scene(scene, meta)",
      "test_world.py::test_exact_scene"),
-    ("the diffusion head is taught to go back to noise", "shapes/pretrain.py",
+    ("the diffusion head is taught to go back to noise", "families/xomni_tiny.py",
      "jnp.mean((velocity - (noise - latents)) ** 2)",
      "jnp.mean((velocity - (latents - noise)) ** 2)",
      "test_shapes_model.py::test_the_head_learns_the_way_from_picture_to_noise"),

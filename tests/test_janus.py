@@ -15,6 +15,8 @@ import gvu_jax
 from conftest import load_config
 from gvu_jax import adapters, checkpoint, convert, objectives, rewards, sharding
 from gvu_jax.families import janus as family
+from gvu_jax.methods.internal_gap import InternalGap
+from gvu_jax.methods.uae import UAE
 from gvu_jax.metrics import read_metrics
 from gvu_jax.models import siglip, torch_keys
 from gvu_jax.sampling import How, guided
@@ -377,6 +379,29 @@ def test_folders_that_are_not_implemented_are_refused(fixtures, tmp_path, layout
 
 
 # ------------------------------------------------------------------ training
+
+@pytest.mark.parametrize("preset, objective, replay, heads", [
+    ("csft", "sft", True, 16), ("dpo-1b", "dpo", False, 16), ("cdpo-7b", "dpo", True, 32)])
+def test_internal_gap_has_the_papers_settings(preset, objective, replay, heads):
+    config = load_config("janus_pro_gap", preset)
+    InternalGap.check(config)
+    gap = config.internal_gap
+    assert (gap.objective, gap.pool, gap.group, config.trains) == (objective, 6000, 10, "backbone")
+    assert config.steps * gap.batch == 20 * gap.pool and gap.replay * gap.batch == 10 * gap.pool * replay
+    umm = family.published(config.model.override, config.model.size)
+    assert umm.ar.num_attention_heads == heads and set(load_config("janus_pro")) - {"gvu"} <= set(config)
+    with pytest.raises(ValueError, match="janus_pro_gap.py has no preset 'sft-3b'"):
+        load_config("janus_pro_gap", "sft-3b")
+
+
+def test_uae_has_the_settings_of_its_sibling():
+    config, theirs = load_config("janus_pro_uae", "7b"), load_config("xomni_uae")
+    UAE.check(config)
+    assert config.uae == theirs.uae and config.model == load_config("janus_pro", "7b").model
+    assert "gvu" not in config and "reward" not in config
+    with pytest.raises(ValueError, match="janus_pro_uae.py has no preset '3b'"):
+        load_config("janus_pro_uae", "3b")
+
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def trained(request, folders, janus, tmp_path_factory):

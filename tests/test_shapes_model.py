@@ -4,11 +4,12 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import one_device
+from conftest import one_device, tiny_config
 
 from gvu_jax import checkpoint
+from gvu_jax.families import janus_tiny, xomni_tiny
 from gvu_jax.models import flux, vae
-from gvu_jax.shapes import pretrain, sentences, suite, world
+from gvu_jax.shapes import learn, pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
 from gvu_jax.suite import auc, choose_prompts
@@ -38,7 +39,7 @@ def test_clusters_find_well_separated_groups():
     centres = np.eye(6)[:5]
     vectors = np.repeat(centres, 40, axis=0) + 0.05 * rng.standard_normal((200, 6))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = pretrain.cluster(vectors, 5, rng)
+    found = learn.cluster(vectors, 5, rng)
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
     assert (found @ centres.T).max(axis=0).min() > 0.99
 
@@ -64,14 +65,13 @@ def test_nothing_held_out_is_ever_written_for_pretraining(tiny):
     assert told(frozenset())[1] > 100, "the search would find them"
 
 
-def test_a_question_among_the_words_is_read_as_before_them(tiny):
+def test_a_question_among_the_words_is_read_as_before_them(each):
     """The same answers have the same probabilities, whether each question is asked of a picture of its own or six share
     one; and nothing but the answers is learned."""
-    config, umm, _ = tiny
-    params = jax.jit(umm.init)(jax.random.key(3))
+    _, umm, params = each
     rng = np.random.default_rng(1)
     scenes = world.sample_scenes(rng, 8)
-    seen = rng.integers(umm.vision.codebook_size, size=(8, 3, 3)).astype(np.int32)
+    seen = jax.device_get(umm.see(params, world.render(scenes, rng)))
     captions = [sentences.caption(scene, rng) for scene in scenes]
     others = [meta for meta in captions if meta] * 2
     asked = [(i, *pair) for i, scene in enumerate(scenes)
@@ -88,13 +88,28 @@ def test_a_question_among_the_words_is_read_as_before_them(tiny):
     assert said == [text for _, _, text in asked]
 
 
+def test_janus_begins_with_the_codebook():
+    """Codes whose vectors are alike begin alike on their way in and out; sizes are those of chance."""
+    umm, params = pretrain.build(config := tiny_config(family="janus"))
+    rng, V, C = np.random.default_rng(0), config.model.vq.codebook_size, config.model.vq.codebook_dim
+    codebook = np.repeat(rng.normal(size=(V // 2, C)), 2, axis=0) + 0.1 * rng.normal(size=(V, C))
+    ar = janus_tiny.begin({**params, "vq": {**params["vq"], "codebook": codebook}}, rng)
+    for of in (lambda ar: ar["gen_embed_tokens"]["embedding"], lambda ar: ar["gen_head"]["fc2"]["kernel"].T):
+        old, new = np.asarray(of(params["ar"])), np.asarray(of(ar))
+        assert new.shape == old.shape and new.dtype == old.dtype and 0.5 < new.std() / old.std() < 2
+        unit = new / np.linalg.norm(new, axis=1, keepdims=True)
+        alike = unit @ unit.T
+        assert np.mean(alike[range(0, V, 2), range(1, V, 2)]) > np.mean(alike) + 0.5
+    assert umm.of_shapes and umm.guidance == 1.0
+
+
 def test_the_backbone_begins_with_the_codebook(tiny):
     """Codes whose vectors are alike begin alike; sizes are those of chance; the rest is left as it was."""
     _, umm, params = tiny
     rng = np.random.default_rng(0)
     objects, columns = rng.normal(size=(26, 16)), rng.normal(size=(3, 16))
     codebook = (objects[:, None] + 0.2 * columns).reshape(78, 16).astype(np.float32)
-    ar = pretrain.begin_with_codebook(params["ar"], codebook, rng)
+    ar = xomni_tiny.begin_with_codebook(params["ar"], codebook, rng)
     for old, new in ((params["ar"]["mm_embed_tokens"]["embedding"], ar["mm_embed_tokens"]["embedding"]),
                      (params["ar"]["mm_head"]["kernel"].T, ar["mm_head"]["kernel"].T)):
         old, new = np.asarray(old), np.asarray(new)
@@ -124,10 +139,10 @@ def test_the_head_learns_the_way_from_picture_to_noise(tiny, monkeypatch):
             heard.append((noisy, sigma))
             return 0.3 * noisy
 
-    monkeypatch.setattr(pretrain, "fit", fit)
-    pretrain.train_diffusion(umm, params, world.sample_scenes(np.random.default_rng(0), 6), None,
+    monkeypatch.setattr(xomni_tiny, "fit", fit)
+    xomni_tiny.train_diffusion(umm, params, world.sample_scenes(np.random.default_rng(0), 6), None,
                              np.random.default_rng(1), None)
-    monkeypatch.setattr(pretrain.flux, "FluxTransformer", Head)
+    monkeypatch.setattr(xomni_tiny.flux, "FluxTransformer", Head)
     error, _ = taught["loss"]({name: params[name] for name in ("vision", "flux")}, taught["data"], jax.random.key(2))
     (noisy, sigma), latents = heard[0], taught["data"]["pictures"]["latents"]
     assert set(np.asarray(sigma)) <= set(flux.sigmas(umm.diffusion_steps, umm.image_tokens)[:-1])
@@ -142,8 +157,14 @@ def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(t
     before = pretrain.base_folder(config)
     config.gvu.beta = 0.7
     assert pretrain.base_folder(config) == before
+    config.model.vq.channels += 1                                               # X-Omni has none
+    assert pretrain.base_folder(config) == before
     config.pretrain.backbone.steps += 1
     assert pretrain.base_folder(config) != before
+    of_xomni, config.family = pretrain.base_folder(config), "janus"
+    of_janus = pretrain.base_folder(config)
+    config.model.vq.channels += 1
+    assert len({of_xomni, of_janus, pretrain.base_folder(config)}) == 3
 
 
 @pytest.mark.parametrize("scores, right, expected", [

@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from conftest import ROOT, load_config, one_device, tiny_config
+from conftest import ROOT, TINY, load_config, one_device, put_untrained, tiny_config
 from gvu_jax import checkpoint, hosts, plan, sharding
 from gvu_jax.families.xomni import XOmni
 from gvu_jax.methods import gvu
@@ -29,10 +29,14 @@ TEXTS = ["a photo of a red circle", "a photo of two crosses", "an image of a squ
 
 
 @pytest.fixture(scope="module")
-def divisible(tmp_path_factory):
+def divisible():
     """(config, umm, params) of an untrained model whose sides are multiples of eight."""
+    return divisible_of(TINY[0])
+
+
+def divisible_of(family):
     from gvu_jax.shapes import pretrain
-    config = tiny_config()
+    config = tiny_config(family=family)
     config.model.ar.update(num_attention_heads=4, num_key_value_heads=2)
     config.gvu.update(prompts=4, group=8)
     return (config, *pretrain.build(config))
@@ -44,7 +48,8 @@ def a_step(divisible, mesh, **changes):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"lora.rank": 4} | changes)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group), optax.adam(1e-3), mesh)
+    how = How(images_per_prompt=config.gvu.group, **config.sampling)
+    method = gvu.GvU(umm, config, how, optax.adam(1e-3), mesh)
     base = jax.device_put(params, sharding.shardings(umm.partition, params, mesh))
     state = method.init(base, sharding.put(jax.random.key(1), mesh))
     lengths, key = umm.lengths(TEXTS), sharding.put(jax.random.key(2), mesh)
@@ -94,6 +99,13 @@ def test_a_step_divided_three_ways_is_a_step_on_one_device(divided, alone):
     ("data:2,fsdp:2,tensor:2", {"gvu.micro_batches": 2}), ("data:2,tensor:2", {"gvu.waves": 2})])
 def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, changes):
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
+
+
+def test_a_guided_step_of_janus_divided_three_ways_is_a_step_on_one_device():
+    divisible = divisible_of("janus")
+    together, alone = (a_step(divisible, mesh, **{"sampling.guidance": 3.0, "gvu.anchor": 1.0})[0]
+                       for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
+    assert_same_step(together, alone)
 
 
 def test_without_training_the_backbone_is_divided_by_its_heads(divisible):
@@ -298,13 +310,14 @@ def ended(process):
     return process.returncode, output, errors
 
 
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
+@pytest.fixture(scope="module", params=TINY)
+def two(request, tmp_path_factory):
     """(config, folder) of a run of two steps by one process with two devices, and by two processes with one each."""
     folder = tmp_path_factory.mktemp("processes")
-    config = tiny_config()
+    config = tiny_config(family=request.param)
     config.mesh.update(data=1, fsdp=2)
     config.update(steps=2, checkpoint_every=1)
+    put_untrained(config)
     status, output, errors = ended(start("-", folder / "one", config, 2))
     assert status == 0 and "devices 2 2" in output, errors
     for process in start_two(folder / "two", config):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import ROOT, one_device, tiny_config
+from conftest import ROOT, TINY, one_device, tiny_config
 from gvu_jax import alarms, optim, sharding
 from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
@@ -25,10 +25,20 @@ from gvu_jax.train import table, train
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(config, workdir) of a finished run of four steps."""
+    return run_of(tiny_config(), tmp_path_factory)
+
+
+def run_of(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config()
     train(config, folder / "work")
     return config, folder / "work"
+
+
+@pytest.fixture(scope="module", params=TINY)
+def run_of_each(request, tmp_path_factory):
+    """`run` of every family."""
+    return request.getfixturevalue("run") if request.param == TINY[0] else (
+        run_of(tiny_config(family=request.param), tmp_path_factory))
 
 
 def method_of(tiny, **changes):
@@ -54,8 +64,8 @@ def one_step(method, base, state, prompts, key):
     return state, metrics, (tokens, logps, reward)
 
 
-def test_it_writes_what_its_contract_says(run):
-    _, work = run
+def test_it_writes_what_its_contract_says(run_of_each):
+    _, work = run_of_each
     lines = read_metrics(work / "metrics.jsonl")
     training = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval/overall" in line]
@@ -94,9 +104,9 @@ def test_a_run_that_learns_nothing_says_so(run, tmp_path, capfd):
     assert "Flat groups" in (tmp_path / "report.html").read_text()
 
 
-def test_giving_the_command_again_continues_a_longer_run(run):
+def test_giving_the_command_again_continues_a_longer_run(run_of_each):
     """Four steps, then two more, are the six steps of an unbroken run: same metrics, no line twice."""
-    config, work = run
+    config, work = run_of_each
     config = config.copy_and_resolve_references()
     config.steps = 6
     train(config, work)

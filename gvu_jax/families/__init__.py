@@ -3,10 +3,19 @@
 A family's file has the model behind the interface of umm.py, `MODEL`, and of its own
 
     published(override, size)                  -> umm at one of its published sizes, for plans; it needs no folder
-    tiny(config, tokenizer)                    -> umm of a config of the shapes world
     read_source(src, image_size, **FOLDERS)    -> tensor_files.Source of a published folder; FOLDERS {name: help} are
                                                   what is read from elsewhere, options of gvu_jax.convert
+
+NAME_tiny.py beside it is for the shapes world (shapes/pretrain.py); not every family has one:
+
+    tiny(config)                               -> umm of a config of the shapes world
+    learn_pictures(umm, params, scenes, settings, rng, key) -> params: everything but the backbone has learned
+    begin(params, rng)                         -> "ar", as the backbone's lessons begin
+    PARTS                                      what of config.model and config.pretrain only some families have
 """
+import importlib
+import importlib.util
+
 from gvu_jax.described import Described
 from gvu_jax.families import janus, xomni
 
@@ -21,6 +30,15 @@ def of(config):
     if (kind := config.get("family", FIRST)) not in FAMILIES:
         raise ValueError(f"config.family is {kind!r}; it must be one of {', '.join(FAMILIES)}")
     return FAMILIES[kind]
+
+
+def tiny_of(config):
+    """What makes the family of a config tiny. ValueError where it has no such version."""
+    of(config)
+    name = f"{__name__}.{config.get('family', FIRST)}_tiny"
+    if importlib.util.find_spec(name) is None:
+        raise ValueError(f"config.family is {config.family!r}, which has no tiny version for the shapes world yet")
+    return importlib.import_module(name)
 
 
 def of_published(folder):

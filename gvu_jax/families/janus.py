@@ -45,9 +45,9 @@ class Janus:
     instruction: str = "Describe the image in detail."
     guidance: float = 5.0                               # as published
     layout: str = "published"                           # of the folder that it comes from: one of llama.RULES
+    of_shapes: bool = False                             # whether this is a model of the shapes world
 
     kind = "janus"
-    of_shapes = False
     trains = llama.TRAINS
     partition = {"ar": llama.PARTITION, "adapter": llama.PARTITION, "vision": siglip.PARTITION, "vq": vq.PARTITION}
 
@@ -86,7 +86,8 @@ class Janus:
     @functools.lru_cache(maxsize=4096)
     def _around(self, question):
         """Ids before and after a picture's patches when `question` is put about it, up to where the answer begins."""
-        ids = self._ids(f"{SYSTEM}\n\n{USER}: {PICTURE}\n{question.strip()}\n\n{ASSISTANT}:")
+        system = "" if self.of_shapes else SYSTEM           # thirty words that the shapes world does not know
+        ids = self._ids(f"{system}\n\n{USER}: {PICTURE}\n{question.strip()}\n\n{ASSISTANT}:")
         at = ids.index(self._id(PICTURE))
         return (self._id(BOS), *ids[:at], self._id(BEGIN)), (self._id(END), *ids[at + 1:])
 

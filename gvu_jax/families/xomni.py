@@ -1,7 +1,6 @@
 """X-Omni (Geng et al. 2025): one Qwen2 trunk that reads and draws the same tokens, and a FLUX head that paints them.
 
-Top to bottom: the model behind the interface of umm.py, its published sizes, how it is made tiny for the shapes world,
-and how its published folder is read.
+Top to bottom: the model behind the interface of umm.py, its published sizes, and how its published folder is read.
 """
 import dataclasses
 import functools
@@ -459,17 +458,6 @@ class Sizes(XOmni):
 def published(override, size=None):
     """The published model for a plan. override: fields to set, `grid` among them. size: there is one only."""
     return described.typed(Sizes, PUBLISHED | dict(override, tokenizer=None))
-
-
-def tiny(config, tokenizer):
-    """The model of a config of the shapes world, without parameters. tokenizer: shapes.tokenizer's, for its codes."""
-    text_ids, model = tokenizer.convert_tokens_to_ids("<MM-Token-0>"), config.model
-    ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
-                      image_vocab_size=model.vision.codebook_size, remat=model.get("remat", "nothing"), **model.ar)
-    tuples = lambda settings: {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in settings.items()}
-    return XOmni(ar=ar, vision=siglip_vq.Config(**model.vision), flux=flux.Config(**tuples(model.flux)),
-                 vae=vae.PatchConfig(**model.vae), tokenizer=tokenizer, grid=(config.world.side, config.world.side),
-                 diffusion_steps=model.diffusion_steps, instruction=model.instruction)
 
 
 # ------------------------------------------------------------------ the published folder

@@ -41,6 +41,15 @@ def held(seen, prompts, asked=None, group=1):
     return jax.tree.map(some, seen), jax.tree.map(pair, prompts), jax.tree.map(some, asked)
 
 
+def seen_again(umm, base, drawn, prompts):
+    """What is read of every ANCHORED-th of S pictures whose pixels are long forgotten, seen [A, ..]: drawn [S, ..]
+    itself, or, where reading and drawing do not share their tokens, the pixels that the base paints from it anew."""
+    drawn, prompts = jax.tree.map(lambda x: x[::ANCHORED], (drawn, prompts))
+    if (seen := umm.seen_of(drawn)) is None:
+        seen = umm.see(base, umm.render(base, drawn, prompts, jax.random.key(0)))
+    return seen
+
+
 def reading_kl(umm, policy, base, seen, texts, asked):
     """KL from the base's reading to the policy's, nats a word, a scalar: of the prompts and, where there are questions,
     of the answers, which count ANSWERS times. seen, texts, asked: as `held` gives them."""

@@ -55,10 +55,8 @@ class InternalGap:
         self.settings, self.folder = config.internal_gap, workdir and Path(workdir) / "data"
         sharding.check(umm, mesh, self.settings, self.settings.batch)
         anchor.check(self.settings, "internal_gap", self.settings.batch, mesh)
-        for setting, asked in {"reward.view = 'tokens'": config.reward.view == "tokens",
-                               "internal_gap.anchor above 0": self.settings.anchor}.items():
-            if asked:
-                check_shared(umm, setting)
+        if config.reward.view == "tokens":
+            check_shared(umm, "reward.view = 'tokens'")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -194,9 +192,9 @@ class InternalGap:
         else:
             loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
         if gap.anchor:
-            seen = self.umm.seen_of(batch.chosen)                                    # their pixels are long forgotten
-            held = anchor.held(seen, batch.prompts, batch.asked)
-            metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *held)
+            _, *held = anchor.held((), batch.prompts, batch.asked)
+            seen = anchor.seen_again(self.umm, base, batch.chosen, batch.prompts)
+            metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, seen, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
         away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
         metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),

@@ -33,13 +33,13 @@ class Pointwise(nn.Module):
 class Config:
     codebook_size: int
     codebook_dim: int
-    z_channels: int = 256                              # these four are what VQ-16 means: the published config has none
+    z_channels: int = 256                              # these five are what VQ-16 means: the published config has none
     channels: int = 128
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)     # of the channels, one per level, from pixels down
     res_blocks: int = 2                                # per level of the encoder; the decoder has one more
+    norm_num_groups: int = 32
 
     # What vae.Encoder and vae.Decoder ask for.
-    norm_num_groups = 32
     projection = Pointwise
     attends = True
 

@@ -1,6 +1,6 @@
-"""The tokenizer of the shapes world: a real `tokenizers` word-level model over the world's few dozen words.
+"""The tokenizers of the shapes world: a real `tokenizers` word-level model over the world's few dozen words.
 
-Ids are laid out as in X-Omni: text first, then image tokens, then the marks around an image.
+Each family lays out its own with `of_words`. X-Omni's has text first, then image tokens, then the marks around an image.
 
     0 .. V-1        specials, "\\n", words, and reserved tokens that pad V to a multiple of 16
     V .. V+n-1      <MM-Token-0> .. <MM-Token-{n-1}>, the n codes of the image tokenizer
@@ -36,14 +36,26 @@ def build_tokenizer(image_vocab_size: int) -> PreTrainedTokenizerFast:
     """
     if image_vocab_size < 1:
         raise ValueError(f"image_vocab_size must be at least 1, got {image_vocab_size}")
-    text = [*SPECIALS, "\n", *vocabulary()]
+    image = [f"<MM-Token-{k}>" for k in range(image_vocab_size)]
+    return of_words(SPECIALS, [*image, *IMAGE_MARKS], pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE)
+
+
+def of_words(specials, more=(), silent="", **named) -> PreTrainedTokenizerFast:
+    """A tokenizer of the world's words for any family: `specials` first, UNKNOWN among them, then "\\n" and the words,
+    and behind them the special tokens `more`.
+
+    silent: characters of a chat's frame that are not read, such as ":": on a laptop every token counts. named:
+    pad_token, eos_token and the like.
+    """
+    text = [*specials, "\n", *vocabulary()]
     reserved = [f"<|reserved_{k}|>" for k in range(-len(text) % 16)]
     text += reserved
-    image = [f"<MM-Token-{k}>" for k in range(image_vocab_size)]
-    ids = {token: index for index, token in enumerate([*text, *image, *IMAGE_MARKS])}
+    ids = {token: index for index, token in enumerate([*text, *more])}
 
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace(Regex(f"[{silent}]+"), " "), normalizers.Lowercase()]) if silent else (
+        normalizers.Lowercase())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split(Regex(r"[\n,.?]"), "isolated")]
     )
@@ -56,15 +68,13 @@ def build_tokenizer(image_vocab_size: int) -> PreTrainedTokenizerFast:
         ]
     )
     # Added tokens are found before a text is lower-cased and split, so images and marks need no spaces around them.
-    marks = [*SPECIALS, *image, *IMAGE_MARKS]
+    marks = [*specials, *more]
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in marks])
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in reserved])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token=PAD,
         unk_token=UNKNOWN,
-        eos_token=END,
         padding_side="left",
-        chat_template=CHAT_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
+        **named,
     )
