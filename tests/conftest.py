@@ -141,6 +141,22 @@ def janus(fixtures):
         arrays=lambda name: dict(np.load(folder / "expected" / f"{name}.npz")))
 
 
+@pytest.fixture(scope="session")
+def showo(fixtures):
+    """The golden Show-o: its folder, the backbone's config and params, what was told, and arrays(name) of an archive."""
+    from gvu_jax.described import Described
+    from gvu_jax.families.showo import ar_config
+    from gvu_jax.models import phi
+    from gvu_jax.tensor_files import weight_files
+    folder = fixtures / "showo"
+    tensors = {name: file.read(name) for file in weight_files(folder) for name in file.specs}
+    config = ar_config(Described(folder / "config.json"), Described(folder / "llm" / "config.json"))
+    return types.SimpleNamespace(
+        folder=folder, config=config, params=phi.from_torch(tensors, config),
+        told=json.loads((folder / "expected/expected.json").read_text()),
+        arrays=lambda name: dict(np.load(folder / "expected" / f"{name}.npz")))
+
+
 def assert_same_picture(pixels, expected):
     """pixels [H, W, 3] in [0, 1] against the recorded bytes: exact but where the recorded float lies so near to a half
     that float32 rounding decides."""
