@@ -1,4 +1,5 @@
-"""Sampling: one prefill per prompt, then a scan of one-token steps over a key/value cache.
+"""Sampling: one prefill per prompt, then a scan of one-token steps over a key/value cache (`decode`), or of rounds that
+draw all tokens at once (`reveal`).
 
     prefill the prompts [B, P] once ─> repeat the cache for G samples ─> scan: head -> filters -> draw -> next state
 
@@ -174,7 +175,7 @@ def unmasked(N, rounds):
 def heats(start, rounds):
     """What the noise of each round's confidences is multiplied by: float32 [rounds]. It falls as published: each round
     by the share 1 - r of what the last one had, and not from `start` anew."""
-    return np.float32(start * np.cumprod(1 - np.arange(1, rounds + 1) / rounds))
+    return start * np.cumprod(1 - np.arange(1, rounds + 1) / rounds).astype(np.float32)
 
 
 def reveal(logits_of, codes, noise, how, rounds, heat):
@@ -184,8 +185,8 @@ def reveal(logits_of, codes, noise, how, rounds, heat):
     logits_of(codes)   -> (logits [S, N, K] with the prompt, and with guidance those without): of every place, given
                        what is known of codes [S, N]
     codes              [S, N] int, where to begin: K where nothing is known
-    noise(t)           -> exponential [S, N, K], which draws the codes of round t, and uniform [S, N], which decides what
-                       is taken back
+    noise(t)           -> exponential [S, N, K], which draws the codes of round t, and uniform [S, N], which decides
+                       what is taken back
     heat               of the first round, see `heats`
     Returns codes [S, N] int32; the round in which each was drawn for good, [S, N] int32 (-1: it was known); its
     log-probability in that round, [S, N] float32 (0: it was known); and what happened, a dict of [rounds, S, ..].

@@ -10,7 +10,8 @@ A family's file has the model behind the interface of umm.py, `MODEL`, and of it
 from gvu_jax.described import Described
 from gvu_jax.families import janus, showo, xomni
 
-FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo}    # what a model folder calls its kind -> the family
+# What a model folder calls its kind -> the family.
+FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo}
 # What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers'; Show-o's, which
 # has the form of diffusers, calls it _class_name.
 MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "Showo": showo}

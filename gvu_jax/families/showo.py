@@ -4,7 +4,7 @@ A picture begins as N masks. In each of `rounds` rounds the model draws all that
 those it is least sure of, until none is left (sampling.reveal). What was **drawn** is its codes and the round in which
 each was drawn for good.
 
-Three likelihoods, all of codes alone, for the model never draws anything else in a picture:
+Three likelihoods, the first two of codes alone, for the model never draws anything else in a picture:
 
     image_logps          of the choices that were made: log p(code | what was known in its round). Exact for those, one
                          forward a round; which places are taken back counts as part of the world, not of the policy
@@ -31,7 +31,7 @@ from PIL import Image
 
 from gvu_jax import described, sampling, sharding
 from gvu_jax.described import Described
-from gvu_jax.models import clip, magvit, phi
+from gvu_jax.models import clip, magvit, phi, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
 from gvu_jax.umm import (
     Lengths, check_plain, check_texts, gather_logps, hidden_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
@@ -44,8 +44,8 @@ ADDED = ("<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2
 BEGIN, END, DRAW, READ = "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"
 
 # What the model that reads CLIP's features is told first.
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, "
-          "and polite answers to the user's questions.")
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+          "detailed, and polite answers to the user's questions.")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,6 +60,8 @@ class Showo:
     text_length: int = 128                              # ids of a prompt's row; longer ones are cut, as published
     rounds: int = 16
     heat: float = 1.0                                   # of the noise that decides what the first round takes back
+    estimates: int = 0                                  # 0: a drawn picture's likelihood is exact, of the choices made;
+                                                        # else the mean of so many estimates: a forward each, not a round
     instruction: str = "Please describe this image in detail."
     guidance: float = 2.75                              # published as 1.75, on a scale that begins with 0
 
@@ -71,7 +73,7 @@ class Showo:
 
     def __post_init__(self):
         if min(self.grid) < 1 or self.grid[0] != self.grid[1]:
-            raise ValueError(f"grid {self.grid} must be a square of at least 1: nothing tells the model where a row ends")
+            raise ValueError(f"grid {self.grid} must be a square of at least 1: nothing tells the model where rows end")
         if self.rounds < 1 or self.text_length < 4:
             raise ValueError(f"rounds {self.rounds} must be at least 1 and text_length {self.text_length} at least 4")
 
@@ -105,8 +107,8 @@ class Showo:
         """The row of a prompt of these ids, up to where its picture begins; too long a one is cut, as published."""
         head = [self._id(DRAW), *([] if ids[:1] == [self._stop] else [self._stop]), *ids, self._stop]
         if len(head) > self.text_length + 1:
-            logging.log_first_n(logging.WARNING, "a prompt of %d tokens is longer than the %d that are read of it when "
-                                "it is drawn: the rest is left out, as in the published code (text_length)", 1, len(ids),
+            logging.log_first_n(logging.WARNING, "a prompt has %d tokens, of which %d are read when it is drawn: the "
+                                "rest is left out, as in the published code (text_length)", 1, len(ids),
                                 self.text_length - 2)
             head = [*head[:self.text_length], self._stop]
         return head
@@ -216,14 +218,11 @@ class Showo:
     def reveal(self, params, prompts, codes, noise, how):
         """`sampling.reveal` of pictures of which codes [B*G, N] are known, with the given noise."""
         model, variables = phi.Phi(self.ar), self._variables(self._rollout(params))
-        prefixes, masks = zip(*self._contexts(variables, prompts, how.guidance != 1.0))
-        stepper, weights, prefixes = model.for_steps(variables, prefixes)
+        contexts = self._contexts(variables, prompts, how.guidance != 1.0)
 
         def logits_of(codes):
-            tokens = self._picture(codes)
-            hidden = (stepper.apply(weights, *context, tokens, method="behind")[:, 1:-1]
-                      for context in zip(prefixes, masks))
-            return [stepper.apply(weights, x, method="image_logits") for x in hidden]
+            hidden = (model.apply(variables, *context, self._picture(codes), method="behind") for context in contexts)
+            return [model.apply(variables, x[:, 1:-1], method="image_logits") for x in hidden]
 
         return sampling.reveal(logits_of, codes, noise, how, self.rounds, self.heat)
 
@@ -233,41 +232,55 @@ class Showo:
         return {"codes": shape, "round": shape}
 
     def image_logps(self, params, prompts, drawn, how=sampling.How(), key=None):
-        """log pi(code | prompt, what was known in its round) of given pictures, [B, N] float32; 0 of codes that were
-        given. With guidance, twice as many forwards, all differentiated. drawn: [B, ..].
+        """log pi(code | prompt, what was known in its round) of given pictures, drawn [B, ..] -> [B, N] float32; 0 of
+        codes that were given. With guidance, twice as many forwards, all differentiated.
 
-        key: the estimate under one random mask a picture instead, which asks for no rounds (see above): [B, N] whose
-        mean is the estimate in nats a code; 0 where a code was not masked.
+        key: the estimate under one random mask a picture instead (see above), whatever the rounds: `masked_logps`. With
+        `estimates`, and no key, the mean of so many, whose masks are the picture's own: policy and reference, and an
+        update and the next, find the same.
         """
-        model, variables, codes = phi.Phi(self.ar), self._variables(params), drawn["codes"]
-        contexts = self._contexts(variables, prompts, how.guidance != 1.0 and how.logps == "guided")
-        logits_of = lambda hidden: model.apply(variables, hidden, method="image_logits")
+        codes = drawn["codes"]
         if key is not None:
-            order = jnp.where(self._mask(key, len(codes)), 0, -1)
-            rounds = 1
-        else:
-            order, rounds = drawn["round"], self.rounds
+            return self.masked_logps(params, prompts, codes, self._mask(jax.random.split(key, len(codes))), how)
+        if not self.estimates:
+            return self._logps(params, prompts, codes, drawn["round"], self.rounds, how)
+        own = jnp.sum(codes.astype(jnp.uint32) * (31 ** jnp.arange(self.image_tokens, dtype=jnp.uint32)), axis=1)
+        masks = jax.vmap(lambda i: self._mask(sampling.sample_keys(jax.random.key(i), own)))(jnp.arange(self.estimates))
+        return jnp.mean(jax.vmap(lambda mask: self.masked_logps(params, prompts, codes, mask, how))(masks), axis=0)
 
-        def hidden_of(context):
-            def one_round(found, t):                               # of each code, what the head read in its own round
+    def masked_logps(self, params, prompts, codes, mask, how=sampling.How()):
+        """[B, N] whose mean over N is that of log p(code | the codes that are not masked) over a mask, bool [B, N]; 0
+        of a code that is not masked."""
+        logps = self._logps(params, prompts, codes, jnp.where(mask, 0, -1), 1, how)
+        return logps * (self.image_tokens / jnp.sum(mask, axis=1, keepdims=True))
+
+    def _logps(self, params, prompts, codes, order, rounds, how):
+        """log pi of each of the codes [B, N] in its round, order [B, N] below `rounds`, given those of earlier ones."""
+        model, variables = phi.Phi(self.ar), self._variables(params)
+        contexts = self._contexts(variables, prompts, how.guidance != 1.0 and how.logps == "guided")
+
+        def logits_of(context):
+            def one_round(found, t):                               # of each code, what the head reads in its own round
                 known = jnp.where(order < t, codes, self.ar.image_vocab_size)
                 hidden = model.apply(variables, *context, self._picture(known), method="behind")[:, 1:-1]
                 return jnp.where((order == t)[..., None], hidden, found), None
             if self.ar.remat != "nothing":
                 one_round = jax.checkpoint(one_round, prevent_cse=False)
             start = jnp.zeros((*codes.shape, self.ar.hidden_size), params["ar"]["lm_embed_tokens"]["embedding"].dtype)
-            return jax.lax.scan(one_round, start, jnp.arange(rounds))[0]                            # [B, N, D]
+            hidden, _ = jax.lax.scan(one_round, start, jnp.arange(rounds))                          # [B, N, D]
+            return model.apply(variables, hidden, method="image_logits")
 
-        logits = [logits_of(hidden_of(context)) for context in contexts]
+        logits = [logits_of(context) for context in contexts]
         logps = gather_logps(sampling.policy_logits(how, logits[0], lambda: logits[-1]), codes)
-        counts = order >= 0
-        weight = 1.0 if key is None else self.image_tokens / jnp.sum(counts, axis=1, keepdims=True)
-        return jnp.where(counts, weight * logps, 0.0)
+        return jnp.where(order >= 0, logps, 0.0)
 
-    def _mask(self, key, B):
-        """A random mask for each of B pictures, bool [B, N], of a uniformly random number of codes from 1 to N."""
-        count, places = jax.random.split(key)
-        return masked(places, jax.random.randint(count, (B,), 1, self.image_tokens + 1), self.image_tokens)
+    def _mask(self, keys):
+        """A random mask for each of B pictures, keys [B] -> bool [B, N], of a uniformly random number of codes from 1 to
+        N."""
+        def of_picture(key):
+            count, places = jax.random.split(key)
+            return masked(places, jax.random.randint(count, (1,), 1, self.image_tokens + 1), self.image_tokens)[0]
+        return jax.vmap(of_picture)(keys)
 
     def image_target(self, params, pixels):
         """Outside pictures as something to learn to draw: drawn [B, ..], all of it in one round."""
@@ -298,7 +311,7 @@ class Showo:
     def render(self, params, drawn, prompts, key, index=None):
         """Drawn [S, ..] -> pixels [S, H, W, 3] float32 in [0, 1], on the grid of 8 bits. Nothing here is random."""
         raw = magvit.Magvit(self.vq).apply({"params": params["vq"]}, drawn["codes"], self.grid, method="decode")
-        return magvit.to_pixels(raw)
+        return vq.to_pixels(raw)
 
     # ---- understanding branch ----------------------------------------------------------------------------------
 
@@ -383,7 +396,7 @@ class Showo:
     # ---- pictures of any size, on the host ---------------------------------------------------------------------
 
     def fitted_size(self, size):
-        """(height, width) to which a picture of this (height, width) is brought: as it is drawn, or as CLIP reads it."""
+        """(height, width) to which a picture of this (height, width) is brought: as drawn, or as CLIP reads it."""
         if self.vision is None or tuple(size) == self.picture_size:
             return self.picture_size
         return (self.transform.crop_size,) * 2
@@ -431,8 +444,8 @@ class Showo:
         first = self.ar.first_code - 1 - len(ADDED)
         for i, token in enumerate((PAD, *ADDED)):
             if known.get(token) != first + i or self._ids(token) != [first + i]:
-                raise ValueError(f"the tokenizer has no token {token} with the id {first + i}, where {self.ar.vocab_size} "
-                                 f"ids with {self.ar.image_vocab_size} codes and a mask ask for it")
+                raise ValueError(f"the tokenizer has no token {token} with the id {first + i}, where "
+                                 f"{self.ar.vocab_size} ids with {self.ar.image_vocab_size} codes and a mask ask for it")
         if self._stop is None:
             raise ValueError("the tokenizer has no token that ends a text")
 
@@ -511,16 +524,17 @@ def read_source(src, image_size=None, magvit=None, clip=None, llm=None):
     side in pixels of the pictures to draw.
     """
     told = Described(src / "config.json")
-    inside = src / told.a(str, "llm_model_path")
-    folders = {"llm": inside if inside.is_dir() else llm, "magvit": magvit, "clip": clip}
+    named = Path(told.a(str, "llm_model_path"))                       # on the Hub; or a folder inside of this one
+    inside = not named.is_absolute() and ".." not in named.parts and (src / named).is_dir()
+    folders = {"llm": src / named if inside else llm, "magvit": magvit, "clip": clip}
     if not told.get("w_clip_vit"):
         if clip:
             raise ValueError(f"{told.path} says that the model reads codes (w_clip_vit): leave --clip out")
         del folders["clip"]
     for name, folder in folders.items():
         if not folder or not Path(folder).is_dir():
-            raise FileNotFoundError(f"there is no folder {folder}: pass --{name}=DIR ({FOLDERS[name]})" if folder else
-                                    f"{told.path} does not say where its {name} is: pass --{name}=DIR ({FOLDERS[name]})")
+            where = f"there is no folder {folder}" if folder else f"{told.path} does not say where its {name} is"
+            raise FileNotFoundError(f"{where}: pass --{name}=DIR ({FOLDERS[name].rstrip('.')})")
     folders = {"ar": src, **{name: Path(folder).absolute() for name, folder in folders.items()}}
     vision = transform = None
     if "clip" in folders:
@@ -534,16 +548,16 @@ def read_source(src, image_size=None, magvit=None, clip=None, llm=None):
         side, left = divmod(image_size, vq.downscale)
     if left:
         raise ValueError(f"--image_size={image_size}: it must be a multiple of {vq.downscale}")
-    umm = Showo(ar=ar_config(told, Described(folders["llm"] / "config.json"), vision.hidden_size if vision else 0), vq=vq,
-                tokenizer=with_added(described.read_tokenizer(folders["llm"])), grid=(side, side), vision=vision,
-                transform=transform)
+    ar = ar_config(told, Described(folders["llm"] / "config.json"), vision.hidden_size if vision else 0)
+    umm = Showo(ar=ar, vq=vq, tokenizer=with_added(described.read_tokenizer(folders["llm"])), grid=(side, side),
+                vision=vision, transform=transform)
     umm.check_text()
     weights = {"ar": weight_files(src), "vq": weight_files(folders["magvit"])}
     if vision:
         weights["vision"] = weight_files(folders["clip"])
-    places = {"ar": Path(), "llm": Path(told["llm_model_path"] if inside.is_dir() else "llm"), "magvit": Path("magvitv2"),
-              "clip": Path("clip")}
-    kept = {file: (places[name] / file.name).as_posix() for name, folder in folders.items()
+    places = {"ar": Path(), "llm": named if inside else Path("llm"),
+              "magvit": Path("magvitv2"), "clip": Path("clip")}
+    kept = {(places[name] / file.name).as_posix(): file for name, folder in folders.items()
             for file in small_files(folder)}
     names = {file.path: (places[name] / file.path.relative_to(folders[name])).as_posix()
              for name, part in (("ar", "ar"), ("magvit", "vq"), ("clip", "vision")) for file in weights.get(part, ())}

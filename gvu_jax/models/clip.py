@@ -124,6 +124,7 @@ def fitted(pixels, transform):
 
 
 def covering(size, side):
-    """(height, width) of a picture of this (height, width) when its shorter side becomes `side`; the longer is cut."""
+    """(height, width) of a picture of this (height, width) whose shorter side becomes `side`; the longer is cut down to
+    whole pixels."""
     shorter = min(size)
     return tuple(side if length == shorter else int(side * length / shorter) for length in size)

@@ -5,8 +5,8 @@
 
 There is no codebook to look up: a channel is a bit, 1 where it is above zero, and the first channel is the most
 significant one. One code stands for a square of `downscale` x `downscale` pixels. Encoder and decoder are built of the
-blocks of FLUX's autoencoder (vae.py), with so many of them at a level as a table says, and attention in the middle only.
-Letters as in layers.py; a grid is (rows, cols) and N = rows * cols, row-major.
+blocks of FLUX's autoencoder (vae.py), with so many of them at a level as a table says, and attention in the middle
+only. Letters as in layers.py; a grid is (rows, cols) and N = rows * cols, row-major.
 """
 import dataclasses
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys, vae
-from gvu_jax.models.vq import Pointwise, to_pixels  # noqa: F401
+from gvu_jax.models.vq import Pointwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +97,11 @@ class Magvit(nn.Module):
         return codes, self.decode(codes, latents.shape[1:3])
 
     def latents(self, pixels):
-        """pixels [B, H, W, 3] in [0, 1], sides multiples of the downscale -> [B, rows, cols, bits], whose signs count."""
+        """pixels [B, H, W, 3] in [0, 1], sides multiples of the downscale -> [B, rows, cols, bits]: signs count."""
         if pixels.shape[1] % self.config.downscale or pixels.shape[2] % self.config.downscale:
             raise ValueError(f"picture of {pixels.shape[1:3]} pixels: sides must be multiples of "
                              f"{self.config.downscale}")
-        dtype = self.get_variable("params", "encoder")["conv_in"]["kernel"].dtype if not self.is_initializing() else None
-        return self.encoder((pixels * 2 - 1).astype(dtype))
+        return self.encoder((pixels * 2 - 1).astype(self._dtype("encoder")))
 
     def encode(self, pixels):
         """pixels [B, H, W, 3] in [0, 1] -> codes int32 [B, N]."""
@@ -111,9 +110,11 @@ class Magvit(nn.Module):
     def decode(self, codes, grid):
         """codes int [B, N], grid (rows, cols) -> raw pixels [B, H, W, 3], about [-1, 1] and not clipped."""
         signs = vectors(codes, self.config.bits).reshape(len(codes), *grid, -1)                 # [B, rows, cols, bits]
-        dtype = (self.get_variable("params", "decoder")["conv_in"]["kernel"].dtype
-                 if not self.is_initializing() else None)
-        return self.decoder(signs.astype(dtype))
+        return self.decoder(signs.astype(self._dtype("decoder")))
+
+    def _dtype(self, part):
+        """That of the parameters of a part: what it computes in."""
+        return jnp.float32 if self.is_initializing() else self.get_variable("params", part)["conv_in"]["kernel"].dtype
 
 
 def quantise(latents):

@@ -190,8 +190,7 @@ class Phi(nn.Module):
     def behind(self, prefix, mask, tokens):
         """Reads pictures, the G behind one text side by side: tokens [R*G, T] from their first one to their last.
 
-        prefix: of `before` (of layers that are apart, a list of their keys and values); mask [R, P] of the texts.
-        Returns hidden [R*G, T, D] after the final norm.
+        prefix: of `before`; mask [R, P] of the texts. Returns hidden [R*G, T, D] after the final norm.
         """
         S, T = tokens.shape
         positions = jnp.broadcast_to(mask.shape[1] + jnp.arange(T), (S, T))
@@ -203,11 +202,9 @@ class Phi(nn.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         if self.apart:
-            cache = None if cache is None else list(cache)
+            cache = list(cache)
             for i, layer in enumerate(self.layers):
-                (x, of_it), _ = layer((x, cache and cache[i]), None, prefix and prefix[i], positions, mask, at)
-                if cache is not None:
-                    cache[i] = of_it
+                (x, cache[i]), _ = layer((x, cache[i]), None, None, positions, mask, at)
         else:
             (x, cache), kept = self.layers((x, cache), jnp.arange(c.num_hidden_layers), prefix, positions, mask, at)
         return spread(self.final_layernorm(x)), cache, kept
@@ -240,7 +237,7 @@ class Phi(nn.Module):
 
     @nn.nowrap
     def for_steps(self, variables, caches):
-        """What reads a few tokens again and again: see qwen2.for_steps. caches: also prefixes of `before`."""
+        """What reads one token after the other: see qwen2.for_steps."""
         return qwen2.for_steps(self, variables, caches, {"layers": 0})
 
 
