@@ -395,28 +395,27 @@ class Recorded:
         drawn = {"codes": self.likely["traj_final_codes"], "round": self.likely["traj_commit_step"]}
         return self.umm.image_logps({**self.params, "ar": ar}, prompts, drawn, how)
 
-    def reference(self, ar):
-        return jax.tree.map(lambda x: x * self.told["grpo"]["reference_scale"], ar)
+    def objectives(self, ar):
+        """What grad_norms.json has gradients of, by name; and what they are made of.
 
-    def dpo(self, ar, reference):
-        """The loss on sums of N decisions is that on their means with a beta of N times as much."""
-        pairs = [self.estimates(of, which).mean(axis=0) for of in (ar, reference) for which in ("win", "lose")]
-        return objectives.dpo_loss(*pairs, self.told["dpo"]["beta"] / self.umm.image_tokens, 0.0)
-
-    def grpo(self, ar, reference):
-        told, logps = self.told["grpo"], self.rollouts(ar)
-        advantages = objectives.group_advantages(self.likely["rewards"], told["group"], told["advantage_eps"])
-        loss, metrics = objectives.clipped_policy_loss(
-            logps, jax.lax.stop_gradient(logps), self.rollouts(reference), advantages, 0.2, told["beta"])
-        return loss, metrics | {"advantages": advantages}
-
-    def objectives(self, ar, reference):
-        """What grad_norms.json has gradients of, by name."""
-        t2i, lm, mmu, _ = self.losses(ar)
-        weights = self.told["loss"]["coefficients"]
-        return {"total": weights["t2i"] * t2i + weights["lm"] * lm + weights["mmu"] * mmu, "t2i": t2i, "mmu": mmu,
-                "dpo": self.dpo(ar, reference)[0], "grpo": self.grpo(ar, reference)[0],
-                "masked_estimate": -self.estimates(ar, "win").mean(), "trajectory": -self.rollouts(ar).mean()}
+        DPO's loss on sums of N decisions is that on their means with a beta of N times as much.
+        """
+        told, weights = self.told, self.told["loss"]["coefficients"]
+        reference = jax.tree.map(lambda x: x * told["grpo"]["reference_scale"], self.params["ar"])
+        t2i, lm, mmu, llava = self.losses(ar)
+        of_pairs = {f"{prefix}{which}": self.estimates(of, which) for prefix, of in (("", ar), ("ref_", reference))
+                    for which in ("win", "lose")}
+        four = (of_pairs[name].mean(axis=0) for name in ("win", "lose", "ref_win", "ref_lose"))
+        dpo, of_dpo = objectives.dpo_loss(*four, told["dpo"]["beta"] / self.umm.image_tokens, 0.0)
+        logps, ref_logps = self.rollouts(ar), self.rollouts(reference)
+        advantages = objectives.group_advantages(
+            self.likely["rewards"], told["grpo"]["group"], told["grpo"]["advantage_eps"])
+        grpo, of_grpo = objectives.clipped_policy_loss(
+            logps, jax.lax.stop_gradient(logps), ref_logps, advantages, 0.2, told["grpo"]["beta"])
+        total = weights["t2i"] * t2i + weights["lm"] * lm + weights["mmu"] * mmu
+        values = {"total": total, "t2i": t2i, "mmu": mmu, "dpo": dpo, "grpo": grpo,
+                  "masked_estimate": -of_pairs["win"].mean(), "trajectory": -logps.mean()}
+        return values, (values, (lm, llava), of_pairs, of_dpo, logps, ref_logps, advantages, of_grpo)
 
 
 @pytest.fixture(scope="module")
@@ -424,47 +423,42 @@ def recorded(showo, golden):
     return Recorded(showo, golden)
 
 
-def test_golden_losses(recorded):
+@pytest.fixture(scope="module")
+def computed(recorded):
+    """Gradients of every objective, {objective: tree}, and all values: one program."""
+    return jax.device_get(jax.jit(jax.jacrev(recorded.objectives, has_aux=True))(recorded.params["ar"]))
+
+
+def test_golden_losses(recorded, computed):
     """The published training's, of pictures, text, captions and a conversation; DPO's and GRPO's."""
-    told, likely, ar = recorded.told, recorded.likely, recorded.params["ar"]
-    reference = recorded.reference(ar)
-
-    @jax.jit
-    def everything(ar, reference):
-        found = {f"{name}_{of}": recorded.estimates(params, of) for name, params in (("", ar), ("ref", reference))
-                 for of in ("win", "lose")}
-        return (recorded.losses(ar), recorded.objectives(ar, reference)["total"], found, recorded.rollouts(ar),
-                recorded.rollouts(reference), recorded.dpo(ar, reference), recorded.grpo(ar, reference))
-
-    losses, total, found, logps, ref_logps, (dpo, of_dpo), (grpo, of_grpo) = jax.device_get(everything(ar, reference))
-    expected = [told["loss"][name] for name in ("t2i", "lm", "mmu")] + [told["llava"]["loss"]]
-    np.testing.assert_allclose(losses, expected, rtol=1e-3)
-    np.testing.assert_allclose(total, told["loss"]["total"], rtol=1e-3)
+    told, likely, (_, found) = recorded.told, recorded.likely, computed
+    values, (lm, llava), of_pairs, of_dpo, logps, ref_logps, advantages, of_grpo = found
+    for name, value in {"t2i": values["t2i"], "lm": lm, "mmu": values["mmu"], "total": values["total"]}.items():
+        np.testing.assert_allclose(value, told["loss"][name], rtol=1e-3)
+    np.testing.assert_allclose(llava, told["llava"]["loss"], rtol=1e-3)
 
     masks, N = likely["mask_patterns"], recorded.umm.image_tokens
-    for name, prefix in (("_win", "win"), ("_lose", "lose"), ("ref_win", "ref_win"), ("ref_lose", "ref_lose")):
-        each = found[name] * masks.sum(axis=2, keepdims=True) / N
-        np.testing.assert_allclose(each[masks], likely[f"{prefix}_logp_codes"][masks], atol=2e-4)
+    for name, estimates in of_pairs.items():
+        each = estimates * masks.sum(axis=2, keepdims=True) / N
+        np.testing.assert_allclose(each[masks], likely[f"{name}_logp_codes"][masks], atol=2e-4)
         assert (each[~masks] == 0).all()
-        np.testing.assert_allclose(found[name].mean(axis=(0, 2)), likely[f"{prefix}_estimate"], atol=2e-4)
-    np.testing.assert_allclose(dpo, told["dpo"]["loss"], rtol=1e-3)
+        np.testing.assert_allclose(estimates.mean(axis=(0, 2)), likely[f"{name}_estimate"], atol=2e-4)
+    np.testing.assert_allclose(values["dpo"], told["dpo"]["loss"], rtol=1e-3)
     np.testing.assert_allclose(of_dpo["margin"] / N, np.mean(told["dpo"]["margins"]), atol=2e-4)
 
     np.testing.assert_allclose(logps, likely["traj_logp"], atol=2e-4)
     np.testing.assert_allclose(ref_logps, likely["traj_ref_logp"], atol=2e-4)
     np.testing.assert_allclose(logps.sum(axis=1), told["grpo"]["sum_logp"], atol=2e-4 * N)
-    np.testing.assert_allclose(of_grpo["advantages"], likely["advantages"], atol=1e-4)
-    np.testing.assert_allclose(grpo, told["grpo"]["loss"], atol=1e-5)
+    np.testing.assert_allclose(advantages, likely["advantages"], atol=1e-4)
+    np.testing.assert_allclose(values["grpo"], told["grpo"]["loss"], atol=1e-5)
     np.testing.assert_allclose(of_grpo["kl"], told["grpo"]["mean_kl"], atol=1e-5)
     np.testing.assert_allclose(objectives.k3(logps, ref_logps), likely["kl"], atol=1e-4)
     assert of_grpo["ratio_max"] == 1
 
 
-def test_golden_gradients(showo, recorded):
-    """Of every objective, by parameter: one backward pass for all of them."""
-    told, ar = json.loads((showo.folder / "expected/grad_norms.json").read_text()), recorded.params["ar"]
-    reference = recorded.reference(ar)
-    slopes = jax.jit(jax.jacrev(lambda ar: recorded.objectives(ar, reference)))(ar)
+def test_golden_gradients(showo, recorded, computed):
+    """Of every objective, by parameter."""
+    told, (slopes, _) = json.loads((showo.folder / "expected/grad_norms.json").read_text()), computed
     assert set(slopes) == set(told)
     for objective, norms in told.items():
         gradients = torch_keys.to_torch(slopes[objective], phi.RULES)
