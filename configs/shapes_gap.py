@@ -20,7 +20,7 @@ def get_config(preset="sft"):
     # accepted. The prompt's words judge as well: reward.mean="geometric" with a threshold of eval.words.
     config.reward.mean = "yes"
     config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=1,
-                               batch=96, micro_batches=1, beta=0.2, nll=1.0, anchor=1.0, replay=0, probe=0)
+                               batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=1.0, replay=0, probe=0)
     config.trains = "backbone"
     # A pair says more than a picture, and moves the policy further.
     config.optim.update(lr=1e-3 if preset.endswith("sft") else 2e-4)

@@ -20,7 +20,7 @@ def get_config(preset="csft"):
     config.method = "internal_gap"
     config.reward.mean = "yes"
     config.internal_gap = dict(objective=preset[-3:], pool=6400, prompts=16, group=10, waves=1, threshold=0.5, keep=1,
-                               batch=64, micro_batches=4, beta=0.1, nll=1.0, anchor=0.0, replay=0, probe=0)
+                               batch=64, micro_batches=4, beta=0.1, nll=1.0, draws=1, anchor=0.0, replay=0, probe=0)
     config.trains = "backbone"
     epoch = config.internal_gap.pool // config.internal_gap.batch
     config.steps = EPOCHS * epoch

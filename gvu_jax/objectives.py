@@ -105,6 +105,12 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta, nll):
     return loss, {"preferred": jnp.mean(margin > 0), "margin": jnp.mean(margin)}
 
 
+def standard_error(estimates):
+    """Of the mean of M estimates each, how far it may lie off: sqrt(variance / M), variance with Bessel's correction,
+    mean over B. [M, B] -> []."""
+    return jnp.mean(jnp.std(estimates, axis=0, ddof=1)) / math.sqrt(len(estimates))
+
+
 def cross_entropy(logps, mask, count=None):
     """Mean negative log-probability per counted token: supervised fine-tuning and pretraining. [B, L] -> scalar.
 

@@ -1,4 +1,5 @@
-"""Sampling: one prefill per prompt, then a scan of one-token steps over a key/value cache.
+"""Sampling: one prefill per prompt, then a scan of one-token steps over a key/value cache (`decode`), or of rounds that
+draw all tokens at once (`reveal`).
 
     prefill the prompts [B, P] once ─> repeat the cache for G samples ─> scan: head -> filters -> draw -> next state
 
@@ -11,6 +12,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +158,65 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         step, (contexts, jnp.zeros(rows, bool)), jnp.arange(steps - 1))
     last, last_logp, _ = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, steps - 1), done)
     return (jnp.concatenate([drawn, last[None]]).T, jnp.concatenate([logps, last_logp[None]]).T)
+
+
+# ------------------------------------------------------------------ mask by mask
+
+def unmasked(N, rounds):
+    """How many of N codes are masked after each round, before their number is limited: int [rounds].
+
+    N cos(pi r / 2), r = 1/rounds .. 1 (MaskGIT, Chang et al. 2022), in float32 and cut as published: at r = 2/3 the
+    product comes out just below N / 2, and counts one less.
+    """
+    r = (np.arange(1, rounds + 1) / rounds).astype(np.float32)
+    return np.floor(np.float32(N) * np.cos(r * np.float32(np.pi / 2))).astype(np.int32)
+
+
+def heats(start, rounds):
+    """What the noise of each round's confidences is multiplied by: float32 [rounds]. It falls as published: each round
+    by the share 1 - r of what the last one had, and not from `start` anew."""
+    return start * np.cumprod(1 - np.arange(1, rounds + 1) / rounds).astype(np.float32)
+
+
+def reveal(logits_of, codes, noise, how, rounds, heat):
+    """Draws pictures mask by mask (MaskGIT, with Show-o's schedule): each round draws all codes that are not known, and
+    takes back those it is least sure of.
+
+    logits_of(codes)   -> (logits [S, N, K] with the prompt, and with guidance those without): of every place, given
+                       what is known of codes [S, N]
+    codes              [S, N] int, where to begin: K where nothing is known
+    noise(t)           -> exponential [S, N, K], which draws the codes of round t, and uniform [S, N], which decides
+                       what is taken back
+    heat               of the first round, see `heats`
+    Returns codes [S, N] int32; the round in which each was drawn for good, [S, N] int32 (-1: it was known); its
+    log-probability in that round, [S, N] float32 (0: it was known); and what happened, a dict of [rounds, S, ..].
+    """
+    N = codes.shape[1]
+
+    def step(carry, per_round):
+        codes, order, logps = carry
+        t, heat, left = per_round
+        logits, (exponential, uniform) = logits_of(codes), noise(t)
+        K = logits[0].shape[-1]
+        masked = codes == K
+        scores = filter_logits(logits[0], how, logits[-1])
+        drawn = jnp.argmax(scores if how.temperature == 0.0 else scores - jnp.log(exponential), axis=-1)
+        tokens = jnp.where(masked, drawn, codes).astype(jnp.int32)
+        policy = jax.nn.log_softmax(logits[0] if len(logits) == 1 else guided(*logits, how.guidance))
+        logp = jnp.take_along_axis(policy, tokens[..., None], axis=-1)[..., 0]
+        sure = jnp.where(masked, jnp.maximum(logp, np.log(1e-20)), np.log(np.finfo(np.float32).max))
+        gumbel = -jnp.log(jnp.maximum(-jnp.log(jnp.maximum(uniform, 1e-20)), 1e-20))
+        confidence = sure + heat * gumbel
+        count = jnp.maximum(1, jnp.minimum(jnp.sum(masked, axis=1) - 1, left))                      # [S]
+        cut = jnp.take_along_axis(jnp.sort(confidence, axis=1), count[:, None], axis=1)
+        again = confidence < cut
+        fixed = masked & (~again | (t == rounds - 1))             # what the last round would take back, it keeps
+        order, logps = jnp.where(fixed, t, order), jnp.where(fixed, logp, logps)
+        happened = {"states": codes, "raw_sample": drawn, "tokens": tokens, "confidence": confidence, "mask_len": count,
+                    "remask": again}
+        return (jnp.where(fixed | ~masked, tokens, K).astype(jnp.int32), order, logps), happened
+
+    start = codes.astype(jnp.int32), jnp.full(codes.shape, -1, jnp.int32), jnp.zeros(codes.shape, jnp.float32)
+    schedule = jnp.arange(rounds), jnp.asarray(heats(heat, rounds)), jnp.asarray(unmasked(N, rounds))
+    (codes, order, logps), happened = jax.lax.scan(step, start, schedule)
+    return codes, order, logps, happened

@@ -197,7 +197,8 @@ def weight_files(folder):
 
     Raises ValueError for an index that does not agree with its shards or leaves the directory, and for duplicates.
     """
-    for stems in ("model.safetensors", "diffusion_pytorch_model.safetensors"), ("pytorch_model.bin",):
+    for stems in (("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors"),
+                  ("pytorch_model.bin", "diffusion_pytorch_model.bin")):
         single = [path for stem in stems if (path := folder / stem).is_file()]
         index = [path for stem in stems if (path := folder / f"{stem}.index.json").is_file()]
         if single + index:

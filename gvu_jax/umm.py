@@ -9,9 +9,13 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     sample_image(params, prompts, key, how)     -> drawn [S, ..], logps [S, T]
     image_logps(params, prompts, drawn, how)    -> logps [S, T]    teacher-forced, differentiable; equals the sampler's,
                                                                    unless how.logps asks for another policy's
-    image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw
-    image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision: exact (next token) or a bound
-                                                                   (others); `key` is what masks or noise come from
+    image_logps(.., key=key)                    -> [S, T]          of pictures by whomever: the same where it is exact
+                                                                   (next token), else an estimate, whose masks or noise
+                                                                   come from the key: the same for the same key
+    image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw; of
+                                                                   the form of `drawn`, which can be learned as well
+    image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision as supervised training counts
+                                                                   them: exact (next token) or a bound (others)
     render(params, drawn, prompts, key)         -> pixels [S, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen [B, ..]: a pytree of what the understanding branch reads
     seen_of(drawn)                              -> seen, or None where reading and drawing do not share their tokens

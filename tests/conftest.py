@@ -166,6 +166,40 @@ def janus(fixtures):
         arrays=lambda name: dict(np.load(folder / "expected" / f"{name}.npz")))
 
 
+@pytest.fixture(scope="session")
+def showo(fixtures):
+    """The golden Show-o: its folder, the backbone's config and params, what was told, and arrays(name) of an archive."""
+    from gvu_jax.described import Described
+    from gvu_jax.families.showo import ar_config
+    from gvu_jax.models import phi
+    from gvu_jax.tensor_files import weight_files
+    folder = fixtures / "showo"
+    tensors = {name: file.read(name) for file in weight_files(folder) for name in file.specs}
+    config = ar_config(Described(folder / "config.json"), Described(folder / "llm" / "config.json"))
+    return types.SimpleNamespace(
+        folder=folder, config=config, params=phi.from_torch(tensors, config),
+        told=json.loads((folder / "expected/expected.json").read_text()),
+        arrays=lambda name: dict(np.load(folder / "expected" / f"{name}.npz")))
+
+
+@pytest.fixture(scope="session")
+def tiny_showo():
+    """(umm, params) of an untrained Show-o, which speaks as the shapes world does."""
+    from gvu_jax.families import showo as family
+    from gvu_jax.models import magvit, phi
+    from gvu_jax.shapes.tokenizer import build_tokenizer
+    tokenizer = family.with_added(build_tokenizer(1))
+    vq = magvit.Config(bits=4, encoder_channels=32, encoder_multipliers=(1, 1), encoder_blocks=(1, 1),
+                       decoder_channels=32, decoder_multipliers=(1, 1), decoder_blocks=(1, 1))
+    ar = phi.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                    num_key_value_heads=2, vocab_size=len(tokenizer) + vq.codebook_size + 1,
+                    image_vocab_size=vq.codebook_size)
+    umm = family.Showo(ar, vq, tokenizer, grid=(3, 3), rounds=3, text_length=24)
+    umm.check_parts()
+    umm.check_text()
+    return umm, umm.init(jax.random.key(0))
+
+
 def assert_same_picture(pixels, expected):
     """pixels [H, W, 3] in [0, 1] against the recorded bytes: exact but where the recorded float lies so near to a half
     that float32 rounding decides."""

@@ -1,4 +1,5 @@
-"""Methods ask of a family what umm.py says and nothing else: all three train one that is a few numbers."""
+"""Methods ask of a family what umm.py says and nothing else: all three train one that is a few numbers, and one that
+draws mask by mask."""
 import json
 import types
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import load_config, one_device, tiny_config
-from gvu_jax import checkpoint, data, families, optim, sampling
+from gvu_jax import checkpoint, data, families, optim, sampling, sharding
 from gvu_jax.methods import anchor
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.sampling import How
@@ -53,7 +54,7 @@ class Toy:
         shape = jax.ShapeDtypeStruct
         return {"codes": shape((S, T), jnp.int32), "with": {"more": shape((S, 1, 2), jnp.float32)}}
 
-    def image_logps(self, params, prompts, drawn, how=How()):
+    def image_logps(self, params, prompts, drawn, how=How(), key=None):
         return gather_logps(self._codes(params, prompts), drawn["codes"])
 
     def image_target(self, params, pixels):
@@ -127,6 +128,46 @@ def test_every_method_trains_a_family_of_which_it_knows_the_protocol(name, chang
         assert not np.array_equal(before["ar"]["draw"], state.trainable["ar"]["draw"]) or method.config.method == "uae"
 
 
+WORDS = ("a photo of a red circle", "two blue crosses", "a green square", "an image of a red star", "a blue circle",
+         "three red squares")
+
+
+@pytest.mark.parametrize("name, changes, steps", [
+    ("shapes", {"gvu.anchor": 1.0, "reward.view": "tokens", "gvu.micro_batches": 2}, 1),
+    ("shapes_gap", {"internal_gap.objective": "dpo", "internal_gap.draws": 3}, 1),
+    ("shapes_gap", {"reward.view": "tokens", "internal_gap.anchor": 1.0}, 1), ("shapes_uae", {}, 3)])
+def test_every_method_trains_one_that_draws_mask_by_mask(tiny_showo, name, changes, steps, tmp_path):
+    """With guidance, which is part of its policy: the first update finds the sampler's log-probabilities."""
+    umm, base = tiny_showo
+    pixels = np.random.default_rng(0).integers(0, 256, (6, *umm.picture_size, 3)).astype(np.float32) / 255
+    stream = data.prompt_stream([{"prompt": text, "pixels": picture} for text, picture in zip(WORDS, pixels)], 0)
+    mesh, how = one_device(), How(images_per_prompt=4, guidance=2.5)
+    base = jax.device_put(base, sharding.shardings(umm.partition, base, mesh))
+
+    def begin(config, workdir):
+        method = METHODS[config.method](
+            umm, config, how, optim.build(config.optim, 10), mesh, umm.lengths(WORDS), workdir)
+        return method, method.init(base, jax.random.key(1))
+
+    config = settings(name, **changes)
+    if "internal_gap.draws" in changes:                   # a threshold that some candidates of the first prompt pass
+        probe, state = begin(settings(name), tmp_path / "probe")
+        probe.rollout(state, base, 0, stream, jax.random.key(0), Stopwatch(None, lambda: False))
+        config.internal_gap.threshold = float(np.sort(probe.rounds[0].score[0])[-2:].mean())
+    method, state = begin(config, tmp_path)
+    for step in range(steps):
+        before = jax.device_get(state.trainable)
+        batch = method.rollout(state, base, step, stream, jax.random.key(step), Stopwatch(None, lambda: False))
+        state, metrics = method.update(state, base, *batch)
+        metrics = jax.device_get(metrics)
+        assert all(np.isfinite(value) for value in metrics.values()), metrics
+        if name != "shapes_gap" and "logp_gap" in metrics:
+            assert metrics["logp_gap"] < 1e-4 and metrics["ratio_max"] == 1
+        assert ("margin_error" in metrics) == ("internal_gap.draws" in changes)
+        moved = jax.tree.map(lambda x, y: (np.asarray(x) != y).any(), before, jax.device_get(state.trainable))
+        assert any(jax.tree.leaves(moved))
+
+
 def test_what_was_drawn_comes_back_from_disk_as_it_was(tmp_path):
     config, stream = settings("shapes_gap"), data.prompt_stream(PICTURES, 0)
     first, again = (method_of(Toy(), config, tmp_path) for _ in range(2))
@@ -173,7 +214,7 @@ def test_folders_from_before_there_were_families_are_read(tiny, tmp_path):
 def test_a_family_that_is_not_there_is_named(tmp_path, monkeypatch):
     config = tiny_config()
     config.family = "other"
-    with pytest.raises(ValueError, match="config.family is 'other'; it must be one of xomni, janus"):
+    with pytest.raises(ValueError, match="config.family is 'other'; it must be one of xomni, janus, showo"):
         families.of(config)
     with pytest.raises(ValueError, match="config.family is 'other'"):
         families.tiny_of(config)

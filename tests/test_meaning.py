@@ -155,7 +155,7 @@ def test_what_the_anchor_holds():
 
 def gap(folder, rate=0.5, **changes):
     settings = dict(objective="sft", pool=6, prompts=4, group=3, waves=1, threshold=0.5, keep=2, batch=8,
-                    micro_batches=2, beta=0.4, nll=0.3, anchor=2.0, replay=2, probe=0) | changes
+                    micro_batches=2, beta=0.4, nll=0.3, draws=2, anchor=2.0, replay=2, probe=0) | changes
     built, base, state = build(InternalGap, rate, folder, internal_gap=settings)
     built.config.reward.mean, built.score = "yes", rewards.yes
     return built, base, state
@@ -222,7 +222,7 @@ def test_a_step_of_internal_gap(tmp_path, objective):
         return np.log1p(np.exp(-0.4 * margin(theta))).mean() - 0.3 * likely + 2.0 * held(theta)
 
     asked = anchor.questions(UMM, TEXTS, UMM.lengths(TEXTS), one_device())
-    batch = UMM.encode_prompts(TEXTS), asked, chosen, rejected, logp, by_base, {"data/prompts": np.float32(5)}
+    batch = UMM.encode_prompts(TEXTS), asked, chosen, rejected, logp, by_base, {"data/prompts": np.float32(5)}, KEY
     after, metrics = built.update(jax.tree.map(jnp.copy, state), base, *batch)
     expected, norm = toy.descend(POLICY, loss, 0.5)
     assert_moved(after, expected)

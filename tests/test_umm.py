@@ -21,23 +21,37 @@ def jitted(call):
     return jax.jit(call, static_argnums=static.get(call.__name__, ()))
 
 
+@pytest.fixture(params=["xomni", "showo"])
+def model(request):
+    """(umm, params) of an untrained model of each way to draw: token by token, and mask by mask."""
+    return request.getfixturevalue({"xomni": "tiny", "showo": "tiny_showo"}[request.param])[-2:]
+
+
+def seen_by(umm, key, count):
+    """What `count` pictures of random codes are to the understanding branch."""
+    codes = jax.random.randint(key, (count, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    return codes.reshape(count, *umm.grid) if umm.kind == "xomni" else codes
+
+
 TEXTS = ["a photo of a red circle", "an image of three blue crosses", "a photo of a square left of a green diamond"]
 
 
 @pytest.mark.parametrize("how", [How(images_per_prompt=3), How(temperature=0.6, top_k=5), How(guidance=2.5, min_p=0.1)])
-def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(tiny, key, how):
-    _, umm, params = tiny
+def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(model, key, how):
+    umm, params = model
     prompts = umm.encode_prompts(TEXTS)
     tokens, logps = jitted(umm.sample_image)(params, prompts, key, how)
-    assert tokens.shape == logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
+    assert logps.shape == (3 * how.images_per_prompt, umm.image_tokens)
+    for leaf, told in zip(jax.tree.leaves(tokens), jax.tree.leaves(umm.drawn_shapes(len(logps))), strict=True):
+        assert (leaf.shape, leaf.dtype) == (told.shape, told.dtype)
     teacher_forced = jitted(umm.image_logps)(params, prompts.repeat(how.images_per_prompt), tokens, how)
     np.testing.assert_allclose(logps, teacher_forced, atol=1e-4)
 
 
-def test_sampled_answers_know_their_log_probabilities_and_their_ends(tiny, key):
+def test_sampled_answers_know_their_log_probabilities_and_their_ends(model, key):
     """A group's answers are those of its pictures read one by one; each counts up to and including its end."""
-    _, umm, params = tiny
-    seen = jax.random.randint(key, (3, *umm.grid), 0, umm.ar.image_vocab_size)
+    umm, params = model
+    seen = seen_by(umm, key, 3)
     asked = umm.encode_prompts(["-"] * 3)
     say = jitted(umm.sample_text)
     words, logps, mask = say(params, seen, asked, key, How(images_per_prompt=8), 20)
@@ -54,21 +68,21 @@ def test_sampled_answers_know_their_log_probabilities_and_their_ends(tiny, key):
     assert lengths.min() < 20 == lengths.max(), "some of these end in time, and some do not"
 
 
-def test_one_prefill_serves_the_group(tiny, key):
+def test_one_prefill_serves_the_group(model, key):
     """G samples of B prompts are what B * G single prompts with the same keys give."""
-    _, umm, params = tiny
+    umm, params = model
     prompts = umm.encode_prompts(TEXTS)
     together, _ = jitted(umm.sample_image)(params, prompts, key, How(images_per_prompt=4))
     apart, _ = jitted(umm.sample_image)(params, prompts.repeat(4), key, How())
-    np.testing.assert_array_equal(together, apart)
+    jax.tree.map(np.testing.assert_array_equal, together, apart)
 
 
-def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(tiny, key):
-    _, umm, params = tiny
+def test_a_sample_does_not_depend_on_the_batch_it_is_drawn_in(model, key):
+    umm, params = model
     lengths = umm.lengths(TEXTS)
     whole, _ = jitted(umm.sample_image)(params, umm.encode_prompts(TEXTS, lengths), key, How())
     last, _ = jitted(umm.sample_image)(params, umm.encode_prompts(TEXTS[2:], lengths), key, How(), np.array([2]))
-    np.testing.assert_array_equal(whole[2:], last)
+    jax.tree.map(lambda whole, last: np.testing.assert_array_equal(whole[2:], last), whole, last)
 
 
 def test_temperature_one_draws_from_the_policy(tiny, key):
@@ -109,10 +123,10 @@ def test_the_reward_word_by_word_equals_the_single_forward(tiny, key):
         np.testing.assert_allclose(rewards.geometric_mean(logps, mask)[i], np.exp(np.mean(slowly)), rtol=1e-4)
 
 
-def test_texts_that_share_a_picture_are_scored_as_if_each_had_its_own(tiny, key):
-    _, umm, params = tiny
+def test_texts_that_share_a_picture_are_scored_as_if_each_had_its_own(model, key):
+    umm, params = model
     texts = [*TEXTS, *TEXTS[::-1]]
-    seen = jax.random.randint(key, (2, *umm.grid), 0, umm.ar.image_vocab_size)
+    seen = seen_by(umm, key, 2)
     prompts = umm.encode_prompts(texts)
     shared, mask = jitted(umm.text_logps)(params, seen, prompts)
     alone, _ = jitted(umm.text_logps)(params, jnp.repeat(seen, len(TEXTS), axis=0), prompts)
@@ -131,12 +145,11 @@ def test_pictures_of_any_grid_are_read(tiny, key):
     assert np.isfinite(logps[mask]).all()
 
 
-def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(tiny, key):
-    config, umm, base = tiny
-    config = config.copy_and_resolve_references()
+def test_without_the_adapter_the_policy_is_the_base_bit_for_bit(tiny, model, key):
+    config, (umm, base) = tiny[0].copy_and_resolve_references(), model
     config.lora.rank = 4
-    adapter = lora.init(key, base["ar"], 4, config.lora.targets)
-    tokens = jax.random.randint(key, (3, umm.image_tokens), 0, umm.ar.image_vocab_size)
+    adapter = lora.init(key, base["ar"], 4, r"_proj|lm_head")
+    tokens = jax.tree.map(lambda x: jax.random.randint(key, x.shape, 0, 3), umm.drawn_shapes(3))
     logps = jax.jit(umm.image_logps)
     prompts = umm.encode_prompts(TEXTS)
     reference = logps(base, prompts, tokens)

@@ -76,7 +76,7 @@ class Toy:
         tokens = jax.vmap(jax.random.categorical)(keys, logits)
         return tokens, jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
 
-    def image_logps(self, params, prompts, image_tokens, how=None):
+    def image_logps(self, params, prompts, image_tokens, how=None, key=None):
         return jnp.take_along_axis(self._image_logits(params, prompts), image_tokens[..., None], axis=-1)[..., 0]
 
     def drawn_shapes(self, S):

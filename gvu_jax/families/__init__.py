@@ -17,11 +17,13 @@ import importlib
 import importlib.util
 
 from gvu_jax.described import Described
-from gvu_jax.families import janus, xomni
+from gvu_jax.families import janus, showo, xomni
 
-FAMILIES = {"xomni": xomni, "janus": janus}                    # what a model folder calls its kind -> the family
-# What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers'.
-MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus}
+# What a model folder calls its kind -> the family.
+FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo}
+# What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers'; Show-o's, which
+# has the form of diffusers, calls it _class_name.
+MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "Showo": showo}
 FIRST = next(iter(FAMILIES))                   # what model folders and configs mean that name none
 
 
@@ -44,7 +46,7 @@ def tiny_of(config):
 def of_published(folder):
     """The family of a published folder. Raises ValueError or OSError where its config.json names none of ours."""
     described = Described(folder / "config.json")
-    found = described.get("model_type")
+    found = described.get("model_type", described.get("_class_name"))
     if found not in list(MODEL_TYPES):
         raise ValueError(f"{described.path} says model_type = {found!r}; implemented is {' or '.join(MODEL_TYPES)}")
     return MODEL_TYPES[found]

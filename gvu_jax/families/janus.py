@@ -152,7 +152,7 @@ class Janus:
         hidden, _ = model.apply(variables, tokens, mask)
         return model.apply(variables, hidden[:, -N:], method="image_logits")
 
-    def image_logps(self, params, prompts, codes, how=sampling.How()):
+    def image_logps(self, params, prompts, codes, how=sampling.How(), key=None):
         """log pi(code_t | prompt, codes_<t) of given pictures in one forward; with guidance in two, both
         differentiated: codes [B, N] -> [B, N] float32.
 

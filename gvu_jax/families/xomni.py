@@ -186,7 +186,7 @@ class XOmni:
         """The shape of S pictures as a policy draws them: image tokens [S, N] int32."""
         return jax.ShapeDtypeStruct((S, self.image_tokens), jnp.int32)
 
-    def image_logps(self, params, prompts, image_tokens, how=sampling.How()):
+    def image_logps(self, params, prompts, image_tokens, how=sampling.How(), key=None):
         """log pi(I_t | prompt, I_<t) of given pictures in one forward, with guidance in two. image_tokens [B, N] ->
         [B, N] float32."""
         B, N = image_tokens.shape

@@ -5,8 +5,8 @@ such pictures is its non-unification; what it accepts and what it rejects are da
 
     1. draw      the base draws N candidates for each prompt of a pool; the understanding      umm.sample_image, render,
                  branch scores each: how probable is "yes" against "no"?                       see, text_logps
-    2. train     sft: the negative log-likelihood of accepted candidates                       umm.image_logps
-                 dpo: a prompt's most accepted candidate against its most rejected one
+    2. train     sft: the negative log-likelihood of accepted candidates                       umm.image_nll
+                 dpo: a prompt's most accepted candidate against its most rejected one         umm.image_logps
     3. replay    prompts without an accepted candidate were discarded. The policy, stronger now, draws and judges
                  them again, and what passes joins the data (the curriculum: C-SFT, C-DPO)
 
@@ -42,7 +42,8 @@ class InternalGap:
     umm: a model of `umm.py`. config: under `internal_gap`, `objective` ("sft" | "dpo"), `pool` (prompts of round 0),
     `prompts` (of a call that draws), `group` (N), `waves`, `threshold` (of the score; what is above it is accepted),
     `keep` (SFT learns from at most so many accepted candidates of a prompt, the best), `batch` (rows of an update),
-    `micro_batches`, `beta` and `nll` (of DPO), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for
+    `micro_batches`, `beta`, `nll` and `draws` (of DPO: how many draws of masks or noise a likelihood is the mean of,
+    where the family has none that is exact), `anchor` (see anchor.py), and when to replay: at step `replay`, 0 for
     never. With `probe` > 0 that is the latest step: every `probe` steps one call of discarded prompts is drawn, and
     replay begins once the share of them that now passes has risen and rises no more. `reward.teacher` ("base" |
     "policy") judges, `reward.view` ("pixels" | "tokens") is what it reads, and `reward.mean` (rewards.MEANS) the score:
@@ -70,7 +71,7 @@ class InternalGap:
         gap = config.internal_gap
         if gap.objective not in ("sft", "dpo"):
             raise ValueError(f"internal_gap.objective is {gap.objective!r}; it must be 'sft' or 'dpo'")
-        for name in ("prompts", "pool", "group", "keep", "batch", "waves", "micro_batches"):
+        for name in ("prompts", "pool", "group", "keep", "batch", "waves", "micro_batches", "draws"):
             least = 2 if (name, gap.objective) == ("group", "dpo") else 1
             if gap[name] < least:
                 raise ValueError(f"internal_gap.{name} is {gap[name]}; it must be at least {least}")
@@ -109,7 +110,7 @@ class InternalGap:
         prompts, *arrays = self.pairs.rows(range(first, first + self.settings.batch), self.settings, self.config.seed)
         asked = anchor.questions(self.umm, prompts, self.lengths, self.mesh) if self.settings.anchor else None
         prompts = sharding.place_prompts(self.umm, prompts, self.lengths, self.mesh)
-        return prompts, asked, *sharding.put((*arrays, self.facts), self.mesh)
+        return prompts, asked, *sharding.put((*arrays, self.facts, jax.random.split(key)[1]), self.mesh)
 
     def draw(self, texts, key, base, policy, clock, shown=True):
         """One call: `prompts` texts, N candidates each -> drawn [B, N, ..], logp [B, N], score [B, N], and, where they
@@ -180,38 +181,47 @@ class InternalGap:
 
     # ---- 2. train ------------------------------------------------------------------------------------------------
 
-    def loss(self, trainable, base, batch):
+    def loss(self, trainable, base, batch, key):
         """The objective on one micro-batch, and its metrics. The policy draws nothing here, so kl (k3) and entropy
-        (cross-entropy), nats a token, are those of the accepted pictures."""
+        (cross-entropy), nats a token, are those of the accepted pictures. key: what masks or noise of likelihoods that
+        are not exact come from, the same for policy and base, chosen and rejected."""
         gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
-        logps = lambda params, drawn: self.umm.image_logps(params, batch.prompts, drawn)               # [B, T]
-        chosen, ref = logps(policy, batch.chosen), logps(base, batch.chosen)
         if gap.objective == "dpo":
-            loss, metrics = objectives.dpo_loss(
-                chosen, logps(policy, batch.rejected), ref, logps(base, batch.rejected), gap.beta, gap.nll)
+            of_draw = lambda params, drawn: jax.vmap(
+                lambda key: self.umm.image_logps(params, batch.prompts, drawn, key=key))                     # [M, B, T]
+            four = [of_draw(params, drawn)(jax.random.split(key, gap.draws))
+                    for drawn in (batch.chosen, batch.rejected) for params in (policy, base)]
+            chosen, ref, rejected, ref_rejected = (jnp.mean(logps, axis=0) for logps in four)
+            loss, metrics = objectives.dpo_loss(chosen, rejected, ref, ref_rejected, gap.beta, gap.nll)
+            if gap.draws > 1:
+                metrics["margin_error"] = objectives.standard_error(
+                    jnp.sum(four[0] - four[1] - four[2] + four[3], axis=2))
         else:
-            loss, metrics = objectives.cross_entropy(chosen, jnp.ones_like(chosen, bool)), {}
+            chosen, ref = (-self.umm.image_nll(params, batch.prompts, batch.chosen, key) for params in (policy, base))
+            loss, metrics = -jnp.mean(chosen), {}
         if gap.anchor:
             _, *held = anchor.held((), batch.prompts, batch.asked)
             seen = anchor.seen_again(self.umm, base, batch.chosen, batch.prompts)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, seen, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
-        away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
+        # Base and sampler, where they agree; where a likelihood is an estimate, how far that lies from the sampler's.
+        away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]
         metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
                     "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
         return loss, (metrics, None)
 
-    def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts):
+    def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts, key):
         """One optimizer step on B rows, over `micro_batches` slices of them.
 
         prompts [B] and, with an anchor, asked [B] (anchor.questions); chosen and rejected drawn [B, ..], logp [B] of
-        the chosen one when drawn, by_base [B] bool: by the base. Returns the state after step + 1 and a dict of scalar
-        metrics, `facts` among them.
+        the chosen one when drawn, by_base [B] bool: by the base. key: of `loss`, one for each micro-batch. Returns the
+        state after step + 1 and a dict of scalar metrics, `facts` among them.
         """
         batch = Batch(prompts, asked, chosen, rejected, logp, by_base)
-        batches = sharding.split_rows(batch, self.settings.micro_batches)
+        count = self.settings.micro_batches
+        batches = sharding.split_rows(batch, count), jax.random.split(key, count)
         trainable, opt_state, metrics, _ = grpo.descend(
-            lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, state.opt_state, batches,
+            lambda trainable, part: self.loss(trainable, base, *part), state.trainable, state.opt_state, batches,
             self.optimizer)
         state = sharding.constrain(self.umm.partition, State(state.step + 1, trainable, opt_state))
         return state, metrics | facts | skipped(opt_state)

@@ -51,21 +51,22 @@ class Dense(nn.Module):
     `lora.scaled`). A call whose variables lack that collection runs exactly the program of the base model.
 
     divided: the side of the matrix, 0 (in) or 1 (out), that stays divided over the mesh axis `tensor` in the product.
+    columns: those of `out` that are computed, where not all are wanted.
     """
     features: int
     use_bias: bool = False
     divided: int | None = None
 
     @nn.compact
-    def __call__(self, x):                                                            # [..., in] -> [..., out]
+    def __call__(self, x, columns=slice(None)):                                       # [..., in] -> [..., out]
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        y = x @ gathered(kernel, self.divided).astype(x.dtype)
+        y = x @ gathered(kernel, self.divided)[:, columns].astype(x.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,))[columns].astype(x.dtype)
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             a, b = gathered(a, 0 if self.divided == 0 else None), gathered(b, 1 if self.divided == 1 else None)
-            y = y + widen(x @ a.astype(x.dtype), b.astype(x.dtype))
+            y = y + widen(x @ a.astype(x.dtype), b[:, columns].astype(x.dtype))
         return y
 
 

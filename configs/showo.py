@@ -1,0 +1,46 @@
+"""GvU on Show-o: 256 px (the preset without a name, or :256), 512 px (:512), or the model that reads CLIP's features
+(:clip), which draws at 256 px.
+
+    hf download showlab/show-o --local-dir show-o                        # or show-o-512x512, show-o-w-clip-vit
+    hf download showlab/magvitv2 --local-dir magvitv2
+    hf download microsoft/phi-1_5 --local-dir phi-1_5 --exclude "*.safetensors"
+    python -m gvu_jax.convert --src=show-o --magvit=magvitv2 --llm=phi-1_5 --dst=checkpoints/showo_256
+    python -m gvu_jax.train --config=configs/showo.py --workdir=runs/showo \\
+        --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
+
+show-o-w-clip-vit needs --clip=DIR besides, of openai/clip-vit-large-patch14-336. The weights take 5.8 GB as published
+(float32). What a step takes on top, and on which chips it fits:
+
+    python -m gvu_jax.plan --config=configs/showo.py --topology=v5e:4x4
+
+Prompts, schedule and alarms are those of configs/xomni.py: nobody has published GvU on this model. The policy is exact
+for the choices made: each code in its round, which takes as many forwards a picture as there are rounds, and with
+guidance twice as many. --config.sampling.guidance=1 halves that, and draws worse pictures. What is estimated instead
+costs one forward for each random mask, --config.model.override.estimates=4, and is no longer the likelihood of what was
+drawn: logp_gap says how far off it is.
+"""
+import runpy
+from pathlib import Path
+
+SIZES = {"256": dict(rounds=16, guidance=2.75), "512": dict(rounds=50, guidance=6.0),
+         "clip": dict(rounds=16, guidance=2.75)}
+
+
+def get_config(size="256"):
+    if size not in SIZES:
+        raise ValueError(f"configs/showo.py has no preset {size!r}; it has {', '.join(SIZES)}")
+    config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
+    config.family = "showo"
+    config.mesh.tensor = 1
+    config.model.size = size                                             # for a plan without the checkpoint
+    config.model.checkpoint = f"checkpoints/showo_{size}"
+    del config.model.override
+    # Over what the checkpoint says. text_length: longer prompts are cut where they are drawn, as published.
+    config.model.override = dict(rounds=SIZES[size]["rounds"], text_length=128, heat=1.0, estimates=0,
+                                 instruction="Please describe this image in detail.")
+    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=SIZES[size]["guidance"],
+                           logps="guided")
+    # Of codes that are rendered and tokenised again less than half come back: what is judged is what was drawn.
+    config.reward.view = "pixels" if size == "clip" else "tokens"
+    config.lora.targets = r"layers/.*(_proj|dense|fc\d)"
+    return config
