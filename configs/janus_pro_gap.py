@@ -35,7 +35,7 @@ def get_config(preset="csft"):
     config.method = "internal_gap"
     config.reward.mean = "yes"
     config.internal_gap = dict(objective=name[-3:], pool=PROMPTS, prompts=16, group=10, waves=1, threshold=0.5, keep=1,
-                               batch=48, micro_batches=4, beta=0.1, nll=1.0, anchor=0.0, replay=0, probe=0)
+                               batch=48, micro_batches=4, beta=0.1, nll=1.0, draws=1, anchor=0.0, replay=0, probe=0)
     config.trains = "backbone"
     epoch = PROMPTS // config.internal_gap.batch
     config.steps = EPOCHS * epoch
