@@ -9,6 +9,7 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     sample_image(params, prompts, key, how)     -> drawn [S, ..], logps [S, T]
     image_logps(params, prompts, drawn, how)    -> logps [S, T]    teacher-forced, differentiable; equals the sampler's,
                                                                    unless how.logps asks for another policy's
+    image_moves(params, prompts, drawn, how)    -> flow.Moves      of families that draw by a flow alone, see flow.py
     image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw
     image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision: exact (next token) or a bound
                                                                    (others); `key` is what masks or noise come from
@@ -110,19 +111,19 @@ def check_texts(texts):
             raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
 
 
-def pad_prompts(texts, parts, lengths, pad, head=()):
+def pad_prompts(texts, parts, lengths, pad, head=(), left=(True, True, False)):
     """Prompts of int32 / bool numpy arrays from the ids of B texts: prompts, questions and words, lists of rows.
 
-    lengths: padded lengths; None takes the smallest that hold these texts. ValueError for a text that is longer.
+    left: which of the three are padded at their beginning. lengths: padded lengths; None takes the smallest that hold these texts. ValueError for a text that is longer.
     """
     arrays = []
-    for rows, width, name, left in zip(parts, lengths or lengths_of(parts), Lengths._fields, (True, True, False)):
+    for rows, width, name, before in zip(parts, lengths or lengths_of(parts), Lengths._fields, left):
         ids, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             if len(row) > width:
                 raise ValueError(f"the {name} of {texts[i][:40]!r} has {len(row)} tokens, more than the {width} this "
                                  f"run is padded to")
-            where = slice(width - len(row), None) if left else slice(0, len(row))
+            where = slice(width - len(row), None) if before else slice(0, len(row))
             ids[i, where], mask[i, where] = row, True
         arrays += [ids, mask]
     return Prompts(*arrays, head)

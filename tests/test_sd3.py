@@ -25,12 +25,21 @@ PLAIN = [
 
 
 def random_inputs(config, size, batch=2, text_tokens=5, seed=0):
-    """latents, context, pooled, sigma for latents of a size."""
+    """latents, text, sigma for latents of a size."""
     normal = np.random.default_rng(seed).standard_normal
     return (normal((batch, *size, config.in_channels), np.float32),
-            normal((batch, text_tokens, config.joint_attention_dim), np.float32),
-            normal((batch, config.pooled_projection_dim), np.float32),
+            sd3.Text(normal((batch, text_tokens, config.joint_attention_dim), np.float32),
+                     normal((batch, config.pooled_projection_dim), np.float32)),
             np.linspace(0.9, 0.2, batch, dtype=np.float32))
+
+
+def of_diffusers(torch, model, latents, text, sigma):
+    """The velocity, channels first, of diffusers' transformer."""
+    with torch.no_grad():
+        return model(hidden_states=torch.from_numpy(latents).permute(0, 3, 1, 2),
+                     encoder_hidden_states=torch.from_numpy(text.context),
+                     pooled_projections=torch.from_numpy(text.pooled), timestep=1000 * torch.from_numpy(sigma)
+                     ).sample.numpy()
 
 
 def channels_first(x):
@@ -68,11 +77,7 @@ def test_velocity_equals_diffusers(config, size, batch, text_tokens):
     theirs, tensors = torch_model(config)
     inputs, params = random_inputs(config, size, batch, text_tokens), sd3.from_torch(tensors, config)
     ours = sd3.SD3Transformer(config).apply({"params": params}, *inputs)
-    latents, context, pooled, sigma = (torch.from_numpy(x) for x in inputs)
-    with torch.no_grad():
-        velocity = theirs(hidden_states=latents.permute(0, 3, 1, 2), encoder_hidden_states=context,
-                          pooled_projections=pooled, timestep=1000 * sigma).sample
-    np.testing.assert_allclose(channels_first(ours), velocity.numpy(), atol=5e-4)
+    np.testing.assert_allclose(channels_first(ours), of_diffusers(torch, theirs, *inputs), atol=5e-4)
 
 
 @pytest.mark.parametrize("side, sample_size", [(5, 6), (8, 16)])
@@ -95,8 +100,8 @@ def test_flow_equals_diffusers_scheduler(steps, shift):
     theirs = torch.from_numpy(noise)
     for timestep in scheduler.timesteps:
         theirs = scheduler.step(torch.sin(theirs) + timestep / 1000, timestep, theirs).prev_sample
-    run = sd3.guided_velocity(lambda x, context, pooled, sigma: jnp.sin(x) + sigma[:, None, None, None],
-                              jnp.zeros((1, 1, 2)), jnp.zeros((1, 2)))
+    run = sd3.guided_velocity(lambda x, text, sigma: jnp.sin(x) + sigma[:, None, None, None],
+                              sd3.Text(jnp.zeros((1, 1, 2)), jnp.zeros((1, 2))))
     np.testing.assert_allclose(sd3.sample(run, noise, levels), theirs.numpy(), atol=1e-5)
 
 
@@ -168,12 +173,12 @@ def test_every_value_on_the_way(golden, recorded):
 
     def blocks(skip=()):
         streams = image, text
-        for first, count, dual, last in config.runs:
+        for first, count, (dual, last) in config.runs:
             for i in range(count):
                 if first + i in skip:
                     continue
                 of_block = {"params": jax.tree.map(lambda leaf: leaf[i], params[f"blocks_{first}"])}
-                streams, _ = sd3.Block(config, dual, last).apply(of_block, streams, vector)
+                streams, _ = sd3.Block(config, dual, last).apply(of_block, streams, vector, None)
                 if not skip:
                     close(streams[0], f"dbg_block{first + i}_image")
                     if not last:
@@ -192,8 +197,8 @@ def test_every_value_on_the_way(golden, recorded):
 def test_velocity(golden, recorded):
     (config, params, prefix), expected = golden, recorded[1]
     ours = jax.jit(sd3.SD3Transformer(config).apply)(
-        {"params": params}, channels_last(expected["vel_hidden"]), expected["vel_context"], expected["vel_pooled"],
-        expected["vel_timestep"] / 1000)
+        {"params": params}, channels_last(expected["vel_hidden"]),
+        sd3.Text(expected["vel_context"], expected["vel_pooled"]), expected["vel_timestep"] / 1000)
     np.testing.assert_allclose(channels_first(ours), expected[f"{prefix}velocity"], atol=5e-4)
 
 
@@ -252,9 +257,9 @@ def test_guided_loop_to_the_picture(fixtures, autoencoder, recorded):
     picture."""
     (told, expected), (config, params) = recorded, read(fixtures / "uae/sd35/base/transformer")
     velocity = jax.jit(lambda *inputs: sd3.SD3Transformer(config).apply({"params": params}, *inputs))
-    text = expected["loop_context"], expected["loop_pooled"]
-    negative = expected["loop_context_negative"], expected["loop_pooled_negative"]
-    run = sd3.guided_velocity(velocity, *text, negative, told["guidance_scale"])
+    text = sd3.Text(expected["loop_context"], expected["loop_pooled"])
+    negative = sd3.Text(expected["loop_context_negative"], expected["loop_pooled_negative"])
+    run = sd3.guided_velocity(velocity, text, negative, told["guidance_scale"])
     noise, levels = channels_last(expected["loop_init_latents"]), sd3.sigmas(told["num_inference_steps"], told["shift"])
     np.testing.assert_allclose(levels, expected["loop_sigmas"], atol=1e-6)
     latents = [noise, *channels_last(expected["loop_step_latents"])]
@@ -262,7 +267,7 @@ def test_guided_loop_to_the_picture(fixtures, autoencoder, recorded):
         np.testing.assert_allclose(before + (following - sigma) * run(before, sigma), after, atol=5e-4)
     final = jax.jit(lambda noise: sd3.sample(run, noise, levels))(noise)
     np.testing.assert_allclose(channels_first(final), expected["loop_final_latents"], atol=5e-4)
-    alone = jax.jit(lambda noise: sd3.sample(sd3.guided_velocity(velocity, *text), noise, levels))(noise)
+    alone = jax.jit(lambda noise: sd3.sample(sd3.guided_velocity(velocity, text), noise, levels))(noise)
     np.testing.assert_allclose(channels_first(alone), expected["loop_final_latents_nocfg"], atol=5e-4)
 
     of_vae, run = autoencoder
@@ -287,13 +292,25 @@ def random_params():
 def test_guided_sample_of_a_batch_equals_that_of_its_row(random_params):
     """Negative and positive halves are not mixed up between pictures, and one negative serves the whole batch."""
     config, velocity = PLAIN[1], lambda *x: sd3.SD3Transformer(PLAIN[1]).apply({"params": random_params}, *x)
-    noise, context, pooled, _ = random_inputs(config, (4, 2))
-    negative = np.ones_like(context[:1]), np.ones_like(pooled[:1])
-    sample = lambda rows: sd3.sample(sd3.guided_velocity(velocity, context[rows], pooled[rows], negative, 2.5),
+    noise, text, _ = random_inputs(config, (4, 2))
+    negative = sd3.Text(*(np.ones_like(x[:1]) for x in text[:2]))
+    sample = lambda rows: sd3.sample(sd3.guided_velocity(velocity, sd3.Text(*(x[rows] for x in text[:2])), negative, 2.5),
                                      noise[rows], sd3.sigmas(2))
     np.testing.assert_allclose(sample(slice(None))[1:], sample(slice(1, 2)), atol=1e-4)
     with pytest.raises(ValueError, match="negative"):
-        sd3.guided_velocity(velocity, context, pooled, None, 2.5)
+        sd3.guided_velocity(velocity, text, None, 2.5)
+
+
+def test_text_that_is_not_there_is_not_read(random_params):
+    """A row with fewer vectors among longer ones is drawn as it is alone."""
+    latents, text, sigma = random_inputs(PLAIN[1], (4, 2))
+    apply = lambda *x: sd3.SD3Transformer(PLAIN[1]).apply({"params": random_params}, *x)
+    real = np.arange(5)[None] < np.array([[5], [3]])
+    together = apply(latents, text._replace(real=real), sigma)
+    np.testing.assert_allclose(together[:1], apply(latents[:1], sd3.Text(*(x[:1] for x in text[:2])), sigma[:1]),
+                               atol=1e-5)
+    np.testing.assert_allclose(together[1:], apply(latents[1:], sd3.Text(text.context[1:, :3], text.pooled[1:]),
+                                                   sigma[1:]), atol=1e-5)
 
 
 def test_adapters_reach_both_streams(random_params):
@@ -310,11 +327,7 @@ def test_adapters_reach_both_streams(random_params):
     params = sd3.from_torch(tensors, config)
     adapter = lora.from_peft(of_peft, params, sd3.RULES)
     ours = sd3.SD3Transformer(config).apply({"params": params, "lora": lora.scaled(adapter, 2.0)}, *inputs)
-    latents, context, pooled, sigma = (torch.from_numpy(x) for x in inputs)
-    with torch.no_grad():
-        velocity = theirs(hidden_states=latents.permute(0, 3, 1, 2), encoder_hidden_states=context,
-                          pooled_projections=pooled, timestep=1000 * sigma).sample
-    np.testing.assert_allclose(channels_first(ours), velocity.numpy(), atol=5e-4)
+    np.testing.assert_allclose(channels_first(ours), of_diffusers(torch, theirs, *inputs), atol=5e-4)
     assert lora.to_peft(adapter, sd3.RULES).keys() == of_peft.keys()
 
 
@@ -332,9 +345,8 @@ def test_remat_changes_no_value(random_params):
 
 def test_bfloat16_in_bfloat16_out(random_params):
     half = lambda tree: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), tree)
-    latents, context, pooled, sigma = random_inputs(PLAIN[1], (4, 2))
-    velocity = sd3.SD3Transformer(PLAIN[1]).apply({"params": half(random_params)}, half(latents), half(context),
-                                                  half(pooled), sigma)
+    latents, text, sigma = random_inputs(PLAIN[1], (4, 2))
+    velocity = sd3.SD3Transformer(PLAIN[1]).apply({"params": half(random_params)}, half(latents), half(text), sigma)
     assert velocity.dtype == jnp.bfloat16
 
 

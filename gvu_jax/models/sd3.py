@@ -9,7 +9,7 @@ table. Everything is computed in the common dtype of inputs and parameters; norm
 of sigma are float32. Letters as in layers.py; X is the number of text vectors.
 """
 import dataclasses
-import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from flax import linen as nn
 
 from gvu_jax.models import torch_keys
 from gvu_jax.models.flux import Embedder, Modulation, modulated_norm, sinusoids
-from gvu_jax.models.layers import AXES, Dense, RMSNorm, spread
+from gvu_jax.models.layers import AXES, Dense, RMSNorm, alike, spread
 from gvu_jax.models.splash import full_attention
 
 
@@ -42,15 +42,22 @@ class Config:
 
     @property
     def runs(self):
-        """Blocks of one kind that follow each other, each a stack: tuples (first block, count, dual, last)."""
-        kinds = [(i in self.dual_attention_layers, i == self.num_layers - 1) for i in range(self.num_layers)]
-        alike = [list(group) for _, group in itertools.groupby(range(self.num_layers), key=kinds.__getitem__)]
-        return [(group[0], len(group), *kinds[group[0]]) for group in alike]
+        """Blocks of one kind that follow each other, each a stack: tuples (first block, count, (dual, last))."""
+        return alike([(i in self.dual_attention_layers, i == self.num_layers - 1) for i in range(self.num_layers)])
 
     def __post_init__(self):
         if self.num_layers < 1 or not set(self.dual_attention_layers) <= set(range(self.num_layers)):
             raise ValueError(f"dual_attention_layers {self.dual_attention_layers} are not among the {self.num_layers} "
                              f"layers (num_layers)")
+
+
+class Text(NamedTuple):
+    """What the transformer knows of B texts: context [B, X, joint_attention_dim], pooled [B, pooled_projection_dim],
+    and which of the context's vectors there are, real [B, X] bool; None: all. The published model is told of no
+    padding, and reads it."""
+    context: Any
+    pooled: Any
+    real: Any = None
 
 
 class Conditioning(nn.Module):
@@ -83,11 +90,11 @@ class JointAttention(nn.Module):
     last: bool
 
     @nn.compact
-    def __call__(self, image, text):                                     # [B, N, D], [B, X, D] -> the same shapes
+    def __call__(self, image, text, real):                               # [B, N, D], [B, X, D] -> the same shapes
         c, N = self.config, image.shape[1]
         streams = queries_keys_values(c, image, *OF_IMAGE), queries_keys_values(c, text, *OF_TEXT)
         q, k, v = (jnp.concatenate(pair, axis=1) for pair in zip(*streams))                         # [B, N+X, H, E]
-        mixed = full_attention(q, k, v).reshape(*q.shape[:2], -1)                                   # [B, N+X, D]
+        mixed = full_attention(q, k, v, real).reshape(*q.shape[:2], -1)                             # [B, N+X, D]
         image = Dense(c.width, True, 0, name="to_out_0")(mixed[:, :N])
         return image, None if self.last else Dense(c.width, True, 0, name="to_add_out")(mixed[:, N:])
 
@@ -116,7 +123,7 @@ class Block(nn.Module):
     last: bool
 
     @nn.compact
-    def __call__(self, streams, vector):
+    def __call__(self, streams, vector, real):
         image, text = (spread(x, over=AXES) for x in streams)
         shift, scale, gate, ff_shift, ff_scale, ff_gate, *second = Modulation(
             9 if self.dual else 6, name="norm1")(vector)
@@ -125,7 +132,7 @@ class Block(nn.Module):
         else:
             t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = Modulation(6, name="norm1_context")(vector)
         image_mixed, text_mixed = JointAttention(self.config, self.last, name="attn")(
-            modulated_norm(image, shift, scale), modulated_norm(text, t_shift, t_scale))
+            modulated_norm(image, shift, scale), modulated_norm(text, t_shift, t_scale), real)
         mixed = gate * image_mixed
         if self.dual:                                # reads the block's input, not what the joint attention made of it
             shift, scale, gate = second
@@ -142,26 +149,27 @@ class SD3Transformer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, latents, context, pooled, sigma):
+    def __call__(self, latents, text, sigma):
         """The velocity [B, h, w, C] of latents [B, h, w, C] at noise level sigma.
 
-        context [B, X, joint_attention_dim] text vectors, all of them attended to; pooled [B, pooled_projection_dim];
-        sigma [B] in [0, 1], a thousandth of diffusers' timestep. ValueError for latents that are no whole patches or
+        text: see `Text`; sigma [B] in [0, 1], a thousandth of diffusers' timestep. ValueError for latents that are no whole patches or
         have more of them than there are positions.
         """
         c, (B, h, w, _), size = self.config, latents.shape, (self.config.patch_size,) * 2
-        vector = Conditioning(c.width, name="time_text_embed")(sigma, pooled)                       # [B, D]
+        vector = Conditioning(c.width, name="time_text_embed")(sigma, text.pooled)                  # [B, D]
         image = nn.Conv(c.width, size, strides=size, padding="VALID", name="patch_embed")(latents)  # [B, r, c, D]
         table = self.param("pos_embed", lambda _: positions(c))
         grid = image.shape[1:3]
         image = image.reshape(B, -1, c.width) + cropped(table, (h, w), c).astype(image.dtype)       # [B, N, D]
-        text = Dense(c.width, True, name="context_embedder")(context)                               # [B, X, D]
+        real, streams = None, (image, Dense(c.width, True, name="context_embedder")(text.context))
+        if text.real is not None:
+            real = jnp.concatenate([jnp.ones(image.shape[:2], bool), text.real], axis=1)            # [B, N+X]
 
-        for first, count, dual, last in c.runs:
-            (image, text), _ = stack(c, count)(c, dual, last, name=f"blocks_{first}")((image, text), vector)
+        for first, count, (dual, last) in c.runs:
+            streams, _ = stack(c, count)(c, dual, last, name=f"blocks_{first}")(streams, vector, real)
 
         scale, shift = Modulation(2, name="norm_out")(vector)         # in this order, unlike in the blocks
-        image = modulated_norm(image, shift, scale)                                                 # [B, N, D]
+        image = modulated_norm(streams[0], shift, scale)                                            # [B, N, D]
         image = nn.Dense(size[0] * size[1] * c.in_channels, kernel_init=nn.initializers.zeros, name="proj_out")(image)
         patches = image.reshape(B, *grid, *size, c.in_channels)                                     # [B, r, c, 2, 2, C]
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(latents.shape)
@@ -219,26 +227,28 @@ def sigmas(steps, shift=3.0, trained=1000):
     return np.append(shifted(even, shift), 0).astype(np.float32)
 
 
-def guided_velocity(velocity, context, pooled, negative=None, guidance=1.0):
-    """(latents [S, h, w, C], sigma) -> the guided velocity [S, h, w, C] float32, n + guidance (p - n).
+def guided_velocity(velocity, text, negative=None, guidance=1.0, negative_gradient=True):
+    """(latents [S, h, w, C], sigma [] or [S]) -> the guided velocity [S, h, w, C] float32, n + guidance (p - n).
 
-    velocity: (latents, context, pooled, sigma [B]) -> [B, h, w, C], usually a bound SD3Transformer.apply, which runs in
-    the dtype of `context`. negative: (context, pooled) of what guidance leads away from, batch 1 or S; its context has
-    as many vectors. Both are read in one batch, [negative, positive]; a guidance of 1 reads no negative one.
+    velocity: (latents, Text, sigma [B]) -> [B, h, w, C], usually a bound SD3Transformer.apply, which runs in the dtype
+    of the text. negative: Text that guidance leads away from, batch 1 or S, with as many vectors. Both are read in one
+    batch, [negative, positive]; a guidance of 1 reads no negative one. negative_gradient: whether n is differentiated.
     """
-    rows, dtype = len(context), context.dtype
+    rows, dtype = len(text.context), text.context.dtype
     if guidance != 1:
         if negative is None:
-            raise ValueError("guidance other than 1 needs `negative`: the context and pooled vector it leads away from")
-        context, pooled = (jnp.concatenate([jnp.broadcast_to(other, positive.shape).astype(dtype), positive])
-                           for positive, other in zip((context, pooled), negative))                 # [2S, ..]
+            raise ValueError("guidance other than 1 needs `negative`: the text that it leads away from")
+        text = Text(*(None if p is None else jnp.concatenate([jnp.broadcast_to(n, p.shape).astype(p.dtype), p])
+                      for n, p in zip(negative, text)))                                             # [2S, ..]
 
     def run(latents, sigma):
+        sigma = jnp.broadcast_to(sigma, rows)
         if guidance == 1:
-            return velocity(latents.astype(dtype), context, pooled, jnp.full(rows, sigma)).astype(jnp.float32)
+            return velocity(latents.astype(dtype), text, sigma).astype(jnp.float32)
         twice = jnp.concatenate([latents, latents]).astype(dtype)                                   # [2S, h, w, C]
-        v = velocity(twice, context, pooled, jnp.full(2 * rows, sigma)).astype(jnp.float32)
-        return v[:rows] + guidance * (v[rows:] - v[:rows])
+        v = velocity(twice, text, jnp.concatenate([sigma, sigma])).astype(jnp.float32)
+        n, p = v[:rows] if negative_gradient else jax.lax.stop_gradient(v[:rows]), v[rows:]
+        return n + guidance * (p - n)
     return run
 
 
@@ -278,8 +288,8 @@ def init(config, key):
     """Random parameters, a nested dict; under jax.eval_shape, the shapes of all parameters."""
     c = config
     return SD3Transformer(c).init(
-        key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), jnp.zeros((1, 1, c.joint_attention_dim)),
-        jnp.zeros((1, c.pooled_projection_dim)), jnp.ones(1))["params"]
+        key, jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels)), Text(
+            jnp.zeros((1, 1, c.joint_attention_dim)), jnp.zeros((1, c.pooled_projection_dim))), jnp.ones(1))["params"]
 
 
 def from_torch(tensors, config):
