@@ -60,14 +60,15 @@ class Flow:
 
     @property
     def trained(self):
-        """T, how many steps are decisions."""
-        return self.window or self.steps - 1
+        """T, how many steps are decisions; none where there is no noise."""
+        return (self.window or self.steps - 1) if self.noise else 0
 
 
 @struct.dataclass
 class Drawn:
     """S pictures as a policy draws them: the latents before each decision and behind the last one [S, T + 1, ..], which
-    step was the first of them [S] int32, and the latents that are rendered [S, ..]."""
+    step was the first of them [S] int32, and the latents that are rendered [S, ..]. Without noise there are no decisions:
+    what it began with and what it became."""
     latents: Any
     first: Any
     final: Any
@@ -139,8 +140,8 @@ def sample(flow, run, start, levels, first, noise):
     def advance(x, i):
         s, after, noisy = levels[i], levels[i + 1], ~(i < first) & (i < first + flow.trained) | (flow.window == 0)
         v = run(x, seen_level(flow, s))
-        if not flow.noise:                       # as sd3.sample has it, bit for bit; there are no log-probs, and they say so
-            return x + (after - s) * v, (x, jnp.full(len(x), jnp.nan))
+        if not flow.noise:                                                      # as sd3.sample has it, bit for bit
+            return x + (after - s) * v, (x, jnp.zeros(len(x)))
         mean, std, _ = step(flow, x, v, s, after, levels[1], jnp.where(noisy, flow.noise, 0.0))
         following = jnp.where(noisy, mean + std * noise(i), mean)
         # DanceGRPO renders what the last step thinks that the picture is.

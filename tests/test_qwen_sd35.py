@@ -99,15 +99,16 @@ def test_golden_pictures(uae):
     start = np.concatenate([expected[f"{name}_init_latents"] for name in uae.expected["prompts"]])
 
     def draw(policy, start):
-        texts = umm.texts(policy, prompts, True)
+        texts, levels = umm.texts(policy, prompts, True), flow.levels(how, umm.shift)
         run = umm._run(policy, *texts, told["guidance_scale"], how)
-        drawn, _ = flow.sample(how, run, start, flow.levels(how, umm.shift), 0, None)
-        return drawn, umm.decode(policy, drawn.final), umm.render(policy, drawn, prompts, None)
-    drawn, pixels, rendered = jax.jit(draw)(uae.policy, channels_last(start))
-    chain = jnp.concatenate([drawn.latents[:, 1:], drawn.final[:, None]], axis=1)                   # [S, N, ..]
+        drawn, _ = flow.sample(how, run, start, levels, 0, None)
+        _, chain = jax.lax.scan(lambda x, s: ((x := x + (s[1] - s[0]) * run(x, s[0])), x), start, (
+            jnp.array(levels[:-1]), jnp.array(levels[1:])))                                         # [N, S, ..]
+        return drawn, chain, umm.decode(policy, drawn.final), umm.render(policy, drawn, prompts, None)
+    drawn, chain, pixels, rendered = jax.jit(draw)(uae.policy, channels_last(start))
     assert rendered.shape[1:3] == umm.picture_size == (told["height"], told["width"])
     for row, name in enumerate(uae.expected["prompts"]):
-        np.testing.assert_allclose(channels_first(chain[row]), expected[f"{name}_step_latents"][:, 0], atol=5e-4)
+        np.testing.assert_allclose(channels_first(chain[:, row]), expected[f"{name}_step_latents"][:, 0], atol=5e-4)
         np.testing.assert_allclose(channels_first(drawn.final[row]), expected[f"{name}_final_latents"][0], atol=5e-4)
         np.testing.assert_allclose(pixels[row], expected[f"{name}_image_float"][0], atol=2e-3)
         off = np.abs(np.round(np.asarray(rendered[row]) * 255) - expected[f"{name}_image_uint8"])
@@ -448,7 +449,7 @@ def moved(run):
 def test_the_three_stages_of_uae(uae, tmp_path):
     """Cold start, captions, drawings: a step each; and the adapter of both halves, written for peft and read back."""
     config = smallest(load_config("uae_sd35"), uae, tmp_path)
-    config.uae.update(prompts=1, group=2, cold=1, pairs=2, stages="caption:1,draw:1", words=8, micro_batches=1)
+    config.uae.update(prompts=1, group=2, cold=1, pairs=2, stages="caption:1,draw:1", words=16, micro_batches=1)
     config.pictures.update(folder=str(tmp_path / "pictures"), held_out=str(tmp_path / "pictures"))
     (tmp_path / "pictures").mkdir()
     for i, text in enumerate(uae.expected["captioner_grpo"]["captions"][:2]):
@@ -475,6 +476,49 @@ def test_gvu_through_the_interface(uae, tmp_path):
     lines = losses(tmp_path / "run")
     assert all(line["logp_gap"] < 0.2 and line["reward/mean"] > 0 for line in lines)
     assert moved(tmp_path / "run") == {"dit"}
+
+
+def gap_config(uae, folder, objective):
+    config, gap = smallest(load_config("uae_sd35", "gvu"), uae, folder), load_config("xomni_gap")
+    with config.unlocked():
+        del config.gvu, config.flow
+        config.update(method="internal_gap", internal_gap=gap.internal_gap, reward=gap.reward, trains="all")
+    config.internal_gap.update(objective=objective, prompts=2, pool=2, group=2, keep=1, batch=2, waves=1,
+                               micro_batches=1, replay=0, probe=0, threshold=1e-6, anchor=0.0)
+    config.sampling.flow.update(noise=0.0)
+    return config
+
+
+def test_internal_gap_through_the_interface(uae, tmp_path):
+    """Own pictures that the captioner accepts, learned by flow matching."""
+    config = gap_config(uae, tmp_path, "sft")
+    train(config, tmp_path / "run")
+    losses(tmp_path / "run")
+    assert moved(tmp_path / "run") == {"dit"}
+    config.sampling.flow.update(noise=0.7)
+    with pytest.raises(ValueError, match="learns from whole pictures"):
+        train(config, tmp_path / "noisy")
+
+
+def test_pairs_meet_the_same_noise(uae, tmp_path):
+    """Of DPO: before the first step policy and base agree on both pictures of a pair, so that the margin is exactly 0."""
+    from gvu_jax.methods.internal_gap import Batch, InternalGap
+    config, umm = gap_config(uae, tmp_path, "dpo"), uae.umm
+    how = How(flow=flow.Flow(2))
+    method = InternalGap(umm, config, how, None, sharding.make_mesh({}, jax.devices()[:1]))
+    shapes, rng = umm.drawn_shapes(2, how), np.random.default_rng(0)
+    pictures = [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes) for _ in range(2)]
+    prompts = umm.encode_prompts(list(uae.expected["prompts"].values()))
+    trainable = {"adapter": lora.init(jax.random.key(0), uae.base["ar"], 2, config.lora.targets)}
+
+    def loss(trainable, key):
+        value, (metrics, _) = method.loss(trainable, uae.base, Batch(
+            prompts, None, *pictures, jnp.zeros(2), jnp.ones(2, bool)), key)
+        return value, metrics
+    (value, metrics), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, jax.random.key(0))
+    nll = jax.jit(umm.image_nll)(uae.base, prompts, pictures[0].final, jax.random.key(0))
+    assert metrics["margin"] == 0 and norm(slope) > 0
+    np.testing.assert_allclose(value, np.log(2) + config.internal_gap.nll * nll.mean(), rtol=1e-4)
 
 
 @pytest.mark.parametrize("changes, said", [

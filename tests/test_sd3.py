@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from gvu_jax import lora
 from gvu_jax.described import Described
 from gvu_jax.families.xomni import vae_config
 from gvu_jax.models import sd3, text_encoders, vae
@@ -313,14 +314,12 @@ def test_text_that_is_not_there_is_not_read(random_params):
                                                    sigma[1:]), atol=1e-5)
 
 
-def test_adapters_reach_both_streams(random_params):
-    """What peft lays over diffusers' model of the eight matrices of joint attention."""
+def test_adapters_reach_every_matrix(random_params):
+    """What peft lays over all linear layers of diffusers' model."""
     peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
-    from gvu_jax import lora
     config, inputs = PLAIN[1], random_inputs(PLAIN[1], (4, 6))
     theirs, tensors = torch_model(config)
-    targets = [f"attn.{name}" for name in ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj",
-                                           "add_v_proj", "to_add_out")]
+    targets = [name for name, module in theirs.named_modules() if isinstance(module, torch.nn.Linear)]
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets,
                                                          init_lora_weights=False)).eval()
     of_peft = {name: tensor.numpy() for name, tensor in peft.get_peft_model_state_dict(theirs).items()}
@@ -329,6 +328,8 @@ def test_adapters_reach_both_streams(random_params):
     ours = sd3.SD3Transformer(config).apply({"params": params, "lora": lora.scaled(adapter, 2.0)}, *inputs)
     np.testing.assert_allclose(channels_first(ours), of_diffusers(torch, theirs, *inputs), atol=5e-4)
     assert lora.to_peft(adapter, sd3.RULES).keys() == of_peft.keys()
+    new = lora.init(jax.random.key(0), params, 3, "")
+    assert lora.to_peft(new, sd3.RULES).keys() == of_peft.keys()               # and none of the convolution
 
 
 def test_remat_changes_no_value(random_params):

@@ -337,13 +337,13 @@ class QwenSD35:
         on words repeat it at log-probability 0; a row that has not come to its end by then counts whole. index as in
         `sample_image`; how's guidance is for pictures and not applied.
         """
-        backbone = {name: params[name] for name in ("ar", "adapter") if name in params}
-        backbone = sharding.constrain(self.partition, backbone, "rollout")
+        captioner = {name: {"llm": params[name]["llm"]} for name in ("ar", "adapter") if "llm" in params.get(name, {})}
+        captioner = sharding.constrain(self.partition, captioner, "rollout")
         asked, mask, place = self._asked(seen, prompts)
         count = count_positions(jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True))
         end, how = self._id(STOP), dataclasses.replace(how, guidance=1.0)
         words, logps = sampling.decode(
-            qwen25_vl.Qwen25VL(self.ar), self._variables(backbone, "llm"), asked, mask, key, how, steps=steps,
+            qwen25_vl.Qwen25VL(self.ar), self._variables(captioner, "llm"), asked, mask, key, how, steps=steps,
             head="text_logits", offset=0, index=index, stop=end, seen=seen.cells, positions=place(count))
         return words, logps, until_end(words, end)
 

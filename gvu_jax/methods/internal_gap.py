@@ -59,6 +59,8 @@ class InternalGap:
                                "internal_gap.anchor above 0": self.settings.anchor}.items():
             if asked:
                 check_shared(umm, setting)
+        if hasattr(umm, "image_moves") and how.flow is not None and how.flow.noise:
+            raise ValueError("internal_gap learns from whole pictures, not from noisy steps: set sampling.flow.noise = 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -182,11 +184,14 @@ class InternalGap:
 
     # ---- 2. train ------------------------------------------------------------------------------------------------
 
-    def loss(self, trainable, base, batch):
-        """The objective on one micro-batch, and its metrics. The policy draws nothing here, so kl (k3) and entropy
+    def loss(self, trainable, base, batch, key):
+        """The objective on one micro-batch, and its metrics. Of a flow, whose likelihood nobody knows, it is that of its
+        bound, the flow-matching loss, with the noise of `key` (Diffusion-DPO, Wallace et al. 2024). The policy draws nothing here, so kl (k3) and entropy
         (cross-entropy), nats a token, are those of the accepted pictures."""
         gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
         logps = lambda params, drawn: self.umm.image_logps(params, batch.prompts, drawn)               # [B, T]
+        if by_flow := hasattr(self.umm, "image_moves"):       # chosen, rejected, policy and base meet the same noise
+            logps = lambda params, drawn: -self.umm.image_nll(params, batch.prompts, drawn.final, key)  # [B, 1]
         chosen, ref = logps(policy, batch.chosen), logps(base, batch.chosen)
         if gap.objective == "dpo":
             loss, metrics = objectives.dpo_loss(
@@ -198,9 +203,10 @@ class InternalGap:
             held = anchor.held(seen, batch.prompts, batch.asked)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
-        away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]            # base and sampler, where they agree
-        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
-                    "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
+        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen)}
+        if not by_flow:
+            away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]        # base and sampler, where they agree
+            metrics["logp_gap"] = jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)
         return loss, (metrics, None)
 
     def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts):
@@ -211,9 +217,11 @@ class InternalGap:
         metrics, `facts` among them.
         """
         batch = Batch(prompts, asked, chosen, rejected, logp, by_base)
-        batches = sharding.split_rows(batch, self.settings.micro_batches)
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(self.config.seed), state.step),
+                                self.settings.micro_batches)
+        batches = sharding.split_rows(batch, self.settings.micro_batches), keys
         trainable, opt_state, metrics, _ = grpo.descend(
-            lambda trainable, batch: self.loss(trainable, base, batch), state.trainable, state.opt_state, batches,
+            lambda trainable, part: self.loss(trainable, base, *part), state.trainable, state.opt_state, batches,
             self.optimizer)
         state = sharding.constrain(self.umm.partition, State(state.step + 1, trainable, opt_state))
         return state, metrics | facts | skipped(opt_state)

@@ -7,6 +7,7 @@ Dimension letters, used in every file of this package:
 """
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,10 +58,11 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = False
     divided: int | None = None
+    kernel_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x):                                                            # [..., in] -> [..., out]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = x @ gathered(kernel, self.divided).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(x.dtype)

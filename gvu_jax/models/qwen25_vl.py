@@ -397,7 +397,7 @@ PARTITION = (
     (r"projector/fc1/kernel$", ("width", "channels")),
     (r"projector/fc2/kernel$", ("channels", "width")),
     (r"lm_head/kernel$", ("width", "vocab")),
-    (r"(norm/scale|layernorm/scale|bias)$", (None,)),
+    (r"(norm/scale|layernorm/scale|fc[12]/bias)$", (None,)),
 )
 VISION_PARTITION = ((r"(?<!patch_embed_)kernel$", ("any",)), (r"(bias|scale|patch_embed_kernel)$", (None,)))
 

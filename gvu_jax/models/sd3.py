@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import torch_keys
-from gvu_jax.models.flux import Embedder, Modulation, modulated_norm, sinusoids
+from gvu_jax.models.flux import modulated_norm, sinusoids
 from gvu_jax.models.layers import AXES, Dense, RMSNorm, alike, spread
 from gvu_jax.models.splash import full_attention
 
@@ -58,6 +58,26 @@ class Text(NamedTuple):
     context: Any
     pooled: Any
     real: Any = None
+
+
+class Embedder(nn.Module):
+    width: int
+
+    @nn.compact
+    def __call__(self, x):                                                                     # [B, in] -> [B, D]
+        hidden = nn.silu(Dense(self.width, True, name="linear_1")(x))
+        return Dense(self.width, True, name="linear_2")(hidden)
+
+
+class Modulation(nn.Module):
+    """What flux.Modulation is, of matrices that can carry an adapter: [B, D] -> `parts` vectors [B, 1, D]."""
+    parts: int
+
+    @nn.compact
+    def __call__(self, vector):
+        zeros, width = nn.initializers.zeros, self.parts * vector.shape[-1]
+        out = Dense(width, True, kernel_init=zeros, name="linear")(nn.silu(vector))[:, None, :]
+        return jnp.split(out, self.parts, axis=-1)
 
 
 class Conditioning(nn.Module):
@@ -170,7 +190,8 @@ class SD3Transformer(nn.Module):
 
         scale, shift = Modulation(2, name="norm_out")(vector)         # in this order, unlike in the blocks
         image = modulated_norm(streams[0], shift, scale)                                            # [B, N, D]
-        image = nn.Dense(size[0] * size[1] * c.in_channels, kernel_init=nn.initializers.zeros, name="proj_out")(image)
+        zeros, out = nn.initializers.zeros, size[0] * size[1] * c.in_channels
+        image = Dense(out, True, kernel_init=zeros, name="proj_out")(image)                         # [B, N, 2 2 C]
         patches = image.reshape(B, *grid, *size, c.in_channels)                                     # [B, r, c, 2, 2, C]
         return patches.transpose(0, 1, 3, 2, 4, 5).reshape(latents.shape)
 
@@ -270,7 +291,8 @@ PARTITION = (
     (r"(to_out_0|to_add_out)/kernel$", ("heads", "width")),
     (r"up/kernel$", ("width", "channels")),
     (r"down/kernel$", ("channels", "width")),
-    (r"kernel$", ("any",)),
+    (r"(linear(_[12])?|context_embedder|proj_out)/kernel$", (None, "any")),
+    (r"patch_embed/kernel$", ("any",)),
     (r"(bias|scale|pos_embed)$", (None,)),
 )
 
