@@ -36,6 +36,5 @@ def get_config(method="uae"):
     config.optim = dict(lr=3e-4, warmup=0, schedule="constant", b2=0.999, weight_decay=1e-4, clip_norm=1.0)
     if method == "uae":
         config.uae.update(cold=0)
-    config.alarm.entropy = -10.0                                         # of a flow it follows from the noise alone
     config.steps = 2000
     return config

@@ -2,8 +2,8 @@
 
 What grpo.py is for words and codes, with three things that a flow has otherwise: a log-probability is a mean over the
 entries of a step, so that ratios are clipped at about 1e-4; KL to the reference is that of two Gaussians and needs no
-estimate; and the spread of rewards is that of all samples of a step. Families that draw so have `image_moves`, see
-flow.py, and configs for them a section `flow`:
+estimate, while their entropy follows from the noise alone and is not told; and the spread of rewards is that of all
+samples of a step. Families that draw so have `image_moves`, see flow.py, and configs for them a section `flow`:
 
     clip, beta            of the objective
     spread                "all" or "group": whose spread of rewards divides an advantage
@@ -80,6 +80,5 @@ def update(state, rows, reward, sampler_logps, reference, policy_of, moves_of, s
     metrics = jax.tree.map(lambda x: x[-1], metrics) | {
         "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
         "reward/flat": objectives.flat_groups(reward, settings.group),
-        "entropy": -jnp.mean(drew),                              # nats an entry of a step
         "logp_gap": jnp.mean(jnp.abs(drew - sampler_logps))} | skipped(opt_state)
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
