@@ -1,5 +1,5 @@
-"""UAE's own pair, 512 px: Qwen2.5-VL-3B captions, Stable Diffusion 3.5 draws from its states; by UAE (the preset without
-a name, or :uae) or by GvU (:gvu), where the captioner's probabilities of the prompt's words are the reward.
+"""UAE's own pair, 512 px: Qwen2.5-VL-3B captions, Stable Diffusion 3.5 draws from its states. By UAE (the preset
+without a name, or :uae) or by GvU (:gvu), where the captioner's probabilities of the prompt's words are the reward.
 
     hf download zhiyuanyan1/UAE --local-dir UAE
     hf download stabilityai/stable-diffusion-3.5-large --local-dir UAE/SD3
@@ -8,9 +8,9 @@ a name, or :uae) or by GvU (:gvu), where the captioner's probabilities of the pr
         --config.pictures.folder=train --config.pictures.held_out=test \\
         --config.data.prompts=train.jsonl --config.data.held_out=held_out.jsonl
 
-A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. UAE's own settings of the two
-RL stages are not published. What is below for drawing is Flow-GRPO's for Stable Diffusion 3.5, in its repository: 10
-noisy steps where 40 without noise are used later, guidance in both, a clip of 1e-4.
+A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. UAE's own settings of the
+two RL stages are not published. What is below for drawing is Flow-GRPO's for Stable Diffusion 3.5, in its repository:
+10 noisy steps where 40 without noise are used later, guidance in both, a clip of 1e-4.
 """
 import runpy
 from pathlib import Path
@@ -32,7 +32,8 @@ def get_config(method="uae"):
     config.flow = dict(clip=1e-4, beta=0.04, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
     config[method].update(prompts=16, group=24, micro_batches=48)
     # The eight matrices of joint attention; UAE trains the captioner too.
-    config.lora = dict(rank=32, alpha=64, targets=r"^dit/.*attn/(to|add)_" + (r"|^llm/layers/" if method == "uae" else ""))
+    targets = {"gvu": r"^dit/.*attn/(to|add)_", "uae": r"^llm/layers/|^dit/.*attn/(to|add)_"}[method]
+    config.lora = dict(rank=32, alpha=64, targets=targets)
     config.optim = dict(lr=3e-4, warmup=0, schedule="constant", b2=0.999, weight_decay=1e-4, clip_norm=1.0)
     if method == "uae":
         config.uae.update(cold=0)

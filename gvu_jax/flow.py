@@ -11,8 +11,8 @@ standard normal. With x1 = x + (1 - s) v, the noise that x is made of, every kin
     cps     std = s' sin(a pi / 2)       pull = sqrt(s'^2 - std^2) - s'                          Flow-CPS
 
 The first two have the ODE's marginals in the limit of small steps, the third keeps the noise that the level asks for. A
-log-probability is the mean, not the sum, over the entries of x': ratios of policies are then within some thousandth of 1
-whatever the size of a picture, and what clips them is about 1e-4.
+log-probability is the mean, not the sum, over the entries of x': ratios of policies are then within some thousandth of
+1 whatever the size of a picture, and what clips them is about 1e-4.
 
 S samples, N steps, T of them trained. Everything here is float32.
 """
@@ -67,8 +67,8 @@ class Flow:
 @struct.dataclass
 class Drawn:
     """S pictures as a policy draws them: the latents before each decision and behind the last one [S, T + 1, ..], which
-    step was the first of them [S] int32, and the latents that are rendered [S, ..]. Without noise there are no decisions:
-    what it began with and what it became."""
+    step was the first of them [S] int32, and the latents that are rendered [S, ..]. Without noise there are no
+    decisions: what it began with and what it became."""
     latents: Any
     first: Any
     final: Any
@@ -174,8 +174,8 @@ def moves(flow, run, drawn, levels):
 
 
 def draw(flow, run_of, shape, levels, key, index, group):
-    """`sample` from keys: picture number index[s] of the whole has the noise of its place alone. shape: of one picture's
-    latents; run_of: the velocity, see `sample`; group: how many neighbours are of one prompt."""
+    """`sample` from keys: picture number index[s] of the whole has the noise of its place alone. shape: of one
+    picture's latents; run_of: the velocity, see `sample`; group: how many neighbours are of one prompt."""
     low, high = flow.between or (0, flow.steps - 1)
     first = jax.random.randint(jax.random.fold_in(key, 1), (), low, high - flow.window + 1) if flow.window else 0
     of_places = jax.vmap(jax.random.fold_in, in_axes=(None, 0))             # as in sampling.py
@@ -265,8 +265,8 @@ def check(settings, name):
 def mix_window(step, size, steps, every, by, back=True, decay=0.0, beyond=0):
     """The steps that MixGRPO trains at iteration `step`: a list of up to `size`, below `steps`.
 
-    A window moves by `by` steps. One that starts at i stays for every x exp(-decay (i - beyond)) iterations, rounded up,
-    and for `every` up to i = beyond. It is cut at the upper end and, as published, empty for
+    A window moves by `by` steps. One that starts at i stays for every x exp(-decay (i - beyond)) iterations, rounded
+    up, and for `every` up to i = beyond. It is cut at the upper end and, as published, empty for
     its last stay, behind which it begins again where `back` says so.
     """
     starts = range(0, steps + by, by)

@@ -29,8 +29,8 @@ class How:
     suppress: tuple[int, ...] = ()        # indices into the head's own vocabulary, never drawn
     logps: str = "guided"                 # which policy is trained: what is drawn from, two forwards; or "conditional",
                                           # as if there were no guidance: the ratio is then of another distribution
-    flow: Any = None                      # flow.Flow, or its fields: through which steps a family that draws by a flow goes, None: its
-                                          # own; to others it means nothing
+    flow: Any = None                      # flow.Flow, or its fields: through which steps a family that draws by a flow
+                                          # goes, None: its own; to others it means nothing
 
     def __post_init__(self):
         if self.flow is not None and not isinstance(self.flow, Flow):

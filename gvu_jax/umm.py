@@ -114,7 +114,8 @@ def check_texts(texts):
 def pad_prompts(texts, parts, lengths, pad, head=(), left=(True, True, False)):
     """Prompts of int32 / bool numpy arrays from the ids of B texts: prompts, questions and words, lists of rows.
 
-    left: which of the three are padded at their beginning. lengths: padded lengths; None takes the smallest that hold these texts. ValueError for a text that is longer.
+    left: which of the three are padded at their beginning. lengths: padded lengths; None takes the smallest that hold
+    these texts. ValueError for a text that is longer.
     """
     arrays = []
     for rows, width, name, before in zip(parts, lengths or lengths_of(parts), Lengths._fields, left):

@@ -79,7 +79,8 @@ def tiny():
 
     def run_of(params, guidance=2.0, **more):
         velocity = lambda *x: sd3.SD3Transformer(CONFIG).apply({"params": params}, *x)
-        return sd3.guided_velocity(velocity, sd3.Text(context, pooled), sd3.Text(negative, pooled[:1]), guidance, **more)
+        text, other = sd3.Text(context, pooled), sd3.Text(negative, pooled[:1])
+        return sd3.guided_velocity(velocity, text, other, guidance, **more)
     return params, run_of
 
 
@@ -178,8 +179,9 @@ def test_the_objective_in_numpy(tiny, how):
             np.testing.assert_allclose(told["ratio_max"], r.max(), atol=2e-5)
     assert 0 < told["clipped"] < 1 or how.kind == "cps"
 
-    value = jax.jit(lambda params: flow.policy_loss(flow.moves(how, run_of(params), drawn, levels), old, old, A, changed(
-        PLAIN, clip=0.5, beta=0.3))[0])
+    settings = changed(PLAIN, clip=0.5, beta=0.3)
+    value = jax.jit(lambda params: flow.policy_loss(flow.moves(how, run_of(params), drawn, levels), old, old, A,
+                                                    settings)[0])
     slope, rng = jax.jit(jax.grad(value))(other), np.random.default_rng(5)
     way = jax.tree.map(lambda x: jnp.float32(rng.standard_normal(x.shape)) * jnp.abs(x), params)
     along = sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(slope), jax.tree.leaves(way)))
@@ -219,9 +221,9 @@ def distance(x, y):
                (np.array([np.cos(t), np.sin(t)]) for t in np.linspace(0, np.pi, 8, endpoint=False)))
 
 
-@pytest.mark.parametrize("how", [flow.Flow(200, 0.7), flow.Flow(200, 0.3, kind="dance"), flow.Flow(200, 0.5, kind="cps"),
-                                 flow.Flow(200, 1.0, window=100, between=(20, 120))],
-                         ids=["sde", "dance", "cps", "window"])
+@pytest.mark.parametrize("how", [
+    flow.Flow(200, 0.7), flow.Flow(200, 0.3, kind="dance"), flow.Flow(200, 0.5, kind="cps"),
+    flow.Flow(200, 1.0, window=100, between=(20, 120))], ids=["sde", "dance", "cps", "window"])
 def test_noise_leaves_the_marginals_as_they_are(how):
     """Half-way and at the end the chain is distributed as the ODE and, at the end, as the mixture itself; noise alone,
     without what pulls back, is not."""
@@ -231,11 +233,13 @@ def test_noise_leaves_the_marginals_as_they_are(how):
     def drawn(how, key):
         noise = lambda i: jax.random.normal(jax.random.fold_in(key, i), (S, 2))
         with jax.default_matmul_precision("highest"):
-            return flow.sample(how, mixture_velocity, noise(how.steps), levels, how.between[0] if how.window else 0, noise)[0]
+            first = how.between[0] if how.window else 0
+            return flow.sample(how, mixture_velocity, noise(how.steps), levels, first, noise)[0]
     noisy, ode = jax.jit(drawn, static_argnums=0)(how, keys[0]), jax.jit(drawn, static_argnums=0)(
         dataclasses.replace(how, noise=0.0), keys[1])
     which = rng.random(S) < SHARES[0]
-    true = np.where(which[:, None], *(mean + spread * rng.standard_normal((S, 2)) for mean, spread in zip(MEANS, SPREAD)))
+    parts = [mean + spread * rng.standard_normal((S, 2)) for mean, spread in zip(MEANS, SPREAD)]
+    true = np.where(which[:, None], *parts)
     at = how.trained // 2
     assert distance(noisy.final, true) < 0.07 and distance(noisy.final, ode.final) < 0.07
     assert distance(noisy.latents[:, at], ode.latents[:, at]) < 0.07
@@ -439,7 +443,8 @@ def test_golden_guard(golden, network):
 def test_golden_windows(golden, network, name):
     """Flow-GRPO-Fast: the window's latents, its log-probabilities, the picture's latents, and an update."""
     (run_of, adapters), (_, rollout, _), told = network, recorded_rollout(golden), golden.told["fast"][name]
-    expected = {key.removeprefix(f"{name}/"): x for key, x in golden.arrays("fast").items() if key.startswith(f"{name}/")}
+    expected = {key.removeprefix(f"{name}/"): x for key, x in golden.arrays("fast").items()
+                if key.startswith(f"{name}/")}
     window = told["start"], told["start"] + told["win"]
     how = flow.Flow(golden.told["num_steps"], told["noise"], kind=told["kind"], window=told["win"], between=window)
     levels, noise = flow.levels(how, golden.told["shift"]), last(rollout["noise"])
@@ -484,8 +489,9 @@ def test_golden_bookkeeping(golden):
         overlap = told.get("prog_overlap")
         decay = {"decay": told["exp_decay_k"], "beyond": told["exp_decay_thre_timestep"]} if (
             told["sample_strategy"] == "exp_decay") else {}
-        found = [flow.mix_window(i, told["group_size"], told["max_timesteps"], told["iters_per_group"],
-                                 told["prog_overlap_step"] if overlap else told["group_size"], told["roll_back"], **decay)
+        by = told["prog_overlap_step"] if overlap else told["group_size"]
+        found = [flow.mix_window(i, told["group_size"], told["max_timesteps"], told["iters_per_group"], by,
+                                 told["roll_back"], **decay)
                  for i in range(len(case["windows"]))]
         assert found == case["windows"]
     told, average = golden.book["ema"], jnp.float32(golden.book["ema"]["start"])

@@ -152,7 +152,8 @@ def test_golden_captions(uae):
     for i, case in enumerate(told["cases"]):
         pixels = umm.fit(picture(uae.folder / case["image"]))[None]
         vision = umm.vision
-        np.testing.assert_allclose(family.qwen25_vl.patches(pixels, vision)[0], expected[f"pixel_values_{i}"], atol=1e-5)
+        patches = family.qwen25_vl.patches(pixels, vision)[0]
+        np.testing.assert_allclose(patches, expected[f"pixel_values_{i}"], atol=1e-5)
         assert [1, *(n // vision.patch_size for n in pixels.shape[1:3])] == expected[f"image_grid_thw_{i}"][0].tolist()
         before, after = umm._around(told["question"])
         ids = expected[f"input_ids_{i}"][0]
@@ -287,7 +288,7 @@ def test_golden_cold_start(uae, name):
     asked = umm.encode_prompts(["-"] * len(answered))
     rows = lambda x: np.repeat(np.asarray(x)[None], len(answered), axis=0)
     asked = asked.replace(question=rows(before).astype(np.int32), question_mask=rows(np.ones(len(before), bool)),
-                          words=np.stack(answered).astype(np.int32), words_mask=np.ones((len(answered), len(answered[0])), bool))
+                          words=np.stack(answered).astype(np.int32), words_mask=rows(answered[0] >= 0))
 
     originals = channels_last(expected["rec_gt_pixels"]) * np.float32(family.qwen25_vl.STD) + np.float32(
         family.qwen25_vl.MEAN)                                       # recorded after preprocessing, which leaves them
@@ -344,8 +345,8 @@ def test_golden_captioner_grpo(uae, name):
     def loss(llm):
         logps = logps_of(policy_of(start[0] | {"llm": llm}, *start[1:]))
         old = jax.lax.stop_gradient(logps) if name == "onpolicy" else expected["old_logps"]
-        value, told_of = objectives.clipped_policy_loss(logps, old, reference, advantages, told["epsilon"], told["beta"],
-                                                        mask)
+        value, _ = objectives.clipped_policy_loss(logps, old, reference, advantages, told["epsilon"], told["beta"],
+                                                  mask)
         return value, logps
     (value, logps), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(start[0]["llm"])
     np.testing.assert_allclose(np.where(mask, logps, 0), expected["policy_logps"], atol=2e-4)
@@ -504,7 +505,7 @@ def test_internal_gap_through_the_interface(uae, tmp_path):
 
 
 def test_pairs_meet_the_same_noise(uae, tmp_path):
-    """Of DPO: before the first step policy and base agree on both pictures of a pair, so that the margin is exactly 0."""
+    """Of DPO: before the first step policy and base agree on both pictures of a pair, and the margin is exactly 0."""
     from gvu_jax.methods.internal_gap import Batch, InternalGap
     config, umm = gap_config(uae, tmp_path, "dpo"), uae.umm
     how = How(flow=flow.Flow(2))

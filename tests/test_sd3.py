@@ -295,8 +295,8 @@ def test_guided_sample_of_a_batch_equals_that_of_its_row(random_params):
     config, velocity = PLAIN[1], lambda *x: sd3.SD3Transformer(PLAIN[1]).apply({"params": random_params}, *x)
     noise, text, _ = random_inputs(config, (4, 2))
     negative = sd3.Text(*(np.ones_like(x[:1]) for x in text[:2]))
-    sample = lambda rows: sd3.sample(sd3.guided_velocity(velocity, sd3.Text(*(x[rows] for x in text[:2])), negative, 2.5),
-                                     noise[rows], sd3.sigmas(2))
+    of_rows = lambda rows: sd3.guided_velocity(velocity, sd3.Text(*(x[rows] for x in text[:2])), negative, 2.5)
+    sample = lambda rows: sd3.sample(of_rows(rows), noise[rows], sd3.sigmas(2))
     np.testing.assert_allclose(sample(slice(None))[1:], sample(slice(1, 2)), atol=1e-4)
     with pytest.raises(ValueError, match="negative"):
         sd3.guided_velocity(velocity, text, None, 2.5)

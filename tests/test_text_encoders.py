@@ -148,7 +148,8 @@ CLIP_L = ClipConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, n
 
 
 @pytest.mark.parametrize("config, ids, outputs", [
-    (XXL, (2, 512), [(2, 512, 4096)]), (CLIP_L, (2, 77), [(2, 77, 768), (2, 768), (2, 77, 768)])], ids=["t5-xxl", "clip-l"])
+    (XXL, (2, 512), [(2, 512, 4096)]), (CLIP_L, (2, 77), [(2, 77, 768), (2, 768), (2, 77, 768)])],
+    ids=["t5-xxl", "clip-l"])
 def test_full_size(config, ids, outputs):
     shapes = jax.eval_shape(lambda: text_encoders.init(config, jax.random.key(0)))
     result = jax.eval_shape(text_encoders.module(config).apply, {"params": shapes}, jax.ShapeDtypeStruct(ids, int))

@@ -10,7 +10,8 @@ A family's file has the model behind the interface of umm.py, `MODEL`, and of it
 from gvu_jax.described import Described
 from gvu_jax.families import janus, qwen_sd35, xomni
 
-FAMILIES = {"xomni": xomni, "janus": janus, "qwen_sd35": qwen_sd35}    # what a model folder calls its kind -> the family
+# What a model folder calls its kind -> the family.
+FAMILIES = {"xomni": xomni, "janus": janus, "qwen_sd35": qwen_sd35}
 # What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers', UAE's that of
 # its captioner.
 MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "qwen2_5_vl": qwen_sd35}

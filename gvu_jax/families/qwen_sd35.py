@@ -30,7 +30,7 @@ from gvu_jax.umm import (
     prompt_shapes, until_end)
 
 MOST_TOKENS = 4096      # of a text: a caption has some hundred
-SYSTEM, DRAW = "You are a helpful assistant.", "generate"       # the system message; the role in which captions are drawn
+SYSTEM, DRAW = "You are a helpful assistant.", "generate"       # the system message; the role of what is to be drawn
 NEGATIVE = "Generate a random, low quality, ugly, blur, bad and anime, cartoon image."
 QUESTION = ('You are an expert vision-language model.  \nYour task is: Given an input image, generate a **textual '
             'description** of the image. If there is text in the image, transcribe it inside double quotes "".  \nNow, '
@@ -262,11 +262,12 @@ class QwenSD35:
         model, variables = qwen25_vl.Qwen25VL(self.ar), self._variables(params, "llm")
         asked, mask, place = self._asked(seen, prompts)
         (B, C), L = asked.shape, prompts.words.shape[1]
-        tokens, mask = jnp.concatenate([asked, prompts.words], axis=1), jnp.pad(mask, ((0, 0), (0, L)), constant_values=True)
+        tokens = jnp.concatenate([asked, prompts.words], axis=1)                                    # [B, C + L]
+        mask = jnp.pad(mask, ((0, 0), (0, L)), constant_values=True)
         hidden, _ = model.apply(variables, tokens, mask, place(count_positions(mask)), seen=seen.cells)
         negative = jnp.array(self._negative()[:L], jnp.int32)[None]
         if negative.shape[1] < L:
-            raise ValueError(f"answers of {L} words are longer than the {negative.shape[1]} tokens of the negative chat")
+            raise ValueError(f"answers of {L} words are longer than the negative chat, {negative.shape[1]} tokens")
         return model.apply(variables, hidden[:, C:], method="project"), self.context(
             params, negative, jnp.ones_like(negative, bool))
 
@@ -283,7 +284,7 @@ class QwenSD35:
         return sd3.Text(context, pooled, real)
 
     def render(self, params, drawn, prompts, key, index=None):
-        """flow.Drawn [S, ..] -> pixels [S, H, W, 3] float32 in [0, 1], on the grid of 8 bits. Nothing here is random."""
+        """flow.Drawn [S, ..] -> pixels [S, H, W, 3] float32 in [0, 1], on the grid of 8 bits. Nothing is random."""
         return jnp.round(self.decode(params, drawn.final) * 255) / 255
 
     def decode(self, params, latents):
@@ -432,7 +433,7 @@ LARGE = sd3.Config(in_channels=16, num_layers=38, attention_head_dim=64, num_att
                    joint_attention_dim=4096, pooled_projection_dim=2048, pos_embed_max_size=192)
 MEDIUM = dataclasses.replace(LARGE, num_layers=24, num_attention_heads=24, pos_embed_max_size=384,
                              dual_attention_layers=tuple(range(13)))
-PUBLISHED = {"large": LARGE, "medium": MEDIUM}         # the drawer, for planning: UAE's, and the smaller one of its kind
+PUBLISHED = {"large": LARGE, "medium": MEDIUM}         # the drawer, for planning: UAE's, and a smaller one
 USED = flow.Flow(40)                                   # how pictures are drawn, as published
 IMAGE_SIZE = 1024
 
@@ -470,7 +471,7 @@ def published(override, size=None):
 
 # ------------------------------------------------------------------ the published folders
 
-FOLDERS = {"sd3": "Of UAE: the Stable Diffusion 3.5 folder; default: `SD3` beside the captioner.",       # from elsewhere
+FOLDERS = {"sd3": "Of UAE: the Stable Diffusion 3.5 folder; default: `SD3` beside the captioner.",
            "dit": "Of UAE: the fine-tuned transformer's folder; default: `dit` beside the captioner, or else that of "
                   "--sd3.",
            "processor": "Of UAE: the folder of tokenizer and preprocessor_config.json; default: `llm_processor` beside "
@@ -535,7 +536,8 @@ def read_source(src, image_size=None, sd3=None, dit=None, processor=None):
     beside = lambda name, other: src.parent / name if (src.parent / name).is_dir() else other
     pipeline = Path(sd3).absolute() if sd3 else beside("SD3", None)
     if pipeline is None or not pipeline.is_dir():
-        raise FileNotFoundError(f"there is no Stable Diffusion 3.5 folder {pipeline or src.parent / 'SD3'}: pass --sd3=DIR")
+        raise FileNotFoundError(f"there is no Stable Diffusion 3.5 folder {pipeline or src.parent / 'SD3'}: pass "
+                                f"--sd3=DIR")
     drawer = Path(dit).absolute() if dit else beside("dit", pipeline / "transformer")
     texts = Path(processor).absolute() if processor else beside("llm_processor", src)
     files = {"": weight_files(src), "ar/dit": weight_files(drawer), "vae": weight_files(pipeline / "vae")}
@@ -564,10 +566,11 @@ def read_source(src, image_size=None, sd3=None, dit=None, processor=None):
         layout=qwen25_vl.layout_of(specs))
     umm.check_text()
     kept, names = {}, {}
-    for name, folder in {"llm": src, "dit": drawer, "llm_processor": texts, "SD3": pipeline, "SD3/vae": pipeline / "vae",
-                         "SD3/scheduler": pipeline / "scheduler"}.items():
+    folders = {"llm": src, "dit": drawer, "llm_processor": texts, "SD3": pipeline, "SD3/vae": pipeline / "vae",
+               "SD3/scheduler": pipeline / "scheduler"}
+    for name, folder in folders.items():
         kept |= {f"{name}/{file.name}": file for file in small_files(folder)}
-        names |= {file.path: f"{name}/{file.path.relative_to(folder).as_posix()}" for of in files.values() for file in of
+        names |= {file.path: f"{name}/{file.path.name}" for of in files.values() for file in of
                   if file.path.parent == folder}
     return Source(umm, files, kept, names)
 

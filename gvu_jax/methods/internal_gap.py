@@ -60,7 +60,8 @@ class InternalGap:
             if asked:
                 check_shared(umm, setting)
         if hasattr(umm, "image_moves") and how.flow is not None and how.flow.noise:
-            raise ValueError("internal_gap learns from whole pictures, not from noisy steps: set sampling.flow.noise = 0")
+            raise ValueError("internal_gap learns from whole pictures, not from noisy steps: set sampling.flow.noise "
+                             "= 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -185,9 +186,9 @@ class InternalGap:
     # ---- 2. train ------------------------------------------------------------------------------------------------
 
     def loss(self, trainable, base, batch, key):
-        """The objective on one micro-batch, and its metrics. Of a flow, whose likelihood nobody knows, it is that of its
-        bound, the flow-matching loss, with the noise of `key` (Diffusion-DPO, Wallace et al. 2024). The policy draws nothing here, so kl (k3) and entropy
-        (cross-entropy), nats a token, are those of the accepted pictures."""
+        """The objective on one micro-batch, and its metrics. Of a flow, whose likelihood nobody knows, it is that of
+        its bound, the flow-matching loss, with the noise of `key` (Diffusion-DPO, Wallace et al. 2024). The policy
+        draws nothing here, so kl (k3) and entropy (cross-entropy), nats a token, are those of the accepted pictures."""
         gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
         logps = lambda params, drawn: self.umm.image_logps(params, batch.prompts, drawn)               # [B, T]
         if by_flow := hasattr(self.umm, "image_moves"):       # chosen, rejected, policy and base meet the same noise

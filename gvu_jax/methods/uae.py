@@ -14,7 +14,8 @@ Three stages, each step belonging to one, on B pictures with groups of G:
                G pictures of each caption
 
 The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
-picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). One backbone does both, so what a stage teaches the other one meets in its next turn.
+picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where one backbone
+does both, what a stage teaches the other one meets in its next turn.
 """
 import dataclasses
 import functools

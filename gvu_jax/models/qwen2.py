@@ -2,8 +2,8 @@
 stacked.
 
 Qwen2 has biases on q, k, v and Llama has none: the config's `qkv_bias`. Where pictures have places in rows and columns
-(Qwen2.5-VL), `mrope_section` says which of the rotary angles read which; None elsewhere. The key/value cache is one pair of arrays for
-all layers, carried through the layers' scan and written in place.
+(Qwen2.5-VL), `mrope_section` says which of the rotary angles read which; None elsewhere. The key/value cache is one
+pair of arrays for all layers, carried through the layers' scan and written in place.
 """
 import jax
 import jax.numpy as jnp
@@ -96,8 +96,8 @@ class DecoderLayer(nn.Module):
     """One layer of the stack; scanned, so it takes and returns the carry (x [B, T, D], cache or None).
 
     layer: index of this layer in the cache. positions [B, T], or [B, T, 3] (see `rotary`). at: the first cache slot
-    these T tokens are written to. mask: [B, T, S], True where a key may be read; or [B, T], True for a real token, of rows that begin at slot 0: these
-    splash reads, in causal order.
+    these T tokens are written to. mask: [B, T, S], True where a key may be read; or [B, T], True for a real token, of
+    rows that begin at slot 0: these splash reads, in causal order.
     """
     config: object
 

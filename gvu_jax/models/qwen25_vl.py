@@ -42,8 +42,8 @@ FIRST = Transform(3136, 12845056)          # the published tools resize twice, a
 
 
 def fitted_size(height, width, transform, multiple):
-    """The (height, width) to which a picture is resized: multiples of `multiple`, as near to its own sides as the number
-    of pixels allows. ValueError for one that is a line."""
+    """The (height, width) to which a picture is resized: multiples of `multiple`, as near to its own sides as the
+    number of pixels allows. ValueError for one that is a line."""
     if max(height, width) > MOST_UNEQUAL * min(height, width):
         raise ValueError(f"a picture of {height} x {width} pixels cannot be read: one side is more than {MOST_UNEQUAL} "
                          f"times as long as the other")
@@ -114,8 +114,8 @@ class VisionConfig:
             raise ValueError(f"hidden_size {self.hidden_size} gives {self.num_heads} heads no width that 4 divides")
         if self.window_size < self.multiple or not set(self.fullatt_block_indexes) <= set(range(self.depth)):
             raise ValueError(f"a window of {self.window_size} pixels and full attention in blocks "
-                             f"{self.fullatt_block_indexes} do not fit cells of {self.multiple} pixels and {self.depth} "
-                             f"blocks")
+                             f"{self.fullatt_block_indexes} do not fit cells of {self.multiple} pixels and "
+                             f"{self.depth} blocks")
 
 
 def patches(pixels, config):
@@ -129,7 +129,7 @@ def patches(pixels, config):
         raise ValueError(f"picture of {H} x {W} pixels: sides must be multiples of {c.multiple}")
     x = (pixels.astype(jnp.float32) - np.float32(MEAN)) / np.float32(STD)
     x = x.reshape(B, H // c.multiple, cell, patch, W // c.multiple, cell, patch, 3)
-    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)                                       # [B, r, c, cell, cell, 3, patch, patch]
+    x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)                                 # [B, r, c, cell, cell, 3, patch, patch]
     x = jnp.repeat(x[:, :, :, :, :, :, None], c.temporal_patch_size, axis=6)
     return x.reshape(B, H * W // patch ** 2, -1)
 
@@ -256,7 +256,7 @@ class Config:
     tie_word_embeddings: bool
     rms_norm_eps: float
     rope_theta: float
-    projected: tuple[int, ...] = ()       # widths inside and behind the projector to an image decoder; (): there is none
+    projected: tuple[int, ...] = ()       # widths inside and behind the projector to an image decoder; (): none
     remat: str = "nothing"                # see qwen2.REMAT
 
     qkv_bias = True                       # of every Qwen2
@@ -276,8 +276,8 @@ def rope_positions(count, pictures=()):
     """Places in time, rows and columns [B, T, 3] of tokens that are counted [B, T] int (real ones from 0, see umm).
 
     pictures: (start [B] int, where a row's count is at its first cell; (rows, columns) of cells), in the order in which
-    they stand; a row without the picture starts it behind its end. A cell has the time of the picture's first and its own row and column after that; text goes on one after
-    the largest place so far, and its three places are one.
+    they stand; a row without the picture starts it behind its end. A cell has the time of the picture's first and its
+    own row and column after that; text goes on one after the largest place so far, and its three places are one.
     """
     at, shrunk = jnp.stack([count] * 3, axis=-1), 0                                                 # [B, T, 3], [B]
     for start, (rows, cols) in pictures:

@@ -172,8 +172,8 @@ class SD3Transformer(nn.Module):
     def __call__(self, latents, text, sigma):
         """The velocity [B, h, w, C] of latents [B, h, w, C] at noise level sigma.
 
-        text: see `Text`; sigma [B] in [0, 1], a thousandth of diffusers' timestep. ValueError for latents that are no whole patches or
-        have more of them than there are positions.
+        text: see `Text`; sigma [B] in [0, 1], a thousandth of diffusers' timestep. ValueError for latents that are no
+        whole patches or have more of them than there are positions.
         """
         c, (B, h, w, _), size = self.config, latents.shape, (self.config.patch_size,) * 2
         vector = Conditioning(c.width, name="time_text_embed")(sigma, text.pooled)                  # [B, D]
@@ -274,7 +274,7 @@ def guided_velocity(velocity, text, negative=None, guidance=1.0, negative_gradie
 
 
 def sample(run, noise, levels):
-    """Euler steps along run (of `guided_velocity`) from noise [S, h, w, C] through levels [N + 1] -> latents float32."""
+    """Euler steps along run (of `guided_velocity`) from noise [S, h, w, C] through levels [N + 1]: latents float32."""
     def step(latents, level):
         sigma, after = level
         return latents + (after - sigma) * run(latents, sigma), None
