@@ -222,11 +222,11 @@ def distance(x, y):
 
 
 @pytest.mark.parametrize("how", [
-    flow.Flow(200, 0.7), flow.Flow(200, 0.3, kind="dance"), flow.Flow(200, 0.5, kind="cps"),
+    flow.Flow(200, 0.7), flow.Flow(200, 0.3, kind="dance"), flow.Flow(200, 0.1, kind="cps"),
     flow.Flow(200, 1.0, window=100, between=(20, 120))], ids=["sde", "dance", "cps", "window"])
 def test_noise_leaves_the_marginals_as_they_are(how):
-    """Half-way and at the end the chain is distributed as the ODE and, at the end, as the mixture itself; noise alone,
-    without what pulls back, is not."""
+    """At the end the chain is distributed as the ODE's and as the mixture itself, half-way as the mixture with so much
+    noise; noise alone, without what pulls back, is not."""
     S, rng = 8000, np.random.default_rng(0)
     levels, keys = sd3.sigmas(how.steps), jax.random.split(jax.random.key(0))
 
@@ -241,8 +241,10 @@ def test_noise_leaves_the_marginals_as_they_are(how):
     parts = [mean + spread * rng.standard_normal((S, 2)) for mean, spread in zip(MEANS, SPREAD)]
     true = np.where(which[:, None], *parts)
     at = how.trained // 2
+    s = levels[int(noisy.first[0]) + at]
+    half_way = (1 - s) * true + s * rng.standard_normal((S, 2))
     assert distance(noisy.final, true) < 0.07 and distance(noisy.final, ode.final) < 0.07
-    assert distance(noisy.latents[:, at], ode.latents[:, at]) < 0.07
+    assert distance(noisy.latents[:, at], half_way) < 0.07
     free = np.asarray(ode.final) + 0.3 * rng.standard_normal((S, 2))
     assert distance(free, true) > 0.07
 
