@@ -3,6 +3,7 @@
     python -m gvu_jax.convert --src=Janus-Pro-1B --dst=DIR
     python -m gvu_jax.convert --src=X-Omni-En --dst=DIR [--flux=FLUX.1-dev] [--image_size=576]
     python -m gvu_jax.convert --src=show-o --dst=DIR --magvit=magvitv2 --llm=phi-1_5 [--clip=CLIP]
+    python -m gvu_jax.convert --src=UAE/llm --dst=DIR [--sd3=SD3.5] [--dit=UAE/dit] [--processor=UAE/llm_processor]
     python -m gvu_jax.convert --export=hf --src=DIR --dst=AS-PUBLISHED
     python -m gvu_jax.convert --export=peft --src=RUN --dst=ADAPTER [--base=X-Omni/X-Omni-En]
 

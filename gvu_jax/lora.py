@@ -21,8 +21,8 @@ def init(key, params, rank, targets):
     """
     adapter = {}
     for path, leaf in traverse_util.flatten_dict(params).items():
-        if path[-1] not in ("kernel", "embedding") or not re.search(targets, "/".join(path)):
-            continue
+        if path[-1] not in ("kernel", "embedding") or leaf.ndim > 3 or not re.search(targets, "/".join(path)):
+            continue                                             # more than three axes: a convolution's
         *stack, fan_in, fan_out = leaf.shape
         key, subkey = jax.random.split(key)
         adapter[path[:-1] + ("a",)] = jax.random.normal(subkey, (*stack, fan_in, rank)) / jnp.sqrt(fan_in)

@@ -11,17 +11,19 @@ import jax
 import jax.numpy as jnp
 
 
-def group_advantages(rewards, group, eps):
+def group_advantages(rewards, group, eps, over="group", ddof=1):
     """A_i = (R_i - mean) / (std + eps) within each group (GRPO, Shao et al. 2024). rewards [S] -> [S] float32.
 
-    `std` has Bessel's correction, as in the published trainer. A group whose rewards are all equal gets zeros.
-    Raises ValueError for groups of one, which have no spread.
+    `std` has Bessel's correction, as in the published trainer; with ddof 0 it has none. over "all": it is that of all
+    rewards, as Flow-GRPO has it, so that groups which differ little teach little. A group whose rewards are all equal
+    gets zeros. Raises ValueError for groups of one, which have no spread.
     """
     if group < 2:
         raise ValueError(f"a group needs at least 2 samples to compare, not {group}")
     grouped = rewards.reshape(-1, group)                                                            # [S/G, G]
     centred = grouped - jnp.mean(grouped, axis=1, keepdims=True)
-    return (centred / (jnp.std(grouped, axis=1, ddof=1, keepdims=True) + eps)).reshape(-1)
+    std = jnp.std(grouped, axis=None if over == "all" else 1, ddof=ddof, keepdims=True)
+    return (centred / (std + eps)).reshape(-1)
 
 
 def flat_groups(rewards, group):

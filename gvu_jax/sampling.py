@@ -9,10 +9,14 @@ drawn from, guidance included and nothing filtered, so that it equals what teach
 (`policy_logits`).
 """
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from gvu_jax import described
+from gvu_jax.flow import Flow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +31,12 @@ class How:
     suppress: tuple[int, ...] = ()        # indices into the head's own vocabulary, never drawn
     logps: str = "guided"                 # which policy is trained: what is drawn from, two forwards; or "conditional",
                                           # as if there were no guidance: the ratio is then of another distribution
+    flow: Any = None                      # flow.Flow, or its fields: through which steps a family that draws by a flow
+                                          # goes, None: its own; to others it means nothing
 
     def __post_init__(self):
+        if self.flow is not None and not isinstance(self.flow, Flow):
+            object.__setattr__(self, "flow", described.typed(Flow, dict(self.flow), "sampling.flow"))
         if self.logps not in ("guided", "conditional"):
             raise ValueError(f"sampling.logps is {self.logps!r}; it must be guided or conditional")
         if self.images_per_prompt < 1:
@@ -86,7 +94,7 @@ def sample_keys(key, index):
 
 
 def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=None, stop=None, negative=None,
-           seen=None):
+           seen=None, positions=None):
     """Draws `steps` tokens after each prompt.
 
     model, variables   the backbone (an `xomni.XOmni` or `llama.Llama`) and what its `apply` takes
@@ -97,6 +105,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     negative           ids of the context without a prompt, needed with guidance: [M], the same for all rows, or [B, P]
                        beside the prompts, whose mask is theirs too. It is read once a prompt and not once a sample
     seen               what a picture is to the backbone, where the prompts hold one that is not made of tokens
+    positions          [B, P + steps, ..], where tokens stand; None: they are counted. Not with guidance
     Returns head indices [B * G, steps] int32 and policy log-probabilities [B * G, steps] float32, prompt-major,
     G = how.images_per_prompt.
     """
@@ -106,10 +115,11 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     text_only = head == "text_logits"
     logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
 
-    def prefill(tokens, mask, **pictures):
+    def prefill(tokens, mask, positions=None, **pictures):
         B, P = tokens.shape
         mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
-        positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                    # [B, P + steps]
+        if positions is None:
+            positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                # [B, P + steps]
         dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
         cache = model.empty_cache(B, P + steps, dtype)
         hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only,
@@ -147,7 +157,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         return (tuple(advance(context, drawn, t) for context in contexts), done), (drawn, logp)
 
     keys = sample_keys(key, jnp.arange(rows) if index is None else index)
-    contexts = (prefill(tokens, mask, **({} if seen is None else {"seen": seen})),)
+    contexts = (prefill(tokens, mask, positions, **({} if seen is None else {"seen": seen})),)
     if how.guidance != 1.0:
         unprompted = (negative, mask) if negative.ndim == 2 else (negative[None], jnp.ones((1, len(negative)), bool))
         contexts += (prefill(*unprompted),)

@@ -12,10 +12,11 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     image_logps(.., key=key)                    -> [S, T]          of pictures by whomever: the same where it is exact
                                                                    (next token), else an estimate, whose masks or noise
                                                                    come from the key: the same for the same key
-    image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw; of
-                                                                   the form of `drawn`, which can be learned as well
+    image_moves(params, prompts, drawn, how)    -> flow.Moves      of families that draw by a flow alone, see flow.py
+    image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw
     image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision as supervised training counts
-                                                                   them: exact (next token) or a bound (others)
+                                                                   them: exact (next token) or a bound (others); what
+                                                                   was drawn is a target as well
     render(params, drawn, prompts, key)         -> pixels [S, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen [B, ..]: a pytree of what the understanding branch reads
     seen_of(drawn)                              -> seen, or None where reading and drawing do not share their tokens
@@ -114,19 +115,20 @@ def check_texts(texts):
             raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
 
 
-def pad_prompts(texts, parts, lengths, pad, head=()):
+def pad_prompts(texts, parts, lengths, pad, head=(), left=(True, True, False)):
     """Prompts of int32 / bool numpy arrays from the ids of B texts: prompts, questions and words, lists of rows.
 
-    lengths: padded lengths; None takes the smallest that hold these texts. ValueError for a text that is longer.
+    left: which of the three are padded at their beginning. lengths: padded lengths; None takes the smallest that hold
+    these texts. ValueError for a text that is longer.
     """
     arrays = []
-    for rows, width, name, left in zip(parts, lengths or lengths_of(parts), Lengths._fields, (True, True, False)):
+    for rows, width, name, before in zip(parts, lengths or lengths_of(parts), Lengths._fields, left):
         ids, mask = np.full((len(rows), width), pad, np.int32), np.zeros((len(rows), width), bool)
         for i, row in enumerate(rows):
             if len(row) > width:
                 raise ValueError(f"the {name} of {texts[i][:40]!r} has {len(row)} tokens, more than the {width} this "
                                  f"run is padded to")
-            where = slice(width - len(row), None) if left else slice(0, len(row))
+            where = slice(width - len(row), None) if before else slice(0, len(row))
             ids[i, where], mask[i, where] = row, True
         arrays += [ids, mask]
     return Prompts(*arrays, head)

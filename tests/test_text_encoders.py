@@ -98,12 +98,13 @@ def test_clip_equals_transformers(name, short):
     model = torch_model(config)
     ids = clip_ids(config, config.max_position_embeddings - 3 * short)
     params = text_encoders.from_torch(tensors_of(model), config)
-    last, pooled = jax.jit(ClipText(config).apply)({"params": params}, ids)
+    last, pooled, second = jax.jit(ClipText(config).apply)({"params": params}, ids)
     assert last.shape == (*ids.shape, config.hidden_size) and pooled.shape == (4, config.hidden_size)
     with torch.no_grad():
-        theirs = model(torch.from_numpy(ids))
+        theirs = model(torch.from_numpy(ids), output_hidden_states=True)
     assert_close(last, theirs.last_hidden_state.numpy())
     assert_close(pooled, theirs.pooler_output.numpy())
+    assert_close(second, theirs.hidden_states[-2].numpy())
 
 
 # ------------------------------------------------------------------ against the fixture
@@ -133,7 +134,7 @@ def test_golden_t5(golden, which):
 def test_golden_clip(golden, which):
     read, expected = golden
     config, params = read("text_encoder", ClipConfig)
-    last, pooled = jax.jit(ClipText(config).apply)({"params": params}, expected[f"clip_ids_{which}"])
+    last, pooled, _ = jax.jit(ClipText(config).apply)({"params": params}, expected[f"clip_ids_{which}"])
     np.testing.assert_allclose(last, expected[f"clip_last_{which}"], atol=5e-4)
     np.testing.assert_allclose(pooled, expected[f"clip_pooled_{which}"], atol=5e-4)
 
@@ -147,7 +148,8 @@ CLIP_L = ClipConfig(vocab_size=49408, hidden_size=768, intermediate_size=3072, n
 
 
 @pytest.mark.parametrize("config, ids, outputs", [
-    (XXL, (2, 512), [(2, 512, 4096)]), (CLIP_L, (2, 77), [(2, 77, 768), (2, 768)])], ids=["t5-xxl", "clip-l"])
+    (XXL, (2, 512), [(2, 512, 4096)]), (CLIP_L, (2, 77), [(2, 77, 768), (2, 768), (2, 77, 768)])],
+    ids=["t5-xxl", "clip-l"])
 def test_full_size(config, ids, outputs):
     shapes = jax.eval_shape(lambda: text_encoders.init(config, jax.random.key(0)))
     result = jax.eval_shape(text_encoders.module(config).apply, {"params": shapes}, jax.ShapeDtypeStruct(ids, int))

@@ -17,13 +17,13 @@ import importlib
 import importlib.util
 
 from gvu_jax.described import Described
-from gvu_jax.families import janus, showo, xomni
+from gvu_jax.families import janus, qwen_sd35, showo, xomni
 
 # What a model folder calls its kind -> the family.
-FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo}
-# What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers'; Show-o's, which
-# has the form of diffusers, calls it _class_name.
-MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "Showo": showo}
+FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo, "qwen_sd35": qwen_sd35}
+# What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers', UAE's that of
+# its captioner; Show-o's, which has the form of diffusers, calls it _class_name.
+MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "Showo": showo, "qwen2_5_vl": qwen_sd35}
 FIRST = next(iter(FAMILIES))                   # what model folders and configs mean that name none
 
 

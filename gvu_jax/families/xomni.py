@@ -243,7 +243,7 @@ class XOmni:
     def _head_text(self, params, t5_ids, clip_ids):
         """-> context [B, X, .] and pooled vector [B, .] of the diffusion head."""
         context = text_encoders.T5Encoder(self.t5).apply({"params": params["t5"]}, t5_ids)
-        _, pooled = text_encoders.ClipText(self.clip).apply({"params": params["clip"]}, clip_ids)
+        _, pooled, _ = text_encoders.ClipText(self.clip).apply({"params": params["clip"]}, clip_ids)
         return context, pooled
 
     # ---- understanding branch ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.methods import anchor, grpo
+from gvu_jax.methods import anchor, flow_grpo, grpo
 from gvu_jax.policy import check_trainable, place_state, policy_params
 from gvu_jax.umm import check_shared, compile_programs
 
@@ -40,6 +40,7 @@ class GvU:
         anchor.check(config.gvu, "gvu", config.gvu.prompts * config.gvu.group, mesh)
         if config.reward.view == "tokens":
             check_shared(umm, "reward.view = 'tokens'")
+        flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.how = how
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
@@ -54,6 +55,7 @@ class GvU:
         """Raises ValueError, in one line, for settings that cannot train."""
         gvu = config.gvu
         grpo.check(gvu, "gvu")
+        flow_grpo.check(config)
         rewards.check(config.reward, (*rewards.MEANS, "oracle"))
         check_trainable(config)
         if gvu.anchor and config.reward.teacher != "base":
@@ -113,6 +115,9 @@ class GvU:
     def _logps(self, policy, rows):
         return self.umm.image_logps(policy, rows.prompts, rows.drawn, self.how), None
 
+    def _moves(self, policy, rows):
+        return self.umm.image_moves(policy, rows.prompts, rows.drawn, self.how)
+
     def _hold_reading(self, policy, rows, base):
         read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)
         return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
@@ -123,10 +128,13 @@ class GvU:
         after step + 1 and a dict of scalar metrics."""
         gvu = self.config.gvu
         held = anchor.held(seen, prompts, asked, gvu.group) if gvu.anchor else ()
-        state, metrics = grpo.update(
+        update = functools.partial(grpo.update, logps_of=self._logps)
+        if hasattr(self.umm, "image_moves"):
+            update = functools.partial(flow_grpo.update, moves_of=self._moves, of_flow=self.config.flow)
+        state, metrics = update(
             state, Rows(prompts, drawn, held), reward, sampler_logps, reference=base,
-            policy_of=functools.partial(self.policy, base), logps_of=self._logps, settings=gvu,
-            optimizer=self.optimizer, penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
+            policy_of=functools.partial(self.policy, base), settings=gvu, optimizer=self.optimizer,
+            penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
         return sharding.constrain(self.umm.partition, state), metrics | {
             "duplicates": objectives.duplicates(drawn, gvu.group)}
 

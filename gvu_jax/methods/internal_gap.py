@@ -58,6 +58,9 @@ class InternalGap:
         anchor.check(self.settings, "internal_gap", self.settings.batch, mesh)
         if config.reward.view == "tokens":
             check_shared(umm, "reward.view = 'tokens'")
+        if hasattr(umm, "image_moves") and how.flow is not None and how.flow.noise:
+            raise ValueError("internal_gap learns from whole pictures, not from noisy steps: set sampling.flow.noise "
+                             "= 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
         self.programs = compile_programs(umm, how, mesh, self.settings.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)
@@ -204,10 +207,11 @@ class InternalGap:
             seen = anchor.seen_again(self.umm, base, batch.chosen, batch.prompts)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, seen, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
-        # Base and sampler, where they agree; where a likelihood is an estimate, how far that lies from the sampler's.
-        away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]
-        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
-                    "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
+        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen)}
+        if not hasattr(self.umm, "image_moves"):                 # a flow's steps have another measure than its pictures
+            # Base and sampler, where they agree; of an estimate, how far it lies from what the sampler said.
+            away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]
+            metrics["logp_gap"] = jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)
         return loss, (metrics, None)
 
     def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts, key):

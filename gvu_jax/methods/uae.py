@@ -14,7 +14,8 @@ Three stages, each step belonging to one, on B pictures with groups of G:
                G pictures of each caption
 
 The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
-picture's decisions (grpo.py). One backbone does both, so what a stage teaches the other one meets in its next turn.
+picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where one backbone
+does both, what a stage teaches the other one meets in its next turn.
 """
 import dataclasses
 import functools
@@ -24,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
-from gvu_jax.methods import grpo
+from gvu_jax.methods import flow_grpo, grpo
 from gvu_jax.policy import State, check_trainable, init_state, policy_params, skipped
 from gvu_jax.umm import Lengths, compile_programs
 
@@ -41,6 +42,7 @@ class UAE:
         self.check(config)
         self.pictures = config.uae.prompts * config.uae.group
         sharding.check(umm, mesh, config.uae, self.pictures)
+        flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         self.loop = Loop(umm, how, mesh, config.uae.words, config.uae.waves)
         self.programs = self.loop.groups
@@ -52,6 +54,7 @@ class UAE:
     def check(config):
         """Raises ValueError, in one line, for settings that cannot train."""
         grpo.check(config.uae, "uae")
+        flow_grpo.check(config)
         check_trainable(config)
         stages_of(config.uae.stages)
         if config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches:
@@ -137,8 +140,16 @@ class UAE:
 
     def _draw(self, state, base, prompts, drawn, logps, reward):
         """GRPO on pictures: prompts [S], drawn [S, ..], logps [S, T], reward [S]."""
-        state, metrics = self._grpo(state, base, (prompts, drawn), reward, logps,
-                                    lambda policy, rows: (self.umm.image_logps(policy, *rows, self.how), None))
+        if hasattr(self.umm, "image_moves"):
+            policy_of = functools.partial(self.policy, base)
+            state, metrics = flow_grpo.update(
+                state, (prompts, drawn), reward, logps, policy_of(state.reference), policy_of,
+                lambda policy, rows: self.umm.image_moves(policy, *rows, self.how), self.config.uae, self.config.flow,
+                self.optimizer)
+            state = sharding.constrain(self.umm.partition, state)
+        else:
+            state, metrics = self._grpo(state, base, (prompts, drawn), reward, logps,
+                                        lambda policy, rows: (self.umm.image_logps(policy, *rows, self.how), None))
         return state, metrics | {"duplicates": objectives.duplicates(drawn, self.config.uae.group)}
 
     def _grpo(self, state, base, rows, reward, sampler_logps, logps_of):

@@ -118,7 +118,7 @@ def fitted(pixels, transform):
     """Pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits -> [B, crop_size, crop_size, 3], inside a program
     and bit for bit as PIL does it."""
     height, width = covering(pixels.shape[1:3], transform.shortest_edge)
-    pixels, side = resized(pixels, height, width), transform.crop_size
+    pixels, side = resized(pixels, (height, width)), transform.crop_size
     top, left = (height - side) // 2, (width - side) // 2
     return pixels[:, top:top + side, left:left + side]
 

@@ -5,10 +5,13 @@ Dimension letters, used in every file of this package:
     B batch   T query positions   S key positions   D model width   F feed-forward width
     H query heads   K key/value heads   E head width   V vocabulary   N image tokens   L prompt words (text tokens)
 """
+import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import PartitionSpec
 
@@ -56,10 +59,11 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = False
     divided: int | None = None
+    kernel_init: Any = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, x, columns=slice(None)):                                       # [..., in] -> [..., out]
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = x @ gathered(kernel, self.divided)[:, columns].astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))[columns].astype(x.dtype)
@@ -108,10 +112,15 @@ class Embed(nn.Module):
     num_embeddings: int
     features: int
 
-    @nn.compact
+    def setup(self):
+        self.embedding = self.param("embedding", nn.initializers.normal(0.5), (self.num_embeddings, self.features))
+
+    def attend(self, x):                                                              # [..., D] -> [..., V]
+        """The table as a head: logits of every id. An adapter is not part of it."""
+        return x @ gathered(self.embedding.T, 1).astype(x.dtype)
+
     def __call__(self, ids):                                                          # [...] int -> [..., D]
-        table = self.param("embedding", nn.initializers.normal(0.5), (self.num_embeddings, self.features))
-        y = jnp.take(table, ids, axis=0, mode="clip")
+        y = jnp.take(self.embedding, ids, axis=0, mode="clip")
         if self.has_variable("lora", "a"):
             a, b = self.get_variable("lora", "a"), self.get_variable("lora", "b")
             y = y + widen(jnp.take(a, ids, axis=0, mode="clip").astype(y.dtype), b.astype(y.dtype))
@@ -130,18 +139,33 @@ class RMSNorm(nn.Module):
         return x32.astype(x.dtype) * scale.astype(x.dtype)
 
 
-def rotary(x, positions, theta):
+def rotary(x, positions, theta, sections=None):
     """Rotates the two halves of each head by position / theta^(2i/E) (RoPE, Su et al. 2021, "rotate half" layout).
 
-    x [B, T, H, E], positions [B, T] int -> [B, T, H, E]. Angles are computed in float32.
+    x [B, T, H, E], positions [B, T] int -> [B, T, H, E]. Angles are computed in float32. positions [B, T, 3] have a
+    place in time, in rows and in columns: the first sections[0] of the E/2 angles read the first of them, the next
+    sections[1] the second, the rest the third (Qwen2-VL's mrope).
     """
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)                              # [E/2]
-    angle = positions[..., None].astype(jnp.float32) * frequency                                    # [B, T, E/2]
+    if positions.ndim == 3:
+        of_angle = positions[..., np.repeat(np.arange(3), sections)]                                # [B, T, E/2]
+    else:
+        of_angle = positions[..., None]                                                             # [B, T, 1]
+    return rotated(x, of_angle.astype(jnp.float32) * frequency)
+
+
+def rotated(x, angle):
+    """The two halves of each head turned by given angles: x [B, T, H, E], angle float32 [B, T, E/2] -> as x."""
     cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]                         # [B, T, 1, E/2]
-    x32 = x.astype(jnp.float32)
-    first, second = x32[..., :half], x32[..., half:]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def alike(kinds):
+    """Neighbours of one kind, which are stacked: a list of kinds -> tuples (first, how many, kind)."""
+    runs = [list(run) for _, run in itertools.groupby(range(len(kinds)), key=kinds.__getitem__)]
+    return [(run[0], len(run), kinds[run[0]]) for run in runs]
 
 
 def attention(q, k, v, mask=None, causal=False):

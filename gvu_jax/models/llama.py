@@ -37,6 +37,7 @@ class Config:
     remat: str = "nothing"                # see qwen2.REMAT
 
     qkv_bias = False                      # of every Llama
+    mrope_section = None
 
     @property
     def head_dim(self):

@@ -1,8 +1,9 @@
 """The decoder layer of Qwen2 and Llama: pre-norm, grouped-query attention, rotary positions, SwiGLU; and how it is
 stacked.
 
-Qwen2 has biases on q, k, v and Llama has none: the config's `qkv_bias`. The key/value cache is one pair of arrays for
-all layers, carried through the layers' scan and written in place.
+Qwen2 has biases on q, k, v and Llama has none: the config's `qkv_bias`. Where pictures have places in rows and columns
+(Qwen2.5-VL), `mrope_section` says which of the rotary angles read which; None elsewhere. The key/value cache is one
+pair of arrays for all layers, carried through the layers' scan and written in place.
 """
 import jax
 import jax.numpy as jnp
@@ -63,8 +64,9 @@ class Attention(nn.Module):
     def __call__(self, x, cache, layer, positions, mask, at):
         c, (B, T, _) = self.config, x.shape
         heads = lambda name, n: Dense(n * c.head_dim, c.qkv_bias, 1, name=name)(x).reshape(B, T, n, c.head_dim)
-        q = rotary(heads("q_proj", c.num_attention_heads), positions, c.rope_theta)                 # [B, T, H, E]
-        k = rotary(heads("k_proj", c.num_key_value_heads), positions, c.rope_theta)                 # [B, T, K, E]
+        turn = lambda x: rotary(x, positions, c.rope_theta, c.mrope_section)
+        q = turn(heads("q_proj", c.num_attention_heads))                                            # [B, T, H, E]
+        k = turn(heads("k_proj", c.num_key_value_heads))                                            # [B, T, K, E]
         v = heads("v_proj", c.num_key_value_heads)                                                  # [B, T, K, E]
         if cache is not None:
             cache = cache.write(layer, at, k, v)
@@ -93,9 +95,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer of the stack; scanned, so it takes and returns the carry (x [B, T, D], cache or None).
 
-    layer: index of this layer in the cache. positions [B, T], at: the first cache slot these T tokens are written to.
-    mask: [B, T, S], True where a key may be read; or [B, T], True for a real token, of rows that begin at slot 0: these
-    splash reads, in causal order.
+    layer: index of this layer in the cache. positions [B, T], or [B, T, 3] (see `rotary`). at: the first cache slot
+    these T tokens are written to. mask: [B, T, S], True where a key may be read; or [B, T], True for a real token, of
+    rows that begin at slot 0: these splash reads, in causal order.
     """
     config: object
 

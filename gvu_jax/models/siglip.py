@@ -158,23 +158,23 @@ def squared(pixels, transform):
     """What `fit_image` makes of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits, inside a program and bit
     for bit."""
     height, width = fitted_size(*pixels.shape[2:0:-1], transform)
-    pixels, side = resized(pixels, height, width), max(height, width)
+    pixels, side = resized(pixels, (height, width)), max(height, width)
     around = [(0, 0)] + [((side - n) // 2, side - n - (side - n) // 2) for n in (height, width)] + [(0, 0)]
     return jnp.pad(pixels, around, constant_values=BACKGROUND / 255)
 
 
-BITS = 22                    # behind the point, of PIL's weights
-
-
-def resized(pixels, height, width):
-    """Pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits -> [B, height, width, 3]: like PIL, along rows and
-    then along columns, in whole numbers."""
-    for axis, size in (2, width), (1, height):
-        if pixels.shape[axis] != size:
+def resized(pixels, size):
+    """PIL's bicubic resize to size (height, width) of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits,
+    inside a program and bit for bit: along rows and then along columns, in whole numbers."""
+    for axis, to in (2, size[1]), (1, size[0]):
+        if pixels.shape[axis] != to:
             levels = jnp.moveaxis(jnp.round(pixels * 255).astype(jnp.int32), axis, -1)
-            levels = (levels @ resizing(pixels.shape[axis], size) + (1 << BITS - 1)) >> BITS
+            levels = (levels @ resizing(pixels.shape[axis], to) + (1 << BITS - 1)) >> BITS
             pixels = jnp.moveaxis(jnp.clip(levels, 0, 255).astype(jnp.float32) / 255, -1, axis)
     return pixels
+
+
+BITS = 22                    # behind the point, of PIL's weights
 
 
 def resizing(old, new):

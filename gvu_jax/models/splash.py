@@ -71,9 +71,9 @@ def attention(q, k, v, real=None, causal=False, over=BATCH, interpret=False):
     return on_a_device(q, k, v, real)[:, :T]
 
 
-def full_attention(q, k, v):
+def full_attention(q, k, v, real=None):
     """Every position reads every other one: `attention` where it serves, else `layers.attention`. All [B, T, H, E],
-    the pictures B divided over all the mesh."""
+    the pictures B divided over all the mesh. real [B, T] bool: which positions are read, None: all."""
     if serves(q.shape[1], q.shape[3]):
-        return attention(q, k, v, over=AXES)
-    return layers.attention(q, k, v)
+        return attention(q, k, v, real, over=AXES)
+    return layers.attention(q, k, v, None if real is None else real[:, None, :])

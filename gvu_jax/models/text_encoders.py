@@ -1,8 +1,9 @@
-"""The two text encoders of FLUX.1: T5 (Raffel et al. 2020, v1.1) gives the vectors that the image decoder attends to,
-CLIP's text tower (Radford et al. 2021) the one vector that conditions all of its blocks.
+"""The text encoders of FLUX.1: T5 (Raffel et al. 2020, v1.1) gives the vectors that the image decoder attends to,
+CLIP's text tower (Radford et al. 2021) the one vector that conditions all of its blocks. Stable Diffusion 3.5 has two
+CLIP towers with a projection, whose pooled vectors are joined.
 
-    ids [B, X] -> T5Encoder -> [B, X, D]                        `context` of flux.FluxTransformer
-    ids [B, T] -> ClipText  -> [B, T, D], pooled [B, D]         `pooled` of it
+    ids [B, X] -> T5Encoder -> [B, X, D]                                   `context` of flux.FluxTransformer
+    ids [B, T] -> ClipText  -> [B, T, D], pooled [B, D], second last       `pooled` of it and of sd3.SD3Transformer
 
 Neither is told which ids are padding: the decoder was trained on what they give without a mask, so T5 needs every
 prompt at the length used there (512 ids) and CLIP at its own (77). Both encoders are frozen and have no dropout here.
@@ -139,6 +140,7 @@ class ClipConfig:
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407                 # 2 is a mistake of early checkpoints, kept by convention: see ClipText
+    projected: int | None = None              # width of the pooled vector where it is projected (text_projection)
 
     def __post_init__(self):
         if self.hidden_act not in CLIP_ACTIVATIONS:
@@ -167,15 +169,15 @@ class ClipMlp(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    """Pre-norm transformer block; the None is for nn.scan."""
+    """Pre-norm transformer block; the second result, for nn.scan to stack, is what it read."""
     config: ClipConfig
 
     @nn.compact
     def __call__(self, x, mask):                                              # [B, T, D], [1, T, T]
-        x = spread(x, over=AXES)
+        read = x = spread(x, over=AXES)
         x = x + ClipAttention(self.config, name="self_attn")(layer_norm(self.config, "layer_norm1")(x), mask)
         x = x + ClipMlp(self.config, name="mlp")(layer_norm(self.config, "layer_norm2")(x))
-        return x, None
+        return x, read
 
 
 def layer_norm(config, name):
@@ -188,7 +190,8 @@ class ClipText(nn.Module):
 
     @nn.compact
     def __call__(self, ids):
-        """ids int [B, T], T <= max_position_embeddings -> last [B, T, D] after the final norm, pooled [B, D].
+        """ids int [B, T], T <= max_position_embeddings -> last [B, T, D] after the final norm, pooled [B, D or
+        projected], and what the last layer reads [B, T, D], which SD3 takes for the text's vectors.
 
         The pooled vector is `last` at the first end-of-text token, or at position 0 where there is none. A config with
         eos_token_id 2 means the largest id of the row: the tokenizer's end of text is the last one of its vocabulary.
@@ -201,10 +204,13 @@ class ClipText(nn.Module):
         x = Embed(c.vocab_size, c.hidden_size, name="token_embedding")(ids) + positions[:T]         # [B, T, D]
         layers = nn.scan(ClipLayer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
                          length=c.num_hidden_layers)
-        x, _ = layers(c, name="layers")(x, jnp.tril(jnp.ones((1, T, T), bool)))
+        x, read = layers(c, name="layers")(x, jnp.tril(jnp.ones((1, T, T), bool)))                  # [layers, B, T, D]
         last = layer_norm(c, "final_layer_norm")(x)
         end = jnp.argmax(ids if c.eos_token_id == 2 else ids == c.eos_token_id, axis=-1)            # [B], the first
-        return last, jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]
+        pooled = jnp.take_along_axis(last, end[:, None, None], axis=1)[:, 0]                        # [B, D]
+        if c.projected is not None:
+            pooled = nn.Dense(c.projected, use_bias=False, name="text_projection")(pooled)
+        return last, pooled, read[-1]
 
 
 # ------------------------------------------------------------------ parameters

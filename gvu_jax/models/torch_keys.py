@@ -49,7 +49,8 @@ def share_names(name):
 
 
 def to_flax_layout(tensor, path):
-    """Dense kernels [out, in] -> [in, out], convolution kernels [out, in, h, w] -> [h, w, in, out], others as is."""
+    """Dense kernels [out, in] -> [in, out], convolution kernels [out, in, h, w] -> [h, w, in, out], those of films
+    [out, in, t, h, w] -> [w, h, t, in, out], others as is."""
     if not path.endswith("kernel"):
         return tensor
     return tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor.T

@@ -39,6 +39,7 @@ class Config:
     remat: str = "nothing"                # see qwen2.REMAT
 
     qkv_bias = True                       # of every Qwen2
+    mrope_section = None
 
     @property
     def head_dim(self):
