@@ -11,7 +11,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax>=0.2.7", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu",
-        "grain", "absl-py", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow", "tqdm",
+        "grain", "absl-py", "huggingface_hub", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow", "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],                # with libtpu, the compiler that plan.py needs

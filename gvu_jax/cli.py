@@ -58,7 +58,7 @@ def path_flag(name, help, required=False):
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
 AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "eval.choices", "eval.group",
                 "eval.prompts", "gvu.prompts", "uae.prompts", "uae.words", "alarm.skipped")
-SHARES = ("pretrain.backbone.mismatched", "pictures.told")
+SHARES = ("pretrain.backbone.mismatched", "pictures.told", "reward.own")
 NOT_ZERO = ("optim.clip_norm", "gvu.advantage_eps", "uae.advantage_eps")        # both divide: nothing would be learned
 
 
@@ -87,6 +87,10 @@ def run(main):
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             told = " ".join(str(error).split())
+            if "Traceback (most recent call last)" in told:              # of a config's get_config: its last line says it
+                told = str(error).strip().splitlines()[-1].partition(": ")[2]
+                if told.startswith("get_config() takes"):
+                    told = "this config has no presets: leave out the colon and what follows it"
             if isinstance(error, (AttributeError, KeyError)) and told.startswith(("'", '"')):       # of ml_collections
                 name, near = (re.search(pattern, told) for pattern in (r"\w+", 'Did you mean "(.*?)"'))
                 told = f"the config has no setting {name[0]}" + (f": did you mean {near[1]}?" if near else "")

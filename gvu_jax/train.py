@@ -25,10 +25,11 @@ import jax
 import numpy as np
 from absl import flags
 from clu import parameter_overview
+from flax import traverse_util
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, optim, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
@@ -270,30 +271,40 @@ def claim(workdir, config):
     workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
-        theirs = read_json(path)
         ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
-        flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (
-            flat(x, f"{at}{name}.") if isinstance(x, dict) else {f"{at}{name}": x}).items()}
-        mine, other = flat(ours), flat(theirs)
-        differ = sorted(k for k in mine.keys() | other.keys() if k not in ignored and mine.get(k) != other.get(k))
-        if differ:
+        if differ := [name for name in differing(ours, read_json(path)) if name not in ignored]:
             raise ValueError(f"{workdir} holds a run with other settings ({', '.join(differ[:5])}): "
                              f"give another --workdir, or the settings of {path}")
     replace_file(path, json.dumps(ours, indent=1))
 
 
+def differing(ours, theirs):
+    """The names of the settings in which two configs (dicts) differ. One that an earlier version did not have is off
+    where it is nothing (0, "")."""
+    ours, theirs = (traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+                  and (ours.get(name) or theirs.get(name) or name in ours and name in theirs))
+
+
 def check_checkpoint(config):
-    """Raises FileNotFoundError where the converted model that the config starts from is not there."""
+    """Raises FileNotFoundError where the converted model that the config starts from is not there, and ValueError where
+    it should be a name on the hub and is none."""
+    if hub.is_name(config.model.get("checkpoint")):
+        hub.parse(config.model.checkpoint)
+        return
     folder = cli.path(config.model.get("checkpoint") or ".")
     if not folder.exists():
         raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}")
+                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}, or name them, "
+                                f"--config.model.checkpoint=hf:OWNER/NAME")
 
 
 def prepare_base(config, workdir):
-    """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else."""
+    """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else; a name on the hub is
+    fetched and converted into the cache."""
     folder = workdir / "base"
     if config.model.get("checkpoint") or folder.exists():
+        gvu_jax.base_of_run(workdir, config)
         return
     from gvu_jax.shapes import pretrain
     cached, partial = pretrain.ensure_base(config), workdir / "base.partial"

@@ -6,6 +6,8 @@ A family's file has the model behind the interface of umm.py, `MODEL`, and of it
     tiny(config, tokenizer)                    -> umm of a config of the shapes world
     read_source(src, image_size, **FOLDERS)    -> tensor_files.Source of a published folder; FOLDERS {name: help} are
                                                   what is read from elsewhere, options of gvu_jax.convert
+    FROM_HUB {name: (hf:OWNER/NAME, patterns)}    where a model that is converted by its name has that, and which files
+                                                  of it are read; only where there is a FOLDERS
 """
 from gvu_jax.described import Described
 from gvu_jax.families import janus, xomni
