@@ -1,11 +1,23 @@
 """Installs gvu_jax. The core has neither torch nor TensorFlow in it."""
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="gvu_jax",
     version="0.1.0",
-    description="Teach unified multimodal models to draw what they already understand: GvU on X-Omni, in JAX.",
+    description="Teach unified multimodal models to draw what they already understand, in JAX.",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
+    author="The gvu_jax authors",
+    keywords="jax flax multimodal text-to-image reinforcement-learning grpo tpu",
+    project_urls={"GvU": "https://arxiv.org/abs/2603.06043", "Internal Gap": "https://arxiv.org/abs/2507.16663",
+                  "UAE": "https://arxiv.org/abs/2509.09666"},
+    classifiers=[
+        "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
     package_data={"gvu_jax": ["*.html.j2"]},
     python_requires=">=3.11",
