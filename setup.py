@@ -15,15 +15,16 @@ setup(
     project_urls={"GvU": "https://arxiv.org/abs/2603.06043", "Internal Gap": "https://arxiv.org/abs/2507.16663",
                   "UAE": "https://arxiv.org/abs/2509.09666"},
     classifiers=[
-        "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research", "Operating System :: POSIX :: Linux",
-        "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
+        "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
     package_data={"gvu_jax": ["*.html.j2"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10", "flax>=0.12", "optax>=0.2.7", "orbax-checkpoint>=0.11", "tensorstore", "ml-collections", "clu",
-        "grain", "absl-py", "huggingface_hub", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow", "tqdm",
+        "grain", "absl-py", "huggingface_hub", "transformers>=4.51", "tokenizers", "jinja2", "numpy", "scipy", "pillow",
+        "tqdm",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10"],                # with libtpu, the compiler that plan.py needs

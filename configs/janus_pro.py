@@ -19,7 +19,7 @@ def get_config(size="1b"):
     if size not in ("1b", "7b"):
         raise ValueError(f"configs/janus_pro.py has no preset {size!r}; it has 1b and 7b")
     config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
-    config.family = "janus"                                              # whose sizes a plan takes; see gvu_jax/families
+    config.family = "janus"                                              # whose sizes a plan takes:  gvu_jax/families
     config.mesh.tensor = {"1b": 1, "7b": 4}[size]                        # divides 16 or 32 heads
     config.model.size = size                                             # for a plan without the checkpoint
     config.model.checkpoint = f"checkpoints/janus_pro_{size}"            # or hf:deepseek-ai/Janus-Pro-1B

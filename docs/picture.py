@@ -3,8 +3,8 @@
     python docs/picture.py --run=runs/shapes [--out=docs/shapes.webp]
 
 Left: the first held-out prompt of each category in the run's evaluation, and the first picture of it before and after
-training. Right: the words of one of these prompts, with both pictures, coloured by how probable the model after training finds
-them. Nothing is chosen by what it looks like: the prompt on the right is the one whose reward rose most.
+training. Right: the words of one of these prompts, with both pictures, coloured by how probable the model after
+training finds them. Nothing is chosen by what it looks like: the prompt on the right is the one whose reward rose most.
 """
 import base64
 import io

@@ -1,9 +1,9 @@
-"""Writes docs/settings.md: every setting of every config with its value and the meaning that the config's comments give.
+"""Writes docs/settings.md: every setting of every config with its value and the meaning that its comments give.
 
     python docs/write_settings.py            # from the root of a clone; tests/test_docs.py checks that it is current
 
-A comment belongs to the statement below it, or beside it. Where it says "name: .." or "name, name: .." of settings of that
-statement, each part is about those; what stands before is about all of them.
+A comment belongs to the statement below it, or beside it. Where it says "name: .." or "name, name: .." of settings of
+that statement, each part is about those; what stands before is about all of them.
 """
 import ast
 import itertools
@@ -114,8 +114,8 @@ def section(config, known):
     shown = [name for name, value in found.items() if name not in before or before[name] != value]
     for (_, meaning), names in itertools.groupby(shown, lambda name: (name.rpartition(".")[0], told.get(name, ""))):
         names = list(names)                                                    # of which all is said at once
-        lines.append(f"| {'<br>'.join(f'`{name}`' for name in names)} | {'<br>'.join(show(found[name]) for name in names)} "
-                     f"| {meaning} |")
+        cells = (f"`{name}`" for name in names), (show(found[name]) for name in names), [meaning]
+        lines.append("| " + " | ".join(map("<br>".join, cells)) + " |")
     for preset in presets[1:]:
         differ = {name: value for name, value in values(config, preset).items() if found.get(name) != value}
         lines += ["", f"The preset `:{preset}` sets " + ", ".join(
@@ -134,12 +134,10 @@ def page():
         parts.append(section(config, known.get(STARTS_FROM.get(config), {})))
         known[config] = known.get(STARTS_FROM.get(config), {}) | meanings(config)
     return "\n\n".join([
-        "# Every setting", "This page is written by `python docs/write_settings.py` from the configs and their comments: "
-        "change those, not this page.", "Any value can be given on the command line, as "
-        "`python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR --config.gvu.group=8`. A name or a value that "
-        "cannot be is refused in one line. Three settings are in no config and may be added to all but X-Omni's own: "
-        "`eval.prompts` and `eval.group` where an evaluation is to draw other numbers than a step, and `lora.adapter`, "
-        "which `train --adapter=DIR` sets.", *parts]) + "\n"
+        "# Every setting", "This page is written by `python docs/write_settings.py` from the configs and their "
+        "comments: change those, not this page.", "Any value can be given on the command line, as `python -m "
+        "gvu_jax.train --config=configs/shapes.py --workdir=DIR --config.gvu.group=8`. A name or a value that cannot be "
+        "is refused in one line.", *parts]) + "\n"
 
 
 if __name__ == "__main__":

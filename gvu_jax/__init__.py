@@ -42,8 +42,8 @@ class Score:
 
 
 def load(path, mesh=None, adapter=None, **override):
-    """A `Model` from a model folder, from the newest checkpoint of a run's folder, or by a name on the Hugging Face Hub,
-    hf:OWNER/NAME[@REVISION], which is converted into the cache the first time (see hub.py).
+    """A `Model` from a model folder, from the newest checkpoint of a run's folder, or by its name on the Hugging Face
+    Hub, hf:OWNER/NAME[@REVISION], which is converted into the cache the first time (see hub.py).
 
     mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). adapter: a folder of peft's, as
     `convert --export=peft` writes it, to be laid over the model. override: fields of the umm that are to have other

@@ -1,4 +1,4 @@
-"""python -m gvu_jax: the commands, each with what its first line says. `python -m gvu_jax.NAME --help` tells the rest."""
+"""python -m gvu_jax: the commands, each with what its file begins with."""
 import ast
 from pathlib import Path
 

@@ -87,7 +87,7 @@ def run(main):
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             told = " ".join(str(error).split())
-            if "Traceback (most recent call last)" in told:              # of a config's get_config: its last line says it
+            if "Traceback (most recent call last)" in told:             # of a config's get_config: its last line tells
                 told = str(error).strip().splitlines()[-1].partition(": ")[2]
                 if told.startswith("get_config() takes"):
                     told = "this config has no presets: leave out the colon and what follows it"

@@ -5,8 +5,8 @@
                      own cache the first time it is asked for
 
 What was fetched or converted stays, so that a name costs its download once; after an interruption the same command goes
-on. A name without a revision means what the hub had when it was first converted: remove the folder in the cache, or name
-a revision, to have another. Endpoint, token and offline mode are those of huggingface_hub (HF_ENDPOINT; HF_TOKEN or
+on. A name without a revision means what the hub had when it was first converted: remove the folder in the cache, or
+name a revision, to have another. Endpoint, token and offline mode are those of huggingface_hub (HF_ENDPOINT; HF_TOKEN or
 `hf auth login`; HF_HUB_OFFLINE).
 """
 import contextlib
@@ -58,7 +58,7 @@ def fetch(name, wanted=("*",)):
 
 
 def needed(files, wanted=("*",)):
-    """Those of a repository's files that a conversion reads: of several formats of the same weights only safetensors."""
+    """Those of a repository's files that a conversion reads: of several formats of one model only safetensors."""
     files = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)]
     whole = {PurePosixPath(file).parent for file in files if file.endswith(".safetensors")}
 
@@ -75,8 +75,8 @@ def advice(error, repository):
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
     page, said = f"{constants.ENDPOINT}/{repository}", (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(error, GatedRepoError):
-        return (f"its owner asks for consent. Agree to the terms on {page}, make a token that may read it, and give it in "
-                f"HF_TOKEN or through hf auth login")
+        return (f"its owner asks for consent. Agree to the terms on {page}, make a token that may read it, and give it "
+                f"in HF_TOKEN or through hf auth login")
     if isinstance(error, RepositoryNotFoundError):
         return (f"there is no public model {page}. If it is private, give a token in HF_TOKEN or through hf auth login")
     if isinstance(error, RevisionNotFoundError):
@@ -85,9 +85,9 @@ def advice(error, repository):
         return f"{constants.ENDPOINT} answers: {said}"
     if isinstance(error, OSError) and error.errno:                                    # the disk is full, for one
         return said
-    return (f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {said}). Without a network, download it on "
-            f"another machine (hf download {repository} --local-dir DIR) and give that folder to gvu_jax.convert; else "
-            f"give the same command again: what is here already is not fetched twice")
+    return (f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}: {said}). Without a network, download it "
+            f"on another machine (hf download {repository} --local-dir DIR) and give that folder to gvu_jax.convert; "
+            f"else give the same command again: what is here already is not fetched twice")
 
 
 def place(name, cache=None):

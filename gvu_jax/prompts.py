@@ -7,18 +7,18 @@
     counting                  a photo of three knives                                   two to seven
     colors                    a photo of an orange kite
     position                  a photo of a dog right of a teddy bear
-    color_attr                a photo of a purple wine glass, a black apple and a red cup              two objects or three
+    color_attr                a photo of a purple wine glass, a black apple and a red cup            two objects or three
     color_count_attr          a photo of two red buses and three white sheep             one kind or two
     color_spatial_attr        a photo of a red bus left of a white truck
     spatial_count_attr        a photo of two buses above three birds
     size_spatial_attr         a photo of a large bird below a small bus
     multi_object_count_attr   a photo of two buses, three birds and four cups            two kinds or three
 
-The first six are the categories of GenEval (Ghosh et al., 2023), the others those that GenEval++ (Ye et al., 2025) adds;
-of colors and numbers it also asks for more at a time. Each line is an object with the keys of GenEval's metadata: "tag",
-"include" and "exclude" (objects by "class" and "count", perhaps with "color" and "position": a relation and which object
-of "include" it is to), and "prompt". "size" is ours: GenEval's evaluator does not read it, GenEval++'s judges from the
-prompt.
+The first six are the categories of GenEval (Ghosh et al., 2023), the others those that GenEval++ (Ye et al., 2025)
+adds; of colors and numbers it also asks for more at a time. Each line is an object with the keys of GenEval's metadata:
+"tag", "include" and "exclude" (objects by "class" and "count", perhaps with "color" and "position": a relation and
+which object of "include" it is to), and "prompt". "size" is ours: GenEval's evaluator does not read it, GenEval++'s
+judges from the prompt.
 
 Two prompts that ask for the same, whatever their words, have the same composition. The seed assigns each composition
 either to training or, one in five, to the held-out file, however many of either are written; those of --avoid (other
@@ -41,14 +41,14 @@ from gvu_jax.metrics import replace_file
 
 # COCO's objects by the names that GenEval's evaluator has for them.
 CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
-    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
-    "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork",
-    "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut",
-    "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote",
-    "computer keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase",
-    "scissors", "teddy bear", "hair drier", "toothbrush")
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven")
 SIZES = ("large", "small")
@@ -57,7 +57,7 @@ LEAD_INS = ("a photo of", "a picture of", "an image of", "a photograph of")     
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "color_count_attr",
         "color_spatial_attr", "spatial_count_attr", "size_spatial_attr", "multi_object_count_attr")
 HELD_OUT = 5                                     # one composition in so many is held out
-MEASURES = {"skis": "pair", "scissors": "pair", "broccoli": "head"}               # what one of them is called: a pair of
+MEASURES = {"skis": "pair", "scissors": "pair", "broccoli": "head"}              # what one of them is called: a pair of
 IRREGULAR = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 
 _OUT = cli.path_flag("out", "Where to write the prompts to train on, e.g. train.jsonl.", required=True)
@@ -153,7 +153,7 @@ def different(tag, rng, lead_ins, allowed):
 
 
 def is_held_out(asked, seed):
-    """Whether a composition is one of those that are never trained on: a fixed share, by chance, but always the same."""
+    """Whether a composition is one of those that are never trained on: a fixed share, by chance, always the same."""
     return hashlib.sha256(f"{seed} {asked}".encode()).digest()[0] * HELD_OUT < 256
 
 
@@ -187,8 +187,8 @@ def spec_composition(spec):
 
 
 def composition(meta):
-    """The composition of a prompt of GenEval's metadata (dict): equal ones are true of the same pictures. None where the
-    metadata are others."""
+    """The composition of a prompt of GenEval's metadata (dict): equal ones are true of the same pictures. None where
+    the metadata are others."""
     try:
         things = [Thing(*(one.get(key, default) for key, default in
                           (("class", None), ("count", 1), ("color", None), ("size", None)))) for one in meta["include"]]

@@ -1,10 +1,11 @@
 """From the probabilities of the prompt's tokens to one reward a picture, and to one probability a word.
 
 MEANS are the rewards that reward.mean names: GvU's geometric mean, two other ways to make one number of many, and what
-the model answers when asked about the whole sentence. A verdict from outside on the pixels is no reading at all: that of
-`reward.function`, a function of one's own, or "oracle", the checker of those worlds that have one: no method, but the
-ceiling of all. `similarity` is UAE's: another picture that a picture should be like.
+the model answers when asked about the whole sentence. A verdict from outside on the pixels is no reading at all: that
+of `reward.function`, a function of one's own, or "oracle", the checker of those worlds that have one: no method, but
+the ceiling of all. `similarity` is UAE's: another picture that a picture should be like.
 """
+import functools
 import importlib.util
 import unicodedata
 
@@ -77,15 +78,21 @@ def load_function(told):
     path = cli.path(file)
     if not path.is_file():
         raise FileNotFoundError(f"reward.function: there is no file {path}")
+    if not callable(function := getattr(module_of(path, path.stat().st_mtime_ns), name, None)):
+        raise ValueError(f"reward.function: {path} has no function {name}")
+    return function
+
+
+@functools.lru_cache(maxsize=1)                    # it may load a model, and is asked for more than once
+def module_of(path, changed):
+    """The module that a file is, run once as long as it does not change."""
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:                                                   # it is a stranger's code
         raise ValueError(f"reward.function: {path} cannot be run: {type(error).__name__}: {error}") from error
-    if not callable(function := getattr(module, name, None)):
-        raise ValueError(f"reward.function: {path} has no function {name}")
-    return function
+    return module
 
 
 def ask(function, pixels, prompts):
@@ -100,12 +107,12 @@ def ask(function, pixels, prompts):
         raise ValueError(f"reward.function failed: {type(error).__name__}: {error} (GVU_TRACEBACK=1 shows "
                          f"where)") from error
     if found.shape != (len(pixels),):
-        raise ValueError(f"reward.function gave an array of shape {found.shape} for {len(pixels)} pictures of the shape "
-                         f"{pixels.shape[1:]}; it must be one number a picture, of shape ({len(pixels)},)")
+        raise ValueError(f"reward.function gave an array of shape {found.shape} for {len(pixels)} pictures of the "
+                         f"shape {pixels.shape[1:]}; it must be one number a picture, of shape ({len(pixels)},)")
     if not np.isfinite(found).all():
         first = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise ValueError(f"reward.function gave {found[first]} for picture {first} ({prompts[first]!r:.60}); it must give "
-                         f"finite numbers")
+        raise ValueError(f"reward.function gave {found[first]} for picture {first} ({prompts[first]!r:.60}); it must "
+                         f"give finite numbers")
     return found
 
 
@@ -121,7 +128,7 @@ def check(settings, means):
         if settings.mean == "oracle":
             raise ValueError("reward.function and reward.mean = 'oracle' are both verdicts from outside: take one")
     elif settings.get("own"):
-        raise ValueError("reward.own is the share of the model's own reward beside a reward.function, and there is none")
+        raise ValueError("reward.own is the share of the model's own reward beside a reward.function; there is none")
     for name, known in {"teacher": ("base", "policy"), "view": ("pixels", "tokens"), "mean": means}.items():
         if settings[name] not in known:
             raise ValueError(f"reward.{name} is {settings[name]!r}; it must be one of {', '.join(known)}")

@@ -2,6 +2,8 @@
 
     python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR [--config.key=value ...]
 
+What can be set, and what it means: docs/settings.md.
+
 Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop ->
 report. DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
 stopped goes on when the same command is given again; one that a signal stopped ends with status 75 (see stop.py).

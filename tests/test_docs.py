@@ -12,10 +12,13 @@ import jax
 import numpy as np
 import pytest
 import yaml
+from absl import flags
 from PIL import Image
 
+import gvu_jax
 from conftest import ROOT, one_device
 from gvu_jax import checkpoint, data, optim, rewards, umm
+from gvu_jax.__main__ import COMMANDS
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.sampling import How
 from test_families import PICTURES, Toy, settings
@@ -60,18 +63,32 @@ def test_links_lead_somewhere(page):
 
 
 @pages
-def test_every_command_is_one_that_the_package_takes(page, command, monkeypatch):
-    """Flags, configs, presets and settings are parsed; nothing runs."""
+def test_every_command_is_one_that_the_package_takes(page, monkeypatch):
+    """Flags, configs, presets and settings are parsed as `python -m` parses them; nothing runs."""
     def parse(main, flags_parser):
         assert len(flags_parser(sys.argv)) == 1
         sys.exit("parsed")
+
+    def forget(names):
+        for name in names:
+            delattr(flags.FLAGS, name)
+
     monkeypatch.setattr("absl.app.run", parse)
     monkeypatch.chdir(ROOT)
+    of_module = flags.FLAGS.find_module_defining_flag
     for _, code in blocks(page, "bash"):
         for words in commands(code):
             if words[:2] == ["python", "-m"] and words[2].startswith("gvu_jax"):
-                told = command(words[2].removeprefix("gvu_jax."), *words[3:])
-                assert told == "parsed", f"{' '.join(words)}: {told}"
+                forget([name for name in flags.FLAGS if name.startswith("config.") or of_module(name).startswith("gvu_jax")])
+                for name in COMMANDS:                         # of which one imports another for its flags
+                    monkeypatch.delitem(sys.modules, f"gvu_jax.{name}", raising=False)
+                    monkeypatch.delattr(gvu_jax, name, raising=False)
+                others = set(flags.FLAGS)
+                monkeypatch.setattr(sys, "argv", words[2:])
+                with pytest.raises(SystemExit) as ended:
+                    runpy.run_module(words[2], run_name="__main__")
+                forget(set(flags.FLAGS) - others)
+                assert ended.value.code == "parsed", f"{' '.join(words)}: {ended.value.code}"
             elif words[0] == "python" and not words[1].startswith("-"):
                 assert (ROOT / words[1]).is_file()
 
@@ -141,7 +158,8 @@ def test_the_picture_is_painted_from_a_run(command, tmp_path, monkeypatch):
     (tmp_path / "samples").mkdir()
     for moment, value in ("before", 50), ("after", 200):
         (tmp_path / f"samples/{moment}.json").write_text(json.dumps({
-            "pictures": [png(value)] * 3, "readings": [reading(i, drawn) for i in range(3) for drawn in ("before", "after")]}))
+            "pictures": [png(value)] * 3,
+            "readings": [reading(i, drawn) for i in range(3) for drawn in ("before", "after")]}))
     painter = runpy.run_path(str(ROOT / "docs/picture.py"))
     pictures = {moment: [painter["decode"](png(value))] * 3 for moment, value in (("before", 50), ("after", 200))}
     words = [Image.new("RGB", (300, 200), "white")] * 2

@@ -110,8 +110,8 @@ def server(published, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     constants = huggingface_hub.constants                             # which reads the environment once, when imported
     files = address + "/{repo_id}/resolve/{revision}/{filename}"
-    for name, value in {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_CACHE": str(kept / "hub"), "HF_TOKEN_PATH": str(kept / "token"),
-                        "HF_HUB_OFFLINE": False}.items():
+    for name, value in {"ENDPOINT": address, "HUGGINGFACE_CO_URL_TEMPLATE": files, "HF_HUB_CACHE": str(kept / "hub"),
+                        "HF_TOKEN_PATH": str(kept / "token"), "HF_HUB_OFFLINE": False}.items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("GVU_CACHE", str(tmp_path / "cache"))
     yield types.SimpleNamespace(

@@ -1,4 +1,6 @@
 """A reward of one's own: asked on the host about the pictures of a step, alone or beside the model's own."""
+import os
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +75,14 @@ def test_what_cannot_be_is_said_before_anything_is_trained(tiny, file, settings,
     settings = {name: value.format(file) if isinstance(value, str) else value for name, value in settings.items()}
     with pytest.raises((ValueError, OSError), match=told):
         method_of(tiny, **settings)
+
+
+def test_a_file_is_run_once_until_it_changes(file):
+    first = rewards.load_function(f"{file}:red")
+    assert rewards.load_function(f"{file}:red") is first
+    file.write_text("red = max\n")
+    os.utime(file, ns=(0, 0))
+    assert rewards.load_function(f"{file}:red") is max
 
 
 def test_a_file_that_cannot_be_run_is_named(tmp_path):

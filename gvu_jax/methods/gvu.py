@@ -28,10 +28,11 @@ class GvU:
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
     and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens"), `reward.mean`
-    (rewards.MEANS, or "oracle"), `reward.function` and `reward.own`, its weight beside it; `lora`. how: how the policy samples, with images_per_prompt = group. mesh: see
-    sharding.py. lengths: umm.Lengths that hold every prompt of the run; `rollout` needs them. The attribute `judge`,
-    (pixels [S, H, W, 3], S metas) -> suite.Verdicts on the host, is the oracle; `pictures` is how many a step learns from.
-    workdir: of the run, for methods that keep data there; GvU does not.
+    (rewards.MEANS, or "oracle"), `reward.function`, and `reward.own`, the own reading's share beside that; `lora`.
+    how: how the policy samples, with images_per_prompt = group. mesh: see sharding.py. lengths: umm.Lengths that hold
+    every prompt of the run; `rollout` needs them. The attribute `judge`, (pixels [S, H, W, 3], S metas) ->
+    suite.Verdicts on the host, is the oracle; `pictures` is how many a step learns from. workdir: of the run, for
+    methods that keep data there; GvU does not.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
