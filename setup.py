@@ -3,11 +3,13 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+README = Path(__file__).with_name("README.md")                           # launch/tpu.sh sends none to its workers
+
 setup(
     name="gvu_jax",
     version="0.1.0",
     description="Teach unified multimodal models to draw what they already understand, in JAX.",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     author="The gvu_jax authors",

@@ -6,6 +6,8 @@ import json
 import re
 import runpy
 import shlex
+import shutil
+import subprocess
 import sys
 
 import jax
@@ -207,11 +209,14 @@ def test_the_calls_that_the_page_asks_of_a_family_are_those_of_the_interface():
 
 # ---- the habits of an open project ---------------------------------------------------------------------------------
 
-def test_the_project_says_how_to_cite_and_test_it():
+def test_the_project_says_how_to_cite_test_and_install_it(tmp_path):
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
     assert all(reference["url"] in (ROOT / "README.md").read_text() for reference in citation["references"])
     version = re.search(r'version="(.*?)"', (ROOT / "setup.py").read_text())[1]
     assert citation["version"] == version and f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+    shutil.copy(ROOT / "setup.py", tmp_path)                                     # as a worker of launch/tpu.sh has it
+    done = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip().endswith(version), done.stderr
     jobs = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]
     assert ".ci/run" in [step.get("run") for step in jobs["tests"]["steps"]]
