@@ -14,6 +14,14 @@ def flatten(config):
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
+def differing(ours, theirs):
+    """The names of the settings in which two configs (dicts) differ. One that an earlier version did not have is off
+    where it is nothing (0, "")."""
+    ours, theirs = (traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+                  and (ours.get(name) or theirs.get(name) or name in ours and name in theirs))
+
+
 def path(text):
     """The Path that a flag or a setting means: "~" is the home folder, which shells leave alone in --out=~/x.
 

@@ -112,7 +112,7 @@ def finish(config, overrides, folder, stop):
     """Trains a run to its end, unless it is there already. False where `stop` came first."""
     config = configure(config, overrides)
     summary, settings = folder / "summary.json", folder / "config.json"
-    if summary.exists() and "after" in read_json(summary) and not train.differing(
+    if summary.exists() and "after" in read_json(summary) and not cli.differing(
             json.loads(config.to_json()), read_json(settings)):
         return True
     print(f"{folder}: training", flush=True)

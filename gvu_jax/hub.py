@@ -38,6 +38,17 @@ def parse(name):
     return match["repository"], match["revision"]
 
 
+def check(checkpoint):
+    """Raises ValueError or FileNotFoundError where config.model.checkpoint, if there is one, is neither a folder nor of
+    the form of a name; whether there is a model of that name, only the hub knows."""
+    if is_name(checkpoint):
+        parse(checkpoint)
+    elif not (folder := cli.path(checkpoint or ".")).exists():
+        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
+                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}, or name them, "
+                                f"--config.model.checkpoint=hf:OWNER/NAME")
+
+
 def fetch(name, wanted=("*",)):
     """The folder with the published files of a name, downloaded as far as they are not there yet. wanted: patterns of
     the files to take, e.g. ("vae/*",).

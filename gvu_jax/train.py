@@ -27,7 +27,6 @@ import jax
 import numpy as np
 from absl import flags
 from clu import parameter_overview
-from flax import traverse_util
 from ml_collections import config_flags
 
 import gvu_jax
@@ -74,7 +73,7 @@ def train(config, workdir, stop=Stop()):
     """
     cli.check_numbers(config)
     method_of(config).check(config)
-    check_checkpoint(config)
+    hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
     with alone(workdir):
         return train_alone(config, workdir, stop)
@@ -274,31 +273,10 @@ def claim(workdir, config):
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
         ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
-        if differ := [name for name in differing(ours, read_json(path)) if name not in ignored]:
+        if differ := [name for name in cli.differing(ours, read_json(path)) if name not in ignored]:
             raise ValueError(f"{workdir} holds a run with other settings ({', '.join(differ[:5])}): "
                              f"give another --workdir, or the settings of {path}")
     replace_file(path, json.dumps(ours, indent=1))
-
-
-def differing(ours, theirs):
-    """The names of the settings in which two configs (dicts) differ. One that an earlier version did not have is off
-    where it is nothing (0, "")."""
-    ours, theirs = (traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
-    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
-                  and (ours.get(name) or theirs.get(name) or name in ours and name in theirs))
-
-
-def check_checkpoint(config):
-    """Raises FileNotFoundError where the converted model that the config starts from is not there, and ValueError where
-    it should be a name on the hub and is none."""
-    if hub.is_name(config.model.get("checkpoint")):
-        hub.parse(config.model.checkpoint)
-        return
-    folder = cli.path(config.model.get("checkpoint") or ".")
-    if not folder.exists():
-        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}, or name them, "
-                                f"--config.model.checkpoint=hf:OWNER/NAME")
 
 
 def prepare_base(config, workdir):

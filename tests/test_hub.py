@@ -225,16 +225,15 @@ def test_training_starts_from_a_name(server, tmp_path):
     config = load_config("janus_pro")
     config.update(cache=str(tmp_path / "cache"))
     config.model.checkpoint = "hf:tiny/Janus-Pro"
-    train.check_checkpoint(config)
+    hub.check(config.model.checkpoint)
     train.prepare_base(config, tmp_path / "run")
     assert (folder := hub.place("hf:tiny/Janus-Pro", config.cache)).exists()
     server.stop()
     umm, params = train.load_base(config, tmp_path / "run", one_device())
     assert umm.kind == "janus" and set(params) == set(checkpoint.load_model(folder)[1])
     assert gvu_jax.base_of_run(tmp_path / "run", config) == folder
-    config.model.checkpoint = "hf:Janus"
     with pytest.raises(ValueError, match="hf:OWNER/NAME"):
-        train.check_checkpoint(config)
+        hub.check("hf:Janus")
 
 
 def test_a_process_needs_nothing_but_the_endpoint(server, tmp_path):

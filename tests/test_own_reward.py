@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from conftest import load_config
-from gvu_jax import rewards, train
+from gvu_jax import cli, rewards, train
 from test_train import METAS, method_of
 
 FILE = '''
@@ -102,8 +102,8 @@ def test_settings_that_a_run_did_not_have_are_off():
     """A run of an earlier version goes on; one with another value does not."""
     old = {"reward": {"mean": "geometric"}, "steps": 3}
     new = {"reward": {"mean": "geometric", "function": "", "own": 0.0}, "steps": 3}
-    assert train.differing(new, old) == [] == train.differing(old, new)
-    assert train.differing(new | {"steps": 4}, old) == ["steps"]
+    assert cli.differing(new, old) == [] == cli.differing(old, new)
+    assert cli.differing(new | {"steps": 4}, old) == ["steps"]
     new["reward"]["own"] = 0.5
-    assert train.differing(new, old) == ["reward.own"]
-    assert train.differing({"a": 0}, {"a": 1}) == ["a"] and train.differing({"a": 0}, {"a": ""}) == ["a"]
+    assert cli.differing(new, old) == ["reward.own"]
+    assert cli.differing({"a": 0}, {"a": 1}) == ["a"] and cli.differing({"a": 0}, {"a": ""}) == ["a"]
