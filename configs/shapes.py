@@ -16,69 +16,99 @@ def get_config(preset="normal"):
     if preset not in ("normal", "weak", "smoke"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
-    config.method = "gvu"
-    config.family = "xomni"                                            # or janus; see families/NAME_tiny.py
-    config.seed = 0
-    config.steps = 250
+    config.method = "gvu"                                              # gvu, internal_gap or uae: gvu_jax/methods
+    config.family = "xomni"                                            # xomni or janus: gvu_jax/families/NAME_tiny.py
+    config.seed = 0                                                    # of training and evaluation, not of the base
+    config.steps = 250                                                 # updates of the policy
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
 
-    config.mesh = dict(data=-1, fsdp=1, tensor=1)                      # -1: all devices that the others leave
+    # data, fsdp, tensor: over how many devices rows, parameters and heads are divided; -1: all that the others leave.
+    config.mesh = dict(data=-1, fsdp=1, tensor=1)
+    # side: cells along the side of a picture, each of 16 pixels. max_objects: the most objects in a picture.
     config.world = dict(side=3, max_objects=9)
 
     # ---- the model: a family's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
     # X-Omni is made of ar, vision, flux and vae; Janus of ar, vision (a tower alone) and vq.
     config.model = ConfigDict()
+    # Sizes of the backbone, as transformers' Qwen2Config calls them, and X-Omni's own layers for images.
     config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
                            num_key_value_heads=4, num_mm_adap_layers=1, num_mm_head_layers=1, rope_theta=100.0)
+    # Sizes of the picture tokenizer: its ViT, codebook and projector.
     config.model.vision = dict(width=64, layers=2, heads=4, mlp_hidden=128, patch_size=16, pos_table_side=3,
                                codebook_size=96, codebook_dim=16, z_channels=32, groups=8)
+    # Sizes of the diffusion head that draws tokens as pixels, as diffusers' FluxTransformer2DModel calls them.
     config.model.flux = dict(in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16,
                              num_attention_heads=4, joint_attention_dim=8, pooled_projection_dim=8,
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
+    # Sizes of the autoencoder between pixels and the diffusion head's latents.
     config.model.vae = dict(latent_channels=4, patch_size=16)
+    # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder.
     config.model.vq = dict(codebook_size=96, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
-    config.model.diffusion_steps = 2
+    config.model.diffusion_steps = 2         # steps of noise to a picture
     config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
-    config.model.instruction = "Describe the image."
+    config.model.instruction = "Describe the image."                   # what the prompt is read as the answer to
 
     # ---- pretraining of the base ----
     config.pretrain = ConfigDict()
-    config.pretrain.seed = 0
-    config.pretrain.scenes = 8192
-    config.pretrain.crowded = 8192
-    config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))                   # X-Omni's two
+    config.pretrain.seed = 0                 # the seed of the base
+    config.pretrain.scenes = 8192            # pictures that it is taught with
+    config.pretrain.crowded = 8192           # and fuller ones, for the parts that see cells and not scenes
+    # X-Omni learns to see and to paint in these two. steps: updates. lr: learning rate. pictures: pictures of a batch.
+    config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
+    # steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
-    config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))                        # Janus' two
+    # Janus learns to see and to paint in these two. steps: updates. lr: learning rate. pictures: pictures of a batch.
+    config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))
+    # steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
-    # things.
+    # things. steps: updates. lr: learning rate. positions, prompts: pictures of a batch whose
+    # positions are told, or that are drawn.
     config.pretrain.positions = dict(steps=400, lr=3e-3, batch=dict(positions=24, prompts=32))
     # mismatched: the share of pictures that drawing is taught with under another picture's prompt, as people's pictures
-    # often are. Reading never is: so it knows better than drawing, in every category.
+    # often are. Reading never is: so it knows better than drawing, in every category. steps: updates. lr: learning
+    # rate. captions, descriptions, questions, prompts: pictures of a batch of which each is told, or that are drawn.
     config.pretrain.backbone = dict(steps=1200, lr=3e-3, mismatched=0.2,
                                     batch=dict(captions=17, descriptions=2, questions=7, prompts=32))
 
     # ---- GvU ----
+    # temperature: 1 draws from the policy itself. top_k, top_p, min_p: leave improbable tokens out; 0, 1 and 0 leave
+    # out none. guidance: classifier-free; 1 is none.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
-    # mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a ceiling, no method).
-    config.reward = dict(teacher="base", view="pixels", mean="geometric")
-    # advantage_eps: where all pictures of a prompt are right their rewards differ by a hundredth, and what makes one of
-    # them better is a taste for some corner or color. Rewards of right and wrong ones differ by a tenth.
+    # teacher: whose reading judges, the frozen base's or the policy's own. view: pixels, or tokens: read what was drawn
+    # without rendering it. mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a
+    # ceiling, no method). function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts) -> [S];
+    # own: the share that the model's reward has beside it.
+    config.reward = dict(teacher="base", view="pixels", mean="geometric", function="", own=0.0)
+    # prompts: prompts of a step. group: pictures of each prompt, which are compared. clip: how far the probability
+    # ratio may move from 1. beta: weight of the KL to the base. anchor: weight of a second KL, which holds reading to
+    # the base's. advantage_eps: added to the standard deviation that advantages are divided by. Where all pictures of a
+    # prompt are right, their rewards differ little, and what makes one better is a taste for some corner or color.
+    # inner_steps: updates on the same pictures. micro_batches: parts that an update is computed in. waves: parts that pictures are drawn,
+    # rendered and read in; both save memory.
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.03, anchor=20.0, advantage_eps=0.03,
                       inner_steps=1, micro_batches=1, waves=1)
-    # Rank 0 trains the whole backbone. An adapter on what only drawing runs (lora.rank=32 lora.targets=mm_head) leaves
-    # understanding what it was bit for bit.
+    # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the
+    # modules that have one, a regular expression. An adapter on what only drawing runs (lora.rank=32
+    # lora.targets=mm_head) leaves understanding what it was bit for bit.
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")
-    # cosine: what the last steps at a high rate add is noise, and reading suffers from it first.
+    # lr: learning rate of AdamW. warmup: steps until it is reached. schedule: constant, or cosine, to 0 at the end. b2:
+    # AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of a gradient.
+    # At a rate that stays high the last steps add noise, from which reading suffers first.
     config.optim = dict(lr=5e-4, warmup=10, schedule="cosine", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
-    config.eval = dict(every=125, batches=4, choices=1152, words=0.45)  # words: their least mean in what is accepted
-    # When to warn that the policy collapses or (objects a picture above what is asked, more than before) makes spam, or
-    # (stop) to end; how many steps in a row may be skipped as not finite.
+    # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. choices:
+    # questions of each test of understanding. words: least mean of a prompt's words in a picture that is accepted by
+    # them.
+    config.eval = dict(every=125, batches=4, choices=1152, words=0.45)
+    # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
+    # duplicates: more than this share of a group's pictures are the same. objects: pictures hold so many more, above
+    # what is asked, than before, which is spam. stop: end the run instead of warning. skipped: how many steps in a row
+    # may be skipped as not finite.
     config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, objects=0.5, stop=False, skipped=10)
-    config.log_every = 5
-    config.checkpoint_every = 50
+    config.log_every = 5                                               # steps between lines of metrics.jsonl
+    config.checkpoint_every = 50                                       # steps between saved states
 
     if preset == "weak":                       # generation is taught by pictures of which most belong to other prompts
         config.pretrain.backbone.mismatched = 0.6
@@ -86,8 +116,6 @@ def get_config(preset="normal"):
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
         config.pretrain.diffusion.update(steps=1200, lr=1e-3)
-        config.pretrain.tower.steps = 400
-        config.pretrain.codes.steps = 1000
         config.pretrain.positions.steps = 0                            # left and right take longer than a smoke run has
         config.pretrain.backbone.steps = 300
         config.pretrain.backbone.batch.update(captions=10, descriptions=1, questions=3, prompts=24)

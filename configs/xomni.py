@@ -18,36 +18,56 @@ EPOCHS = 4
 
 def get_config():
     config = ConfigDict()
-    config.method = "gvu"
-    config.seed = 0
+    config.method = "gvu"                                                # gvu, internal_gap or uae: gvu_jax/methods
+    config.seed = 0                                                      # of training and evaluation
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")       # compiled programs
 
-    # What fits where: launch/README.md, or python -m gvu_jax.plan. tensor divides the 28 query and 4 key/value heads.
+    # data, fsdp, tensor: over how many devices rows, parameters and heads (28 query, 4 key/value) are divided; -1: all
+    # that the others leave. What fits where: launch/README.md, or python -m gvu_jax.plan.
     config.mesh = dict(data=1, fsdp=-1, tensor=4)
 
     config.model = ConfigDict()
-    config.model.checkpoint = "checkpoints/xomni"                        # a folder that gvu_jax.convert has written
-    # Over what the checkpoint says: 36 x 36 tokens of 16 px; fewer diffusion steps than for final pictures would do.
+    config.model.checkpoint = "checkpoints/xomni"         # a folder that gvu_jax.convert has written, or hf:OWNER/NAME
+    # Over what the checkpoint says. grid: 36 x 36 tokens of 16 px. diffusion_steps: fewer than for final pictures would
+    # do. instruction: what the prompt is read as the answer to.
     config.model.override = dict(grid=(36, 36), diffusion_steps=28,
                                  instruction="Describe the image in detail.")
     config.model.remat = "all"                                           # recompute layers in the backward pass
 
-    # prompt_key: where the text stands in an object; "meta/prompt" is the prompt in its meta.
+    # prompts: what is trained on. held_out: what is evaluated with. prompt_key: where the text stands in an object;
+    # "meta/prompt" is the prompt in its meta.
     config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl", prompt_key="prompt")
 
-    # The published sampler adds top-k 50 unseen (a default of its library) and trains on unfiltered log-probabilities.
+    # temperature: 1 draws from the policy itself. top_k, top_p, min_p: leave improbable tokens out; 0, 1 and 0 leave
+    # out none. guidance: classifier-free; 1 is none. The published sampler adds top-k 50 unseen (a default of its
+    # library) and trains on unfiltered log-probabilities.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.03, guidance=1.0)
-    # The published code means the frozen base to be the teacher but leaves the adapter on ("policy").
-    config.reward = dict(teacher="base", view="pixels", mean="geometric")           # or product, minimum, yes
+    # teacher: whose reading judges, the frozen base's or the policy's own; the published code means the base but leaves
+    # the adapter on. view: pixels, or tokens: read what was drawn without rendering it. mean: geometric, or product,
+    # minimum, yes. function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts)
+    # -> [S]; own: the share that the model's reward has beside it.
+    config.reward = dict(teacher="base", view="pixels", mean="geometric", function="", own=0.0)
+    # prompts: prompts of a step. group: pictures of each prompt, which are compared. clip: how far the probability
+    # ratio may move from 1. beta: weight of the KL to the base. anchor: weight of a second KL, which holds reading to
+    # the base's. advantage_eps: added to the standard deviation that advantages are divided by. inner_steps: updates on
+    # the same pictures. micro_batches: parts that an update is computed in. waves: parts that pictures are drawn,
+    # rendered and read in; both save memory.
     config.gvu = dict(prompts=16, group=8, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
                       inner_steps=1, micro_batches=8, waves=1)
-    config.lora = dict(rank=8, alpha=32, targets=r"_proj")               # the published list adapts every matrix
+    # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the
+    # modules that have one, a regular expression; the published list adapts every matrix.
+    config.lora = dict(rank=8, alpha=32, targets=r"_proj")
+    # lr: learning rate of AdamW. warmup: steps until it is reached. schedule: constant, or cosine, to 0 at the end. b2:
+    # AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of a gradient.
     config.optim = dict(lr=1e-6, warmup=0, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0)
 
-    config.steps = PROMPTS * EPOCHS // config.gvu.prompts
+    config.steps = PROMPTS * EPOCHS // config.gvu.prompts                # updates of the policy
+    # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step.
     config.eval = dict(every=250, batches=4)
-    # When to warn that the policy collapses, or (stop) to end; how many steps in a row may be skipped as not finite.
+    # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
+    # duplicates: more than this share of a group's pictures are the same. stop: end the run instead of warning.
+    # skipped: how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=2.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
-    config.log_every = 1
-    config.checkpoint_every = 50
+    config.log_every = 1                                                 # steps between lines of metrics.jsonl
+    config.checkpoint_every = 50                                         # steps between saved states
     return config

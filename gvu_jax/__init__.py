@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gvu_jax import adapters, checkpoint, cli, rewards, sharding
+from gvu_jax import adapters, checkpoint, cli, hub, rewards, sharding
 from gvu_jax.metrics import read_json
 from gvu_jax.policy import init_trainable, policy_params
 from gvu_jax.sampling import How
@@ -42,14 +42,15 @@ class Score:
 
 
 def load(path, mesh=None, adapter=None, **override):
-    """A `Model` from a model folder, or from the newest checkpoint of a run's folder.
+    """A `Model` from a model folder, from the newest checkpoint of a run's folder, or by its name on the Hugging Face
+    Hub, hf:OWNER/NAME[@REVISION], which is converted into the cache the first time (see hub.py).
 
     mesh: sharding.make_mesh(..); None takes all devices (sharding.mesh_of). adapter: a folder of peft's, as
     `convert --export=peft` writes it, to be laid over the model. override: fields of the umm that are to have other
     values than those stored or trained with, such as diffusion_steps=28.
     Raises FileNotFoundError or ValueError with one line that says what is missing or wrong.
     """
-    path = cli.path(path)
+    path = hub.model_folder(path)
     if (path / "metadata.json").exists():
         return _model(*checkpoint.load_model(path, mesh, override), None, adapter)
     if not (path / "config.json").exists():
@@ -87,7 +88,7 @@ def read_run_config(workdir):
 def base_of_run(workdir, config):
     """The model folder that a run started from: its own copy, or the converted checkpoint that its config names."""
     base = Path(workdir) / "base"
-    return base if base.exists() else cli.path(config.model.get("checkpoint", base))
+    return base if base.exists() else hub.model_folder(config.model.get("checkpoint", base), config.get("cache"))
 
 
 BATCH = 16              # prompts drawn, or pictures read, at a time

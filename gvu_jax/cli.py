@@ -14,6 +14,14 @@ def flatten(config):
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
+def differing(ours, theirs):
+    """The names of the settings in which two configs (dicts) differ. One that an earlier version did not have is off
+    where it is nothing (0, "")."""
+    ours, theirs = (traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
+    return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
+                  and (ours.get(name) or theirs.get(name) or name in ours and name in theirs))
+
+
 def path(text):
     """The Path that a flag or a setting means: "~" is the home folder, which shells leave alone in --out=~/x.
 
@@ -58,7 +66,7 @@ def path_flag(name, help, required=False):
 REST = ("mesh.data", "mesh.fsdp", "mesh.tensor")          # -1: what the others leave
 AT_LEAST_ONE = ("log_every", "checkpoint_every", "eval.every", "eval.batches", "eval.choices", "eval.group",
                 "eval.prompts", "gvu.prompts", "uae.prompts", "uae.words", "alarm.skipped")
-SHARES = ("pretrain.backbone.mismatched", "pictures.told")
+SHARES = ("pretrain.backbone.mismatched", "pictures.told", "reward.own")
 NOT_ZERO = ("optim.clip_norm", "gvu.advantage_eps", "uae.advantage_eps")        # both divide: nothing would be learned
 
 
@@ -87,6 +95,10 @@ def run(main):
             return flags.FLAGS(argv)
         except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
             told = " ".join(str(error).split())
+            if "Traceback (most recent call last)" in told:             # of a config's get_config: its last line tells
+                told = str(error).strip().splitlines()[-1].partition(": ")[2]
+                if told.startswith("get_config() takes"):
+                    told = "this config has no presets: leave out the colon and what follows it"
             if isinstance(error, (AttributeError, KeyError)) and told.startswith(("'", '"')):       # of ml_collections
                 name, near = (re.search(pattern, told) for pattern in (r"\w+", 'Did you mean "(.*?)"'))
                 told = f"the config has no setting {name[0]}" + (f": did you mean {near[1]}?" if near else "")

@@ -1,5 +1,6 @@
 """Converts a published checkpoint to a model folder, and back.
 
+    python -m gvu_jax.convert --src=hf:deepseek-ai/Janus-Pro-1B --dst=DIR
     python -m gvu_jax.convert --src=Janus-Pro-1B --dst=DIR
     python -m gvu_jax.convert --src=X-Omni-En --dst=DIR [--flux=FLUX.1-dev] [--image_size=576]
     python -m gvu_jax.convert --src=show-o --dst=DIR --magvit=magvitv2 --llm=phi-1_5 [--clip=CLIP]
@@ -7,8 +8,9 @@
     python -m gvu_jax.convert --export=hf --src=DIR --dst=AS-PUBLISHED
     python -m gvu_jax.convert --export=peft --src=RUN --dst=ADAPTER [--base=X-Omni/X-Omni-En]
 
-The way in reads a directory as published; what that is, its family's file says (families/NAME.py). What comes out
-is described in checkpoint.py, and needs neither the source nor torch. Nothing in the source is executed.
+The way in reads a directory as published, or fetches one from the Hugging Face Hub by its name (see hub.py); what is
+in it, its family's file says (families/NAME.py). What comes out is described in checkpoint.py, and needs neither the
+source nor torch. Nothing in the source is executed.
 
 One tensor is held at a time, and nothing is written before every key of every file has its place. Interrupted, the
 same command goes on where it stopped: it reads what is there, compares checksums, and writes the rest.
@@ -28,7 +30,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from gvu_jax import base_of_run, checkpoint, cli, families, lora, read_run_config, sharding
+from gvu_jax import base_of_run, checkpoint, cli, families, hub, lora, read_run_config, sharding
 from gvu_jax.adapters import write_peft
 from gvu_jax.described import Described
 from gvu_jax.metrics import Progress, read_json, replace_file
@@ -36,7 +38,8 @@ from gvu_jax.models import torch_keys
 from gvu_jax.policy import init_trainable
 from gvu_jax.tensor_files import ParameterStore, TensorFile, insist_inside, read_header, safetensors_header, write_file
 
-_SRC = cli.path_flag("src", "What to convert: a published directory, a model folder or a run's folder.", required=True)
+_SRC = cli.path_flag("src", "What to convert: a published directory or its name, hf:OWNER/NAME; for --export a model "
+                     "folder or a run's folder.", required=True)
 _DST = cli.path_flag("dst", "The folder to write; it must not exist yet.", required=True)
 _FOLDERS = {name: cli.path_flag(name, what) for family in families.FAMILIES.values()
             for name, what in family.FOLDERS.items()}                  # what a family reads from elsewhere
@@ -45,15 +48,23 @@ _IMAGE_SIZE = flags.DEFINE_integer(
     lower_bound=1)
 _BASE = flags.DEFINE_string("base", None, "What an exported adapter calls its base, for peft to load: a name on the "
                             "Hugging Face Hub or a folder; without it, what the base was converted from.")
-_EXPORT = flags.DEFINE_enum("export", None, ["hf", "peft"], "The way back: the published layout, or a peft adapter.")
+_EXPORT = flags.DEFINE_enum("export", None, ["hf", "peft"], "The way back: the published layout (safetensors byte for "
+                            "byte, files of torch tensor for tensor), or a peft adapter.")
 
 
 def read_source(src, image_size=None, **folders):
-    """A published directory -> tensor_files.Source. ValueError or OSError, in one line, for what is wrong."""
-    src = Path(src).absolute()
-    if not src.is_dir():
-        raise FileNotFoundError(f"there is no directory {src}")
-    return families.of_published(src).read_source(src, image_size, **folders)
+    """A published directory, or a name on the hub -> tensor_files.Source. ValueError or OSError, in one line, for what
+    is wrong. Of a name, what its family reads from elsewhere has a name, too, unless it is given."""
+    found = hub.fetch(src) if hub.is_name(src) else Path(src).absolute()
+    if not found.is_dir():
+        raise FileNotFoundError(f"there is no directory {found}")
+    family = families.of_published(found)
+    elsewhere = getattr(family, "FROM_HUB", {})
+    if hub.is_name(src):
+        folders = {name: by_name for name, (by_name, _) in elsewhere.items()} | folders
+    folders = {name: hub.fetch(folder, elsewhere[name][1]) if hub.is_name(folder) else folder
+               for name, folder in folders.items()}
+    return family.read_source(found, image_size, **folders)
 
 
 # ------------------------------------------------------------------ the plan
@@ -115,7 +126,7 @@ def leaves(planned, specs):
 # ------------------------------------------------------------------ there
 
 def convert(src, dst, image_size=None, **folders):
-    """A published directory -> a model folder. Returns the number of bytes of its tensors.
+    """A published directory, or a name on the hub -> a model folder. Returns the number of bytes of its tensors.
 
     folders: what its family reads from elsewhere (FOLDERS in its file). The folder is `DST.partial` until it is whole.
     Raises ValueError or OSError with one line that says what is wrong.
@@ -190,8 +201,9 @@ def _keep_source(folder, source, planned, identity, src):
             if unread:
                 write_file(target.with_name(target.name + ".unread.safetensors"), safetensors_header(unread), file.read)
     parts = {source.names[file.path]: part for part, files in source.weights.items() for file in files}
+    called = hub.parse(src)[0] if hub.is_name(src) else str(Path(src).absolute())                    # as peft finds it
     replace_file(folder / "manifest.json", json.dumps(
-        {"parts": parts, "identity": identity, "source": str(Path(src).absolute())}, indent=1))
+        {"parts": parts, "identity": identity, "source": called}, indent=1))
 
 
 # ------------------------------------------------------------------ and back
@@ -292,6 +304,8 @@ def main(_):
     if _BASE.value and _EXPORT.value != "peft":
         raise ValueError("--base is for --export=peft")
     folders = {name: flag.value for name, flag in _FOLDERS.items() if flag.value}
+    if _EXPORT.value and hub.is_name(src):
+        raise ValueError(f"--export takes a converted folder or a run, not {src}: convert it first")
     if _EXPORT.value and (folders or _IMAGE_SIZE.value):
         raise ValueError(f"--{', --'.join(_FOLDERS)} and --image_size are for the way in, not for --export")
     if _EXPORT.value == "hf":

@@ -37,7 +37,7 @@ from gvu_jax.shapes import checker, world
 from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
-_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.", required=True)
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified"],
                            "What to measure.", required=True)

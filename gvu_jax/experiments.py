@@ -112,7 +112,8 @@ def finish(config, overrides, folder, stop):
     """Trains a run to its end, unless it is there already. False where `stop` came first."""
     config = configure(config, overrides)
     summary, settings = folder / "summary.json", folder / "config.json"
-    if summary.exists() and "after" in read_json(summary) and read_json(settings) == json.loads(config.to_json()):
+    if summary.exists() and "after" in read_json(summary) and not cli.differing(
+            json.loads(config.to_json()), read_json(settings)):
         return True
     print(f"{folder}: training", flush=True)
     (folder / "words.json").unlink(missing_ok=True)                                   # of what the run was before

@@ -25,7 +25,7 @@ from absl import flags
 from PIL import Image, PngImagePlugin
 
 import gvu_jax
-from gvu_jax import cli
+from gvu_jax import cli, hub
 from gvu_jax.checkpoint import DIGEST
 from gvu_jax.data import read_picture, read_prompts
 from gvu_jax.metrics import Progress, replace_file, replacing
@@ -35,7 +35,7 @@ from gvu_jax.sampling import How
 LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10}     # pictures a prompt, as published
 FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
 
-_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.", required=True)
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of .txt "
                          "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
@@ -70,10 +70,11 @@ def main(_):
     check_folder(layout, out, files)
     cli.keep_compiled()
     given = {"diffusion_steps": _STEPS.value, "adapter": _ADAPTER.value}
-    model = gvu_jax.load(_CHECKPOINT.value, **{name: value for name, value in given.items() if value})
+    folder = hub.model_folder(_CHECKPOINT.value)
+    model = gvu_jax.load(folder, **{name: value for name, value in given.items() if value})
     if _GUIDANCE.value is None:
         how = dataclasses.replace(how, guidance=model.umm.guidance)
-    origin = {"model": identify(Path(_CHECKPOINT.value), model.step), "step": model.step, "seed": _SEED.value,
+    origin = {"model": identify(folder, model.step), "step": model.step, "seed": _SEED.value,
               **({"adapter": identify(Path(_ADAPTER.value))} if _ADAPTER.value else {}),
               "diffusion_steps": getattr(model.umm, "diffusion_steps", None),
               **{name: value for name, value in dataclasses.asdict(how).items()

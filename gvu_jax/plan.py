@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from absl import flags
 from jax.experimental import topologies
 
-from gvu_jax import checkpoint, cli, costs, families, optim, sharding
+from gvu_jax import checkpoint, cli, costs, families, hub, optim, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.models.layers import AXES
 from gvu_jax.policy import State, init_state
@@ -94,8 +94,9 @@ def chips_of(topology):
 def model_of(config):
     """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
     override, folder = config.model.get("override", {}), config.model.get("checkpoint")
-    if folder and not config.get("world") and cli.path(folder).exists():
-        umm, params = checkpoint.describe_model(cli.path(folder), override)
+    folder = folder and (hub.place(folder, config.cache) if hub.is_name(folder) else cli.path(folder))
+    if folder and not config.get("world") and folder.exists():
+        umm, params = checkpoint.describe_model(folder, override)
     else:
         umm, dtype = (families.tiny_of(config).tiny(config), jnp.float32) if config.get("world") else (
             families.of(config).published(override, config.model.get("size")), jnp.bfloat16)

@@ -16,7 +16,7 @@ from gvu_jax.data import read_picture
 from gvu_jax.decode import FORMATS
 from gvu_jax.pictures import picture_kind, word_heatmap, write_picture
 
-_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder or a model folder.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.", required=True)
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
 _IMAGE = cli.path_flag("image", f"The picture: {', '.join(FORMATS)}.", required=True)
 _PROMPT = flags.DEFINE_string("prompt", None, "What the picture should show.", required=True)

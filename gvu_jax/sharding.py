@@ -142,6 +142,11 @@ def first_says(value):
     return value if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(np.array(value)).item()
 
 
+def first_says_all(array):
+    """An array of the host as process 0 has it, in all processes."""
+    return array if jax.process_count() == 1 else np.asarray(multihost_utils.broadcast_one_to_all(array))
+
+
 def named(shape):
     return ",".join(f"{axis}:{size}" for axis, size in zip(AXES, shape))
 

@@ -2,6 +2,8 @@
 
     python -m gvu_jax.train --config=configs/shapes.py --workdir=DIR [--config.key=value ...]
 
+What can be set, and what it means: docs/settings.md.
+
 Order: config -> mesh -> base model -> prompts -> method and state (resumed if DIR holds a checkpoint) -> loop ->
 report. DIR gets config.json, metrics.jsonl, checkpoints/, samples/*.png, summary.json and report.html. A run that was
 stopped goes on when the same command is given again; one that a signal stopped ends with status 75 (see stop.py).
@@ -28,7 +30,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, optim, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
@@ -71,7 +73,7 @@ def train(config, workdir, stop=Stop()):
     """
     cli.check_numbers(config)
     method_of(config).check(config)
-    check_checkpoint(config)
+    hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
     with alone(workdir):
         return train_alone(config, workdir, stop)
@@ -270,30 +272,19 @@ def claim(workdir, config):
     workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
-        theirs = read_json(path)
         ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
-        flat = lambda tree, at="": {k: v for name, x in tree.items() for k, v in (
-            flat(x, f"{at}{name}.") if isinstance(x, dict) else {f"{at}{name}": x}).items()}
-        mine, other = flat(ours), flat(theirs)
-        differ = sorted(k for k in mine.keys() | other.keys() if k not in ignored and mine.get(k) != other.get(k))
-        if differ:
+        if differ := [name for name in cli.differing(ours, read_json(path)) if name not in ignored]:
             raise ValueError(f"{workdir} holds a run with other settings ({', '.join(differ[:5])}): "
                              f"give another --workdir, or the settings of {path}")
     replace_file(path, json.dumps(ours, indent=1))
 
 
-def check_checkpoint(config):
-    """Raises FileNotFoundError where the converted model that the config starts from is not there."""
-    folder = cli.path(config.model.get("checkpoint") or ".")
-    if not folder.exists():
-        raise FileNotFoundError(f"no model folder {folder} (config.model.checkpoint): write one from the published "
-                                f"weights with python -m gvu_jax.convert --src=DIR --dst={folder}")
-
-
 def prepare_base(config, workdir):
-    """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else."""
+    """A pretrained tiny base is copied into the run's folder, which thereby needs nothing else; a name on the hub is
+    fetched and converted into the cache."""
     folder = workdir / "base"
     if config.model.get("checkpoint") or folder.exists():
+        gvu_jax.base_of_run(workdir, config)
         return
     from gvu_jax.shapes import pretrain
     cached, partial = pretrain.ensure_base(config), workdir / "base.partial"

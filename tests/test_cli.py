@@ -9,6 +9,7 @@ import pytest
 
 from conftest import ROOT
 from gvu_jax import ACCELERATORS, checkpoint, cli
+from gvu_jax import __main__ as commands
 
 
 @pytest.mark.parametrize("text, found", [
@@ -53,3 +54,26 @@ def test_what_one_command_compiles_the_next_one_has(tiny, tmp_path):
         kept.append(sorted(path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")))
     assert kept[0] == kept[1] and any("sample" in name for name in kept[0]) and any("render" in name for name in kept[0])
     assert (tmp_path / "1/00000_0.png").read_bytes() == (tmp_path / "2/00000_0.png").read_bytes()
+
+
+@pytest.mark.parametrize("config, told", [
+    ("shapes.py:smokee", "has no preset 'smokee'; it has normal, weak and smoke"), ("xomni.py:big", "has no presets"),
+    ("janus_pro.py:3b", "it has 1b and 7b")])
+def test_a_mistyped_preset_is_one_line(command, config, told, tmp_path):
+    end = command("train", f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}/run")
+    assert end.startswith("error: ") and end.count("rror") == 1 and told in end and "Traceback" not in end
+
+
+def test_the_package_lists_its_commands():
+    """All that can be run, and the help of one that needs torch where there is none."""
+    told = run("-m", "gvu_jax")[0]
+    runnable = {".".join(path.relative_to(ROOT / "gvu_jax").with_suffix("").parts)
+                for path in (ROOT / "gvu_jax").rglob("*.py") if "\n    cli.run(main)" in path.read_text()}
+    assert set(commands.COMMANDS) == runnable
+    for name in commands.COMMANDS:
+        assert f"python -m gvu_jax.{name} " in told and len(commands.first_line(name)) > 10
+    program = ("import sys; sys.modules['torch'] = None; sys.argv[1:] = ['--help']; import runpy; "
+               "runpy.run_module('gvu_jax.benchmark', run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "--phases" in done.stdout and "Traceback" not in done.stderr, done.stderr

@@ -5,6 +5,8 @@ A family's file has the model behind the interface of umm.py, `MODEL`, and of it
     published(override, size)                  -> umm at one of its published sizes, for plans; it needs no folder
     read_source(src, image_size, **FOLDERS)    -> tensor_files.Source of a published folder; FOLDERS {name: help} are
                                                   what is read from elsewhere, options of gvu_jax.convert
+    FROM_HUB {name: (hf:OWNER/NAME, patterns)}    where a model that is converted by its name has that, and which files
+                                                  of it are read; only where there is a FOLDERS
 
 NAME_tiny.py beside it is for the shapes world (shapes/pretrain.py); not every family has one:
 

@@ -462,7 +462,10 @@ def published(override, size=None):
 
 # ------------------------------------------------------------------ the published folder
 
-FOLDERS = {"flux": "A FLUX.1-dev folder; default: `base` beside the decoder transformer."}       # from elsewhere
+FOLDERS = {"flux": "A FLUX.1-dev folder, or hf:OWNER/NAME; default: `base` beside the decoder transformer, for "
+                   "--src=hf:.. hf:black-forest-labs/FLUX.1-dev."}                              # from elsewhere
+FROM_HUB = {"flux": ("hf:black-forest-labs/FLUX.1-dev", (
+    "vae/*", "text_encoder/*", "text_encoder_2/*", "tokenizer/*", "tokenizer_2/*", "scheduler/*"))}
 IMAGE_SIZE = 576                                       # what X-Omni and GvU draw
 HEADS = {"so400m": 16, "giant": 16}                    # of the published SigLIP towers, whose names contain these
 

@@ -27,11 +27,12 @@ class GvU:
     """The four programs of a step, each compiled once.
 
     umm: a model of `umm.py`. config: `group`, `clip`, `beta`, `anchor`, `advantage_eps`, `inner_steps`, `micro_batches`
-    and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens") and `reward.mean`
-    (rewards.MEANS, or "oracle"); `lora`. how: how the policy samples, with images_per_prompt = group. mesh: see
-    sharding.py. lengths: umm.Lengths that hold every prompt of the run; `rollout` needs them. The attribute `judge`,
-    (pixels [S, H, W, 3], S metas) -> bool [S] on the host, is the oracle; `pictures` is how many a step learns from.
-    workdir: of the run, for methods that keep data there; GvU does not.
+    and `waves` under `gvu`; `reward.teacher` ("base" | "policy"), `reward.view` ("pixels" | "tokens"), `reward.mean`
+    (rewards.MEANS, or "oracle"), `reward.function`, and `reward.own`, the own reading's share beside that; `lora`.
+    how: how the policy samples, with images_per_prompt = group. mesh: see sharding.py. lengths: umm.Lengths that hold
+    every prompt of the run; `rollout` needs them. The attribute `judge`, (pixels [S, H, W, 3], S metas) ->
+    suite.Verdicts on the host, is the oracle; `pictures` is how many a step learns from. workdir: of the run, for
+    methods that keep data there; GvU does not.
     """
 
     def __init__(self, umm, config, how, optimizer, mesh, lengths=None, workdir=None):
@@ -46,7 +47,8 @@ class GvU:
         self.programs = compile_programs(umm, how, mesh, config.gvu.waves)
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.mean = sharding.Program(rewards.MEANS.get(config.reward.mean, rewards.geometric_mean), mesh)
-        self.judge = None
+        self.judge, function = None, config.reward.get("function")
+        self.function = rewards.load_function(function) if function else None
         self.update = sharding.Program(self._update, mesh, donate_argnums=0)
         self.pictures = config.gvu.prompts * config.gvu.group
 
@@ -98,19 +100,34 @@ class GvU:
     def reward(self, base, policy, drawn, pixels, prompts, metas=()):
         """-> reward [S] in [0, 1] and what it was read from, seen [S, ..]. prompts: a row per sample.
 
-        metas: dicts with the B prompts themselves, for reward.mean = "yes" and "oracle", which do not add up words.
+        metas: dicts with the B prompts themselves, for rewards that do not add up words. One from outside the model,
+        reward.function or the oracle, is asked on the host; beside the first the model's own may have a share.
         """
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else self.umm.seen_of(drawn)
-        each = [meta for meta in metas for _ in range(self.config.gvu.group)]
+        own = self.config.reward.get("own", 0.0) if self.function else float(self.config.reward.mean != "oracle")
+        read = self.read(teacher, seen, prompts, metas) if own else None
+        if own == 1:
+            return read, seen
+        outside = self.outside(sharding.fetch(pixels), [meta for meta in metas for _ in range(self.config.gvu.group)])
+        mixed = own * sharding.fetch(read) + (1 - own) * outside if own else outside
+        return sharding.put(mixed.astype(np.float32), self.mesh), seen
+
+    def read(self, teacher, seen, prompts, metas):
+        """The model's own reward [S]."""
         if self.config.reward.mean == "yes":
             texts = [meta["prompt"] for meta in metas]
-            asked = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group)
-            return self.mean(*self.programs.read(teacher, seen, asked)), seen
-        if self.config.reward.mean == "oracle":
-            right = self.judge(sharding.fetch(pixels), each).right
-            return sharding.put(right.astype(np.float32), self.mesh), seen
-        return self.mean(*self.programs.read(teacher, seen, prompts)), seen
+            prompts = sharding.place_questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group)
+        return self.mean(*self.programs.read(teacher, seen, prompts))
+
+    def outside(self, pixels, metas):
+        """The verdict from outside on S pictures, float32 [S]: of process 0, for all, where there are several."""
+        if not self.function:
+            return self.judge(pixels, metas).right.astype(np.float32)
+        found = np.zeros(len(metas), np.float32)
+        if jax.process_index() == 0:
+            found = rewards.ask(self.function, pixels, [meta["prompt"] for meta in metas])
+        return sharding.first_says_all(found)
 
     def _logps(self, policy, rows):
         return self.umm.image_logps(policy, rows.prompts, rows.drawn, self.how), None
