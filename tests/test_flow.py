@@ -110,13 +110,15 @@ def test_the_samplers_log_probs_are_the_policys(tiny, how):
 
 def test_without_noise_the_chain_is_the_ode_bit_for_bit(tiny):
     params, run_of = tiny
+    start, levels = jax.random.normal(jax.random.key(3), (4, *SHAPE)), sd3.sigmas(5)
     for kind in ("sde", "cps"):
         how = flow.Flow(5, 0.0, kind=kind)
-        key, start = jax.random.key(3), None
-        drawn, _ = jax.jit(lambda params: drawn_by(how, run_of(params), 3))(params)
-        start = drawn.latents[:, 0]
-        final = jax.jit(lambda params, start: sd3.sample(run_of(params), start, sd3.sigmas(5)))(params, start)
+        drawn, logps = jax.jit(lambda params, start: flow.sample(how, run_of(params), start, levels, 0, None))(
+            params, start)
+        final = jax.jit(lambda params, start: sd3.sample(run_of(params), start, levels))(params, start)
         np.testing.assert_array_equal(drawn.final, final)
+        np.testing.assert_array_equal(drawn.latents[:, 0], start)
+        assert logps.shape == (4, 0)
 
 
 def test_a_window_is_noisy_inside_and_the_ode_outside(tiny):
