@@ -9,10 +9,13 @@ candidates each, 20 epochs, the discarded prompts drawn again after ten of them;
         --config.data.prompts=train.txt --config.data.held_out=test.txt
 
 Which prompts of the benchmark the paper took is not known here: these are the training prompts of all its categories,
-and where they are fewer than 6,000, some are drawn for twice. Presets: sft, dpo, and csft, cdpo with the curriculum; of the 1B, or of the 7B with a hyphen, as in :csft-7b. Memory and
-disk for the weights are as in configs/janus_pro.py, and what a step takes on top is less than there: no picture is drawn
-or read while it trains, and its plan is that of configs/janus_pro.py (gvu_jax.plan knows the steps of GvU). A call
-draws 16 x 10 pictures; where they do not fit, --config.internal_gap.waves=2 or more draws them one part after the other.
+and where they are fewer than 6,000, some are drawn for twice. Presets: sft, dpo, and csft, cdpo with the curriculum;
+of the 1B, or of the 7B with a hyphen, as in :csft-7b.
+
+Memory and disk for the weights are as in configs/janus_pro.py. What a step takes on top is less than there, for no
+picture is drawn or read while it trains: plan for that config (gvu_jax.plan knows the steps of GvU alone). A call that
+draws makes 16 x 10 pictures; where they do not fit, --config.internal_gap.waves=2 or more draws them one part after
+the other.
 
 Ours are an adapter instead of the language model's own weights, which in bfloat16 are too coarse to be trained
 (lora.rank, and lora.targets for which matrices), batch, rate and threshold, and that pictures are drawn with guidance

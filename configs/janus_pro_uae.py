@@ -10,8 +10,8 @@ from a folder. Nobody has published it on this model; the settings are those of 
 A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. Without captions:
 --config.uae.cold=0. The prompts are for the evaluation.
 
-Pictures are cut to 384 px. SigLIP reads them, VQ-16 gives the codes that the cold start learns to draw, and what is drawn
-of a caption is compared with the original by SigLIP's features. Memory and disk for the weights are as in
+Pictures are cut to 384 px. SigLIP reads them, VQ-16 gives the codes that the cold start learns to draw, and what is
+drawn of a caption is compared with the original by SigLIP's features. Memory and disk for the weights are as in
 configs/janus_pro.py; a step of captions or pictures is GvU's of 16 x 8 samples, whose plan is that of
 configs/janus_pro.py, with up to 256 words a caption on top.
 """

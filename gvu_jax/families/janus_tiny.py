@@ -54,14 +54,14 @@ def learn_pictures(umm, params, scenes, settings, rng, key):
 
 def begin(params, rng):
     """The backbone, whose codes begin alike where their vectors are: the table of codes is the codebook, and the head's
-    columns are random projections of it, at the size that they have by chance."""
-    codebook, kernel = np.asarray(params["vq"]["codebook"]), params["ar"]["gen_head"]["fc2"]["kernel"]    # [V, C], [D, V]
-    centred = codebook - codebook.mean(axis=0)
-    table = centred / centred.std()
-    head = rng.normal(0, table.shape[1] ** -0.5, (kernel.shape[0], table.shape[1])) @ table.T * kernel.std()
-    ar = params["ar"]
-    return {**ar, "gen_embed_tokens": {"embedding": jnp.asarray(table, jnp.float32)},
-            "gen_head": {**ar["gen_head"], "fc2": {**ar["gen_head"]["fc2"], "kernel": jnp.asarray(head, jnp.float32)}}}
+    columns are random projections of it, each at the size that it has by chance."""
+    ar, codebook = params["ar"], np.asarray(params["vq"]["codebook"])                               # [V, C]
+    table, head = ar["gen_embed_tokens"]["embedding"], ar["gen_head"]["fc2"]                        # [V, C]; kernel [D, V]
+    directions = (codebook - codebook.mean(axis=0)) / codebook.std()
+    mixed = rng.normal(0, directions.shape[1] ** -0.5, (len(head["kernel"]), directions.shape[1])) @ directions.T
+    sized = lambda values, like: jnp.asarray(values * np.std(like) / np.std(values), jnp.float32)
+    return {**ar, "gen_embed_tokens": {"embedding": sized(directions, table)},
+            "gen_head": {**ar["gen_head"], "fc2": {**head, "kernel": sized(mixed, head["kernel"])}}}
 
 
 # ---- the tower ---------------------------------------------------------------------------------------------------
