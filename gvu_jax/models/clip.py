@@ -41,21 +41,25 @@ class Config:
         return (self.image_size // self.patch_size) ** 2
 
 
+def blocks(tower, x, count):
+    """What comes out of the first `count` blocks of a tower (a module with a `config`, which calls this) for normalised
+    pictures [B, image_size, image_size, 3]: the class token and the patches, [B, 1 + N, D]."""
+    c, patch, D = tower.config, (tower.config.patch_size,) * 2, tower.config.hidden_size
+    x = nn.Conv(D, patch, strides=patch, padding="VALID", use_bias=False, name="patch_embedding")(x)    # [B, r, c, D]
+    first = tower.param("class_embedding", nn.initializers.normal(0.02), (D,))
+    positions = tower.param("position_embedding", nn.initializers.normal(0.02), (c.patches + 1, D))
+    x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, D)), x.reshape(len(x), c.patches, D)], axis=1)
+    layers = nn.scan(ClipLayer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+                     length=count)
+    return layers(c, name="layers")(layer_norm(c, "pre_layrnorm")(x + positions), None)[0]
+
+
 class VisionTransformer(nn.Module):
     config: Config
 
     @nn.compact
     def __call__(self, x):                                     # [B, image_size, image_size, 3], normalised -> [B, N, D]
-        c, D = self.config, self.config.hidden_size
-        x = nn.Conv(D, (c.patch_size,) * 2, strides=(c.patch_size,) * 2, padding="VALID", use_bias=False,
-                    name="patch_embedding")(x)                                                      # [B, r, c, D]
-        first = self.param("class_embedding", nn.initializers.normal(0.02), (D,))
-        positions = self.param("position_embedding", nn.initializers.normal(0.02), (c.patches + 1, D))
-        x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, D)), x.reshape(len(x), c.patches, D)], axis=1)
-        x = layer_norm(c, "pre_layrnorm")(x + positions)                                            # [B, 1 + N, D]
-        layers = nn.scan(ClipLayer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=c.num_hidden_layers - 1)
-        return layers(c, name="layers")(x, None)[0][:, 1:]
+        return blocks(self, x, self.config.num_hidden_layers - 1)[:, 1:]
 
     def features(self, pixels, transform):
         """pixels [B, h, w, 3] in [0, 1], of any size -> [B, N, D]."""

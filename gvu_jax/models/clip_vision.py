@@ -1,4 +1,4 @@
-"""CLIP's image tower (Radford et al. 2021): how alike two pictures are, as UAE's cold start measures it.
+"""How alike two pictures are to CLIP (Radford et al. 2021; the tower is that of clip.py), for UAE's cold start.
 
     pixels [B, H, W, 3] in [0, 1] -> `squared`, `normalised` -> ClipVision -> features [B, projection_dim]
 
@@ -12,30 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from gvu_jax.models import torch_keys
+from gvu_jax.models import clip, torch_keys
 from gvu_jax.models.qwen25_vl import MEAN, STD
-from gvu_jax.models.text_encoders import CLIP_ACTIVATIONS, ClipLayer, layer_norm
+from gvu_jax.models.text_encoders import layer_norm
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(clip.Config):
     """The numbers of the checkpoint's vision_config, under its names; files may lack the ones with a default."""
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
     projection_dim: int
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        if self.hidden_act not in CLIP_ACTIVATIONS:
-            raise ValueError(f"hidden_act {self.hidden_act!r} is not implemented, only {', '.join(CLIP_ACTIVATIONS)}")
-        if self.image_size % self.patch_size or self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"patch_size {self.patch_size} must divide image_size {self.image_size}, and "
-                             f"{self.num_attention_heads} heads hidden_size {self.hidden_size}")
 
 
 class ClipVision(nn.Module):
@@ -44,18 +29,9 @@ class ClipVision(nn.Module):
     @nn.compact
     def __call__(self, x):
         """x [B, S, S, 3] from `normalised`, S = image_size -> [B, projection_dim]: the class token, projected."""
-        c, patch, B = self.config, (self.config.patch_size,) * 2, len(x)
-        x = nn.Conv(c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, name="patch_embedding")(x)
-        x = x.reshape(B, -1, c.hidden_size)                                                         # [B, N, D]
-        of_class = self.param("class_embedding", nn.initializers.normal(0.02), (c.hidden_size,))
-        table = self.param("position_embedding", nn.initializers.normal(0.02),
-                           ((c.image_size // c.patch_size) ** 2 + 1, c.hidden_size))
-        x = jnp.concatenate([jnp.broadcast_to(of_class.astype(x.dtype), (B, 1, c.hidden_size)), x], axis=1) + table
-        layers = nn.scan(ClipLayer, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
-                         length=c.num_hidden_layers)
-        x, _ = layers(c, name="layers")(layer_norm(c, "pre_layrnorm")(x), None)
-        return nn.Dense(c.projection_dim, use_bias=False, name="visual_projection")(
-            layer_norm(c, "post_layernorm")(x[:, 0]))
+        x = clip.blocks(self, x, self.config.num_hidden_layers)
+        return nn.Dense(self.config.projection_dim, use_bias=False, name="visual_projection")(
+            layer_norm(self.config, "post_layernorm")(x[:, 0]))
 
 
 def bicubic(old, new):
