@@ -60,9 +60,11 @@ def read_source(src, image_size=None, **folders):
         raise FileNotFoundError(f"there is no directory {found}")
     family = families.of_published(found)
     elsewhere = getattr(family, "FROM_HUB", {})
+    if unread := folders.keys() - family.FOLDERS.keys():
+        raise ValueError(f"{found} is of a family that reads nothing from --{min(unread)}: leave that out")
     if hub.is_name(src):
         folders = {name: by_name for name, (by_name, _) in elsewhere.items()} | folders
-    folders = {name: hub.fetch(folder, elsewhere[name][1]) if hub.is_name(folder) else folder
+    folders = {name: hub.fetch(folder, *elsewhere.get(name, ("", ("*",)))[1:]) if hub.is_name(folder) else folder
                for name, folder in folders.items()}
     return family.read_source(found, image_size, **folders)
 

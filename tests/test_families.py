@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import load_config, one_device, tiny_config
-from gvu_jax import checkpoint, data, families, optim, sampling, sharding
+from gvu_jax import checkpoint, convert, data, families, optim, sampling, sharding
 from gvu_jax.methods import anchor
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.sampling import How
@@ -224,3 +224,16 @@ def test_a_family_that_is_not_there_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text('{"model_type": ["other"]}')
     with pytest.raises(ValueError, match=r"model_type = \['other'\]; implemented is x-omni or .*janus"):
         families.of_published(tmp_path)
+
+
+def test_what_a_family_reads_from_elsewhere_has_a_name_too_and_nothing_else_is_taken(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(convert.hub, "fetch", lambda name, wanted=("*",): asked.append((name, wanted)) or tmp_path)
+    monkeypatch.setattr(families.showo, "read_source", lambda src, image_size, **folders: folders)
+    (tmp_path / "config.json").write_text('{"_class_name": "Showo"}')
+    found = convert.read_source("hf:showlab/show-o", clip="hf:openai/clip", llm=tmp_path)
+    assert found == {"magvit": tmp_path, "clip": tmp_path, "llm": tmp_path}
+    assert asked == [("hf:showlab/show-o", ("*",)), ("hf:showlab/magvitv2", ("*",)), ("hf:openai/clip", ("*",))]
+    (tmp_path / "config.json").write_text('{"model_type": "janus"}')
+    with pytest.raises(ValueError, match="reads nothing from --flux: leave that out"):
+        convert.read_source(tmp_path, flux="FLUX.1-dev")

@@ -515,6 +515,7 @@ FOLDERS = {"magvit": "Show-o: the folder of its image tokenizer, showlab/magvitv
            "clip": "Show-o with CLIP: the folder of the tower, openai/clip-vit-large-patch14-336.",
            "llm": "Show-o: the folder of Phi-1.5's config.json and tokenizer, microsoft/phi-1_5; its weights are not "
                   "read."}
+FROM_HUB = {"magvit": ("hf:showlab/magvitv2", ("*",)), "llm": ("hf:microsoft/phi-1_5", ("*.json", "*.txt"))}
 
 
 def read_source(src, image_size=None, magvit=None, clip=None, llm=None):
