@@ -8,8 +8,8 @@
     python -m gvu_jax.train --config=configs/showo.py --workdir=runs/showo \\
         --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
 
-show-o-w-clip-vit needs --clip=DIR besides, of openai/clip-vit-large-patch14-336. The weights take 5.8 GB as published
-(float32). What a step takes on top, and on which chips it fits:
+show-o-w-clip-vit needs --clip=DIR besides, of openai/clip-vit-large-patch14-336. The weights take 6.2 GB as published
+(float32), 7.4 GB with CLIP's tower. What a step takes on top, and on which chips it fits:
 
     python -m gvu_jax.plan --config=configs/showo.py --topology=v5e:4x4
 
@@ -36,10 +36,10 @@ def get_config(size="256"):
     # A folder that gvu_jax.convert has written. A name on the Hub is not enough: the parts have pages of their own.
     config.model.checkpoint = f"checkpoints/showo_{size}"
     del config.model.override
-    # Over what the checkpoint says. rounds: in which a picture is drawn, mask by mask. text_length: longer prompts are
-    # cut where they are drawn, as published. heat: of the noise that decides which codes the first round takes back.
-    # estimates: 0 scores each code in the round in which it was drawn; else the mean of so many estimates, each under a
-    # random mask and of one forward. instruction: what the prompt is read as the answer to.
+    # Over what the checkpoint says. rounds: how many a picture is drawn in, mask by mask. text_length: longer prompts
+    # are cut where they are drawn, as published. heat: how much chance there is in which codes the first round takes
+    # back. estimates: 0 scores each code in the round in which it was drawn; else the mean of so many estimates, each
+    # under a random mask and of one forward. instruction: what the prompt is read as the answer to.
     config.model.override = dict(rounds=SIZES[size]["rounds"], text_length=128, heat=1.0, estimates=0,
                                  instruction="Please describe this image in detail.")
     # min_p: leaves improbable codes out; 0 leaves out none. guidance: classifier-free, as published (on a scale where 1

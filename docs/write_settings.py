@@ -131,7 +131,8 @@ def section(config, known):
 
 
 def show(value):
-    return f"`{value!r}`" if value != "" else "nothing"
+    """A value as a cell of a table has it, where a bar would end the cell."""
+    return f"`{value!r}`".replace("|", r"\|") if value != "" else "nothing"
 
 
 def inherited():
