@@ -18,8 +18,9 @@ setup(
                   "UAE": "https://arxiv.org/abs/2509.09666"},
     classifiers=[
         "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
-        "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3", "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12", "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+        "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
     package_data={"gvu_jax": ["*.html.j2"]},
     python_requires=">=3.11",

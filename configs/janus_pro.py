@@ -19,15 +19,17 @@ def get_config(size="1b"):
     if size not in ("1b", "7b"):
         raise ValueError(f"configs/janus_pro.py has no preset {size!r}; it has 1b and 7b")
     config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
-    config.family = "janus"                                              # whose sizes a plan takes:  gvu_jax/families
-    config.mesh.tensor = {"1b": 1, "7b": 4}[size]                        # divides 16 or 32 heads
+    config.family = "janus"                                              # whose sizes a plan takes: gvu_jax/families
+    config.mesh.tensor = {"1b": 1, "7b": 4}[size]     # over how many devices the 16 (1B) or 32 (7B) heads are divided
     config.model.size = size                                             # for a plan without the checkpoint
-    config.model.checkpoint = f"checkpoints/janus_pro_{size}"            # or hf:deepseek-ai/Janus-Pro-1B
+    # A folder that gvu_jax.convert has written, or hf:deepseek-ai/Janus-Pro-1B or -7B.
+    config.model.checkpoint = f"checkpoints/janus_pro_{size}"
     del config.model.override
     # instruction: what the prompt is read as the answer to.
     config.model.override = dict(instruction="Describe the image in detail.")
-    # min_p: 0 leaves out none. guidance: classifier-free, as published. logps: of which policy the log-probabilities
-    # are, guided as what was drawn, or "conditional", which scores the codes as if they had been drawn without
-    # guidance, as most trainers of this model do; how far that is from what was drawn is logged as logp_gap.
+    # min_p: leaves improbable codes out; 0 leaves out none. guidance: classifier-free, as published. logps: of which
+    # policy the log-probabilities are, guided as what was drawn, or "conditional", which scores the codes as if they
+    # had been drawn without guidance, as most trainers of this model do; how far that is from what was drawn is logged
+    # as logp_gap.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=5.0, logps="guided")
     return config

@@ -85,8 +85,8 @@ def get_config(preset="normal"):
     # ratio may move from 1. beta: weight of the KL to the base. anchor: weight of a second KL, which holds reading to
     # the base's. advantage_eps: added to the standard deviation that advantages are divided by. Where all pictures of a
     # prompt are right, their rewards differ little, and what makes one better is a taste for some corner or color.
-    # inner_steps: updates on the same pictures. micro_batches: parts that an update is computed in. waves: parts that pictures are drawn,
-    # rendered and read in; both save memory.
+    # inner_steps: updates on the same pictures. micro_batches: parts that an update is computed in. waves: parts that
+    # pictures are drawn, rendered and read in; both save memory.
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.03, anchor=20.0, advantage_eps=0.03,
                       inner_steps=1, micro_batches=1, waves=1)
     # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the

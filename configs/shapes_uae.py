@@ -30,10 +30,14 @@ def get_config(preset="normal"):
     config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:5,draw:15", words=12, clip=0.2,
                       beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
     config.steps = config.uae.cold + 160
-    config.optim.update(lr=1e-3, schedule="cosine")      # at the rate of the cold start GRPO undoes what that gave
+    # lr: learning rate of AdamW. schedule: constant, or cosine, to 0 at the end; at the rate of the cold start GRPO
+    # undoes what that gave.
+    config.optim.update(lr=1e-3, schedule="cosine")
     config.eval.update(every=80)
     config.checkpoint_every = 40
-    config.alarm.update(duplicates=1.0, entropy=0.0)     # who tells all there is tells it in the same words every time
+    # duplicates, entropy: signs of collapse that are off here, for who tells all there is tells it in the same words
+    # every time.
+    config.alarm.update(duplicates=1.0, entropy=0.0)
     if preset == "smoke":
         config.uae.update(prompts=12, cold=40)
         config.steps = config.uae.cold + 40

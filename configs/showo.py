@@ -8,8 +8,8 @@
     python -m gvu_jax.train --config=configs/showo.py --workdir=runs/showo \\
         --config.data.prompts=train.jsonl --config.data.held_out=test.jsonl
 
-show-o-w-clip-vit needs --clip=DIR besides, of openai/clip-vit-large-patch14-336. The weights take 5.8 GB as published
-(float32). What a step takes on top, and on which chips it fits:
+show-o-w-clip-vit needs --clip=DIR besides, of openai/clip-vit-large-patch14-336. The weights take 6.2 GB as published
+(float32), 7.4 GB with CLIP's tower. What a step takes on top, and on which chips it fits:
 
     python -m gvu_jax.plan --config=configs/showo.py --topology=v5e:4x4
 
@@ -31,16 +31,25 @@ def get_config(size="256"):
         raise ValueError(f"configs/showo.py has no preset {size!r}; it has {', '.join(SIZES)}")
     config = runpy.run_path(str(Path(__file__).with_name("xomni.py")))["get_config"]()
     config.family = "showo"
-    config.mesh.tensor = 1
+    config.mesh.tensor = 1                               # over how many devices the 32 heads are divided
     config.model.size = size                                             # for a plan without the checkpoint
+    # A folder that gvu_jax.convert has written. A name on the Hub is not enough: the parts have pages of their own.
     config.model.checkpoint = f"checkpoints/showo_{size}"
     del config.model.override
-    # Over what the checkpoint says. text_length: longer prompts are cut where they are drawn, as published.
+    # Over what the checkpoint says. rounds: how many a picture is drawn in, mask by mask. text_length: longer prompts
+    # are cut where they are drawn, as published. heat: how much chance there is in which codes the first round takes
+    # back. estimates: 0 scores each code in the round in which it was drawn; else the mean of so many estimates, each
+    # under a random mask and of one forward. instruction: what the prompt is read as the answer to.
     config.model.override = dict(rounds=SIZES[size]["rounds"], text_length=128, heat=1.0, estimates=0,
                                  instruction="Please describe this image in detail.")
+    # min_p: leaves improbable codes out; 0 leaves out none. guidance: classifier-free, as published (on a scale where 1
+    # is none). logps: of which policy the log-probabilities are, guided as what was drawn, or "conditional", as if
+    # without guidance.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=SIZES[size]["guidance"],
                            logps="guided")
-    # Of codes that are rendered and tokenised again less than half come back: what is judged is what was drawn.
+    # pixels, or tokens: read what was drawn without rendering it. Of codes that are rendered and tokenised again less
+    # than half come back: with tokens what is judged is what was drawn.
     config.reward.view = "pixels" if size == "clip" else "tokens"
+    # The modules that have an adapter, a regular expression: all matrices of the layers.
     config.lora.targets = r"layers/.*(_proj|dense|fc\d)"
     return config

@@ -18,7 +18,8 @@ def get_config(size="256"):
     del config.gvu, config.reward
     config.method = "uae"
     config.pictures = dict(folder="pictures/train", held_out="pictures/held_out")
-    # A caption's words must fit into the row of a prompt: text_length less what stands around them.
+    # words: the most tokens of a caption, which must fit into the row of a prompt: text_length less what stands around
+    # them.
     config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=120, clip=0.2,
                       beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
     config.steps = config.uae.cold + 2000

@@ -10,7 +10,9 @@ without a name, or :uae) or by GvU (:gvu), where the captioner's probabilities o
 
 A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. UAE's own settings of the
 two RL stages are not published. What is below for drawing is Flow-GRPO's for Stable Diffusion 3.5, in its repository:
-10 noisy steps where 40 without noise are used later, guidance in both, a clip of 1e-4.
+10 noisy steps where 40 without noise are used later, guidance in both, a clip of 1e-4. The evaluations during training
+draw as training does, with the 10 noisy steps, so that their pictures are rougher than those of gvu_jax.generate, which
+takes the 40 without noise.
 """
 import runpy
 from pathlib import Path
@@ -22,24 +24,31 @@ def get_config(method="uae"):
     of_xomni = {"uae": "xomni_uae.py", "gvu": "xomni.py"}[method]
     config = runpy.run_path(str(Path(__file__).with_name(of_xomni)))["get_config"]()
     config.family = "qwen_sd35"
-    config.mesh.tensor = 2                                               # divides 16 query and 2 key/value heads
+    config.mesh.tensor = 2         # over how many devices the captioner's heads (16 query, 2 key/value) are divided
+    # A folder that gvu_jax.convert has written. A name on the Hub is not enough: the captioner is one of several
+    # folders.
     config.model.checkpoint = "checkpoints/uae_sd35"
     del config.model.override
-    config.model.override = dict(grid=(32, 32))                          # of 16 px; UAE draws 64 x 64 at last
-    # steps: of the flow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy step, sde,
-    # dance or cps. window: so many steps in a row are noisy and trained; 0: all but the last. between: where the window
-    # may lie; () anywhere. even: an even grid of noise levels. same_noise: the pictures of a prompt begin with the same
-    # noise. negative_gradient: the branch of guidance without a prompt is trained through as well.
+    # grid: rows and columns of patches of 16 px, here 512 px; UAE draws 64 x 64 in the end.
+    config.model.override = dict(grid=(32, 32))
+    # min_p: leaves improbable words out; 0 leaves out none. guidance: classifier-free; 1 is none. logps: of which
+    # policy the log-probabilities are, guided as what was drawn, or "conditional", which takes the steps as if there
+    # were no guidance. steps: of the flow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of
+    # the noisy step, sde, dance or cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all
+    # but the last are trained. between: where the window may lie; () anywhere. even: an even grid of noise levels.
+    # same_noise: the pictures of a prompt begin with the same noise. negative_gradient: the branch of guidance without
+    # a prompt is trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=4.5, logps="guided",
                            flow=dict(steps=10, noise=0.7, kind="sde", window=0, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
-    # clip: how far the ratio of mean log-probabilities may move from 1. beta: weight of the KL to the base. spread: whose
-    # spread of rewards divides an advantage, all or group. advantage_max: advantages are cut there; 0: nowhere. ratio:
-    # plain, guard or guard_published. kl: gaussian or published; see gvu_jax/flow.py.
+    # clip: how far the ratio of mean log-probabilities may move from 1. beta: weight of the KL to the base. spread:
+    # whose spread of rewards divides an advantage, all or group. advantage_max: advantages are cut there; 0: nowhere.
+    # ratio: plain, guard or guard_published. kl: gaussian or published; see gvu_jax/flow.py.
     config.flow = dict(clip=1e-4, beta=0.04, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
     config[method].update(prompts=16, group=24, micro_batches=48)
-    # The eight matrices of joint attention; UAE trains the captioner too.
     targets = {"gvu": r"^dit/.*attn/(to|add)_", "uae": r"^llm/layers/|^dit/.*attn/(to|add)_"}[method]
+    # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the
+    # modules that have one, a regular expression: the eight matrices of joint attention; UAE trains the captioner too.
     config.lora = dict(rank=32, alpha=64, targets=targets)
     config.optim = dict(lr=3e-4, warmup=0, schedule="constant", b2=0.999, weight_decay=1e-4, clip_norm=1.0)
     if method == "uae":

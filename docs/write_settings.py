@@ -3,7 +3,8 @@
     python docs/write_settings.py            # from the root of a clone; tests/test_docs.py checks that it is current
 
 A comment belongs to the statement below it, or beside it. Where it says "name: .." or "name, name: .." of settings of
-that statement, each part is about those; what stands before is about all of them.
+that statement, each part is about those; what stands before is about all the others. A config that starts from another
+takes over what that one says of a setting, unless its own comment speaks of it: then that stands instead.
 """
 import ast
 import itertools
@@ -17,8 +18,9 @@ from gvu_jax.cli import flatten
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"shapes": ("normal", "weak", "smoke"), "shapes_gap": ("sft", "dpo", "csft", "cdpo"),
            "shapes_uae": ("normal", "weak", "smoke"), "xomni": (), "xomni_gap": ("csft", "sft", "dpo", "cdpo"),
-           "xomni_uae": (), "janus_pro": ("1b", "7b"), "janus_pro_gap": ("csft", "sft", "dpo", "cdpo"),
-           "janus_pro_uae": ("1b", "7b"), "showo": ("256", "512", "clip"), "showo_gap": ("csft", "sft", "dpo", "cdpo"),
+           "xomni_uae": (), "janus_pro": ("1b", "7b"), "janus_pro_gap": ("csft", "sft", "dpo", "cdpo", "csft-7b"),
+           "janus_pro_uae": ("1b", "7b"), "showo": ("256", "512", "clip"),
+           "showo_gap": ("csft", "sft", "dpo", "cdpo", "csft-512", "csft-clip"),
            "showo_uae": ("256", "512", "clip"), "uae_sd35": ("uae", "gvu")}      # the first is meant without a name
 # What each starts from, and whose words for its settings it takes besides.
 STARTS_FROM = {"shapes_gap": ("shapes",), "shapes_uae": ("shapes",), "xomni_gap": ("xomni",), "xomni_uae": ("xomni",),
@@ -107,9 +109,8 @@ def values(config, preset=None):
 def section(config, known):
     """The Markdown of one config. known: {setting: meaning} of what it starts from."""
     presets, found, base = CONFIGS[config], values(config), STARTS_FROM.get(config, (None,))[0]
-    before, own = values(base) if base else {}, meanings(config)
-    told = known | {name: text if name not in known or text == known[name] else f"{known[name]}. {text}"
-                    for name, text in own.items()}
+    before = values(base) if base else {}
+    told = known | meanings(config)
     docstring = ast.get_docstring(ast.parse((ROOT / "configs" / f"{config}.py").read_text()))
     lines = [f"## configs/{config}.py", "", " ".join(docstring.split("\n\n")[0].split()), ""]
     if base:
@@ -130,7 +131,8 @@ def section(config, known):
 
 
 def show(value):
-    return f"`{value!r}`" if value != "" else "nothing"
+    """A value as a cell of a table has it, where a bar would end the cell."""
+    return f"`{value!r}`".replace("|", r"\|") if value != "" else "nothing"
 
 
 def inherited():
@@ -151,8 +153,8 @@ def page():
     return "\n\n".join([
         "# Every setting", "This page is written by `python docs/write_settings.py` from the configs and their "
         "comments: change those, not this page.", "Any value can be given on the command line, as `python -m "
-        "gvu_jax.train --config=configs/shapes.py --workdir=DIR --config.gvu.group=8`. A name or a value that cannot be "
-        "is refused in one line.", *parts]) + "\n"
+        "gvu_jax.train --config=configs/shapes.py --workdir=DIR --config.gvu.group=8`. A name or a value that cannot "
+        "be is refused in one line.", *parts]) + "\n"
 
 
 if __name__ == "__main__":

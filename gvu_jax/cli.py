@@ -41,7 +41,8 @@ def path(text):
 
 
 def keep_compiled(cache=None):
-    """Keeps compiled programs for the next process, below `cache`; None: where GVU_CACHE says, or in the home folder."""
+    """Keeps compiled programs for the next process, below `cache`. None: where GVU_CACHE says, or in the home folder.
+    """
     cache = cache or os.environ.get("GVU_CACHE") or "~/.cache/gvu_jax"
     jax.config.update("jax_compilation_cache_dir", str(path(cache) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

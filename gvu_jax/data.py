@@ -353,7 +353,8 @@ def decode_choice(choice):
 
 
 def picture_files(folder):
-    """The pictures of a folder, sorted. FileNotFoundError where there is no such folder, ValueError where it has none."""
+    """The pictures of a folder, sorted. FileNotFoundError where there is no such folder, ValueError where it has none.
+    """
     folder = cli.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of pictures {folder}")

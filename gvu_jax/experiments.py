@@ -144,7 +144,7 @@ def measure(arm, summaries):
     pictures are right) is left out."""
     minutes = [(summary["timings"]["training"] + summary["timings"]["evaluation"]) / 60 for summary in summaries]
     found = {}
-    for summary in summaries:                                   # before training the base's pictures are the model's own
+    for summary in summaries:                                  # before training the base's pictures are the model's own
         own = summary.get("judgement_before", {})
         own |= {f"{name}_on_base": value for name, value in own.items()}
     for moment in ("before", "after"):
@@ -211,7 +211,8 @@ def table(results):
         "understanding relation", "understanding count", "understanding binding", "judgement non_unification",
         "judgement accuracy_on_base", "judgement auc_on_base", "judgement non_unification_by_words",
         *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]
-    wide = 2 + max(len(text) for arm in results["arms"] for text in (arm["label"], "reward of pictures, share of right"))
+    labels = [arm["label"] for arm in results["arms"]]
+    wide = 2 + max(map(len, (*labels, "reward of pictures, share of right")))
     start = lambda first, second: f"{first:<{wide}}{second:<38}"
     head = lambda first, second, *names: start(first, second) + "".join(f"{n:>9}" for n in names) + "   95 %"
     lines = [head("arm", "measure", "before", "after", "change")]

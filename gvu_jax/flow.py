@@ -11,9 +11,10 @@ standard normal. With x1 = x + (1 - s) v, the noise that x is made of, every kin
     cps     std = s' sin(a pi / 2)       pull = sqrt(s'^2 - std^2) - s'                          Flow-CPS
 
 The first two have the ODE's marginals in the limit of small steps, the third keeps the noise that the level asks for.
-Without noise they are the ODE, as sd3.sample has it, bit for bit. A
-log-probability is the mean, not the sum, over the entries of x': ratios of policies are then within some thousandth of
-1 whatever the size of a picture, and what clips them is about 1e-4.
+Without noise they are the ODE, as sd3.sample has it, bit for bit.
+
+A log-probability is the mean, not the sum, over the entries of x': ratios of policies are then within some thousandth
+of 1 whatever the size of a picture, and what clips them is about 1e-4.
 
 S samples, N steps, T of them trained. Everything here is float32.
 """
@@ -35,9 +36,10 @@ KINDS, KLS, RATIOS = ("sde", "dance", "cps"), ("gaussian", "published"), ("plain
 class Flow:
     """How pictures are drawn, and which steps are a policy's decisions.
 
-    window 0: all steps are noisy and all but the last are trained (its Gaussian is so narrow that ratios overflow).
-    Else `window` steps are noisy and trained and the others are the ODE's; they begin, the same for all samples of a
-    call, anywhere so that they lie in `between` (from, to).
+    With window 0 all steps are noisy, and all but the last are trained: its Gaussian is so narrow that ratios overflow.
+    With window W (MixGRPO) only W steps in a row are noisy, and those are trained; all others are steps of the ODE.
+    Each call draws at random where the window begins, once for all its samples; steps are counted from 0, and with
+    `between` (i, j) it begins at i or later and ends before step j.
     """
     steps: int                            # N
     noise: float = 0.0                    # a; 0: the ODE

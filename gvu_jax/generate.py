@@ -50,8 +50,8 @@ _LAYOUT = flags.DEFINE_enum("layout", "flat", list(LAYOUTS), "How the files are 
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
 _MIN_P = flags.DEFINE_float("min_p", 0.0, "Drops tokens less probable than this share of the likeliest one's.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Keeps the k most probable tokens; 0 keeps all.")
-_STEPS = flags.DEFINE_integer("diffusion_steps", None, "Of the decoder; without it, as many as the model's or the run's.",
-                              lower_bound=1)
+_STEPS = flags.DEFINE_integer("diffusion_steps", None, "Steps of X-Omni's diffusion decoder; without it, as many as "
+                              "the model's or the run's.", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Classifier-free guidance scale; 1 is none. Without it, what the "
                                "model was published with.")
 

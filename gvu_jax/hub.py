@@ -6,8 +6,8 @@
 
 What was fetched or converted stays, so that a name costs its download once; after an interruption the same command goes
 on. A name without a revision means what the hub had when it was first converted: remove the folder in the cache, or
-name a revision, to have another. Endpoint, token and offline mode are those of huggingface_hub (HF_ENDPOINT; HF_TOKEN or
-`hf auth login`; HF_HUB_OFFLINE).
+name a revision, to have another. Endpoint, token and offline mode are those of huggingface_hub (HF_ENDPOINT; HF_TOKEN
+or `hf auth login`; HF_HUB_OFFLINE).
 """
 import contextlib
 import fcntl

@@ -7,7 +7,7 @@
     counting                  a photo of three knives                                   two to seven
     colors                    a photo of an orange kite
     position                  a photo of a dog right of a teddy bear
-    color_attr                a photo of a purple wine glass, a black apple and a red cup            two objects or three
+    color_attr                a photo of a purple wine glass, a black apple and a red cup           two objects or three
     color_count_attr          a photo of two red buses and three white sheep             one kind or two
     color_spatial_attr        a photo of a red bus left of a white truck
     spatial_count_attr        a photo of two buses above three birds

@@ -222,7 +222,8 @@ def choose_prompts(metas, count, rng):
     chosen, by_tag = [], rows_by_tag(metas)
     for i, rows in enumerate(by_tag.values()):
         of_tag, need = np.flatnonzero(rows), count // len(by_tag) + (i < count % len(by_tag))
-        chosen += [metas[of_tag[j]] for k in range(-(-need // len(of_tag))) for j in rng.permutation(len(of_tag))][:need]
+        rounds = range(-(-need // len(of_tag)))
+        chosen += [metas[of_tag[j]] for _ in rounds for j in rng.permutation(len(of_tag))][:need]
     return chosen
 
 

@@ -208,8 +208,8 @@ def weight_files(folder):
     if single:
         return [TensorFile(single[0])]
     if not index:
-        raise FileNotFoundError(f"{folder} has no safetensors (model.safetensors or model.safetensors.index.json) and no "
-                                f"pytorch_model.bin")
+        raise FileNotFoundError(f"{folder} has no safetensors (model.safetensors or model.safetensors.index.json) and "
+                                f"no pytorch_model.bin")
     weight_map = Described(index[0]).a(dict, "weight_map").values
     for name in weight_map.values():
         insist_inside(name, index[0])

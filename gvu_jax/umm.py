@@ -9,14 +9,16 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     sample_image(params, prompts, key, how)     -> drawn [S, ..], logps [S, T]
     image_logps(params, prompts, drawn, how)    -> logps [S, T]    teacher-forced, differentiable; equals the sampler's,
                                                                    unless how.logps asks for another policy's
-    image_logps(.., key=key)                    -> [S, T]          of pictures by whomever: the same where it is exact
-                                                                   (next token), else an estimate, whose masks or noise
+    image_logps(.., key=key)                    -> [S, T']         of pictures by whomever: the same where it is exact
+                                                                   (next token), else terms of which only the sum over
+                                                                   T' means something, an estimate, whose masks or noise
                                                                    come from the key: the same for the same key
-    image_moves(params, prompts, drawn, how)    -> flow.Moves      of families that draw by a flow alone, see flow.py
     image_target(params, pixels)                -> target [B, ..]  outside pictures as something to learn to draw
-    image_nll(params, prompts, target, key)     -> [B, T]          nats of each decision as supervised training counts
-                                                                   them: exact (next token) or a bound (others); what
-                                                                   was drawn is a target as well
+    image_nll(params, prompts, target, key)     -> [B, T']         what supervised training descends: its mean over the
+                                                                   batch, and only that. Nats a code (next token: exact;
+                                                                   masks: [B, N + 2], scaled so that the mean is that
+                                                                   of what is masked), or a flow's mean square error
+                                                                   [B, 1]. What was drawn is a target as well
     render(params, drawn, prompts, key)         -> pixels [S, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen [B, ..]: a pytree of what the understanding branch reads
     seen_of(drawn)                              -> seen, or None where reading and drawing do not share their tokens
@@ -28,12 +30,16 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     fit(image)                                  -> pixels: how a picture of any size is brought to this model, and
     fitted_size((h, w))                         -> (H, W), or a ValueError that says why it cannot be read
 
-Besides these, a model says what its arrays are like: `lengths(texts)`, `prompt_shapes`, `drawn_shapes`, `grid`,
-`picture_size`, `tokenizer`, `instruction`, `said(text)`, the characters whose ids are a text's `words`; `guidance`,
-what pictures are drawn with unless told; `init(key)`, `check_parts()` and `check_text()`; `ar`, the config of the
-backbone, whose heads and channels a mesh divides; `partition` (part of the params -> table, see sharding.py); `trains`
-(what config.trains names -> regex of the backbone's paths); and how its parameters are called in the published folder
-(`adapter_rules`, `published_parts`), which the class `loads` of transformers reads, if one does.
+A family that draws by a flow has one call more, image_moves(params, prompts, drawn, how) -> flow.Moves (flow.py).
+
+Besides these, a model says what its arrays are like: `kind`, its name in families/__init__.py, which model folders
+write down; `of_shapes`, whether it is a model of the shapes world, whose suites then need no files; `lengths(texts)`,
+`prompt_shapes`, `drawn_shapes`, `grid`, `picture_size`, `tokenizer`, `instruction`, `said(text)`, the characters whose
+ids are a text's `words`; `guidance`, what pictures are drawn with unless told; `init(key)`, `check_parts()` and
+`check_text()`; `ar`, the config of the backbone, whose heads and channels a mesh divides; `partition` (part of the
+params -> table, see sharding.py); `trains` (what config.trains names -> regex of the backbone's paths); and how its
+parameters are called in the published folder (`adapter_rules`, `published_parts`), which the class `loads` of
+transformers reads, if one does.
 
 `params` is a nested dict: "ar", the backbone that is trained, other parts by names of the family's own, and, in a
 policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
@@ -60,9 +66,10 @@ class Lengths(NamedTuple):
 @struct.dataclass
 class Prompts:
     """B encoded texts. All ids int32, all masks bool (True = real)."""
-    tokens: Any          # [B, P] prompt and image header, left-padded: what generation continues
+    tokens: Any          # [B, P] prompt and image header, left-padded: what generation continues. Right-padded where a
+                         # picture does not continue the row but is drawn from its hidden states
     mask: Any            # [B, P]
-    question: Any        # [B, Q] what follows the picture when the understanding branch is asked, left-padded
+    question: Any        # [B, Q] what the understanding branch is asked about the picture, left-padded
     question_mask: Any   # [B, Q]
     words: Any           # [B, L] the text whose probability is asked, right-padded
     words_mask: Any      # [B, L]

@@ -56,7 +56,7 @@ def begin(params, rng):
     """The backbone, whose codes begin alike where their vectors are: the table of codes is the codebook, and the head's
     columns are random projections of it, each at the size that it has by chance."""
     ar, codebook = params["ar"], np.asarray(params["vq"]["codebook"])                               # [V, C]
-    table, head = ar["gen_embed_tokens"]["embedding"], ar["gen_head"]["fc2"]                        # [V, C]; kernel [D, V]
+    table, head = ar["gen_embed_tokens"]["embedding"], ar["gen_head"]["fc2"]                    # [V, C]; kernel [D, V]
     directions = (codebook - codebook.mean(axis=0)) / codebook.std()
     mixed = rng.normal(0, directions.shape[1] ** -0.5, (len(head["kernel"]), directions.shape[1])) @ directions.T
     sized = lambda values, like: jnp.asarray(values * np.std(like) / np.std(values), jnp.float32)

@@ -477,11 +477,12 @@ def published(override, size=None):
 
 # ------------------------------------------------------------------ the published folders
 
-FOLDERS = {"sd3": "Of UAE: the Stable Diffusion 3.5 folder; default: `SD3` beside the captioner.",
-           "dit": "Of UAE: the fine-tuned transformer's folder; default: `dit` beside the captioner, or else that of "
-                  "--sd3.",
-           "processor": "Of UAE: the folder of tokenizer and preprocessor_config.json; default: `llm_processor` beside "
-                        "the captioner, or else the captioner's."}
+FOLDERS = {"sd3": "For UAE's pair: the folder of Stable Diffusion 3.5. Without it, `SD3` beside the captioner is read.",
+           "dit": "For UAE's pair: the folder of the fine-tuned transformer. Without it, `dit` beside the captioner is "
+                  "read, and where that is not there, the transformer of --sd3.",
+           "processor": "For UAE's pair: the folder of the tokenizer and of preprocessor_config.json. Without it, "
+                        "`llm_processor` beside the captioner is read, and where that is not there, the captioner's "
+                        "folder."}
 
 
 def captioner_configs(told, projected=()):

@@ -61,7 +61,7 @@ class Showo:
     rounds: int = 16
     heat: float = 1.0                                   # of the noise that decides what the first round takes back
     estimates: int = 0                                  # 0: a drawn picture's likelihood is exact, of the choices made;
-                                                        # else the mean of so many estimates: a forward each, not a round
+                                                        # else the mean of so many estimates, of one forward each
     instruction: str = "Please describe this image in detail."
     guidance: float = 2.75                              # published as 1.75, on a scale that begins with 0
 
@@ -275,8 +275,8 @@ class Showo:
         return jnp.where(order >= 0, logps, 0.0)
 
     def _mask(self, keys):
-        """A random mask for each of B pictures, keys [B] -> bool [B, N], of a uniformly random number of codes from 1 to
-        N."""
+        """A random mask for each of B pictures, keys [B] -> bool [B, N], of a uniformly random number of codes from 1
+        to N."""
         def of_picture(key):
             count, places = jax.random.split(key)
             return masked(places, jax.random.randint(count, (1,), 1, self.image_tokens + 1), self.image_tokens)[0]
@@ -445,7 +445,8 @@ class Showo:
         for i, token in enumerate((PAD, *ADDED)):
             if known.get(token) != first + i or self._ids(token) != [first + i]:
                 raise ValueError(f"the tokenizer has no token {token} with the id {first + i}, where "
-                                 f"{self.ar.vocab_size} ids with {self.ar.image_vocab_size} codes and a mask ask for it")
+                                 f"{self.ar.vocab_size} ids with {self.ar.image_vocab_size} codes and a mask ask for "
+                                 f"it")
         if self._stop is None:
             raise ValueError("the tokenizer has no token that ends a text")
 
@@ -511,10 +512,12 @@ def published(override, size=None):
 
 # ------------------------------------------------------------------ the published folder
 
-FOLDERS = {"magvit": "Show-o: the folder of its image tokenizer, showlab/magvitv2.",
-           "clip": "Show-o with CLIP: the folder of the tower, openai/clip-vit-large-patch14-336.",
-           "llm": "Show-o: the folder of Phi-1.5's config.json and tokenizer, microsoft/phi-1_5; its weights are not "
-                  "read."}
+FOLDERS = {"magvit": "For Show-o: the folder of its image tokenizer, a copy of showlab/magvitv2;"
+                    " for --src=hf:.. it is found by its name.",
+           "clip": "For the Show-o that reads CLIP's features: the folder of CLIP's tower, a copy of "
+                   "openai/clip-vit-large-patch14-336.",
+           "llm": "For Show-o: the folder with the config.json and the tokenizer of Phi-1.5, a copy of "
+                  "microsoft/phi-1_5, whose weights are not read."}
 FROM_HUB = {"magvit": ("hf:showlab/magvitv2", ("*",)), "llm": ("hf:microsoft/phi-1_5", ("*.json", "*.txt"))}
 
 

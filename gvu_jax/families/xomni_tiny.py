@@ -25,8 +25,8 @@ def tiny(config):
     """The model of a config of the shapes world, without parameters."""
     model, side = config.model, config.world.side
     if model.vision.codebook_size < (codes := NAMES * side):
-        raise ValueError(f"model.vision.codebook_size is {model.vision.codebook_size}, but a world of side {side} needs "
-                         f"{codes} codes: one for each thing in each column")
+        raise ValueError(f"model.vision.codebook_size is {model.vision.codebook_size}, but a world of side {side} "
+                         f"needs {codes} codes: one for each thing in each column")
     tokenizer = build_tokenizer(model.vision.codebook_size)
     text_ids = tokenizer.convert_tokens_to_ids("<MM-Token-0>")
     ar = xomni.Config(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids,
@@ -118,7 +118,7 @@ def train_diffusion(umm, params, scenes, settings, rng, key):
         mean, _ = vae.module(umm.vae).apply({"params": params["vae"]}, pixels, method="encode")
         moved = [umm.see(params, jnp.roll(pixels, k * umm.vision.patch_size, axis=2)) for k in range(columns)]
         tokens = jnp.stack([jnp.roll(tokens, -k, axis=2).reshape(-1, N) for k, tokens in enumerate(moved)], axis=1)
-        return {"tokens": tokens, "latents": flux.pack(vae.to_latents(mean, umm.vae))}              # [B, c, N], [B, N, C]
+        return {"tokens": tokens, "latents": flux.pack(vae.to_latents(mean, umm.vae))}            # [B, c, N], [B, N, C]
 
     data = [jax.device_get(prepare(params, chunk)) for chunk in np.array_split(pixels, -(-len(pixels) // 256))]
     data = {"pictures": jax.tree.map(lambda *x: np.concatenate(x), *data)}

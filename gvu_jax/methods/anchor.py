@@ -34,8 +34,8 @@ def questions(umm, texts, lengths, mesh, group=1):
 
 def held(seen, prompts, asked=None, group=1):
     """What is read of S samples, `group` neighbours of a prompt: of every ANCHORED-th one what was seen [A, ..], its
-    own prompt beside that of the next group [A, 2, ..], and its own question [A, ..] (asked: of `questions`, or None):
-    that another prompt is not what it shows is soon said, and hardly moves."""
+    own prompt beside that of the next group [A, 2, ..], and its own question [A, ..] (asked: of `questions`, or None).
+    That a picture does not show another prompt is easy to say, so those answers hardly move; they are left out."""
     some = lambda x: x[::ANCHORED]
     pair = lambda x: jnp.stack([some(x), some(jnp.roll(x, -group, axis=0))], axis=1)
     return jax.tree.map(some, seen), jax.tree.map(pair, prompts), jax.tree.map(some, asked)

@@ -114,8 +114,8 @@ class Transform:
 
     def __post_init__(self):
         if not 0 < self.crop_size <= self.shortest_edge:
-            raise ValueError(f"a square of {self.crop_size} pixels cannot be cut out of pictures whose shorter side has "
-                             f"{self.shortest_edge}")
+            raise ValueError(f"a square of {self.crop_size} pixels cannot be cut out of pictures whose shorter side "
+                             f"has {self.shortest_edge}")
 
 
 def fitted(pixels, transform):

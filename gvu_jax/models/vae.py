@@ -50,8 +50,8 @@ class Config:
 
 
 class GroupNorm(nn.Module):
-    """(x - mean) / sqrt(variance + 1e-6) * scale + bias, statistics in float32 over the positions of a group of channels
-    (Wu & He 2018).
+    """(x - mean) / sqrt(variance + 1e-6) * scale + bias, statistics in float32 over the positions of a group of
+    channels (Wu & He 2018).
 
     Each channel's positions are summed first, and few channels then: XLA on a CPU is slow at sums over both at once,
     which would be up to a sixth of what the decoder does.

@@ -93,7 +93,9 @@ def train_backbone(umm, params, ar, place, settings, rng, key):
     Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
     nothing else: so positions of two objects, read and drawn, are the first lesson (unless it has 0 steps), and a
     quarter of the captions in the second. What had never been drawn rightly would earn no reward. Of drawing a share
-    `mismatched` is taught with pictures of other prompts: that decides how weak it starts. ar: the backbone as it begins.
+    `mismatched` is taught with pictures of other prompts: that decides how weak it starts.
+
+    ar: the backbone as it begins.
     """
     see, target, forbidden = jax.jit(umm.see), jax.jit(umm.image_target), world.compositions(world.split_prompts()[1])
 
@@ -179,8 +181,8 @@ QUESTIONS = 6       # of one picture: two for yes or no, four of detail
 
 
 def ask_all(scene, caption, others, rng, forbidden):
-    """QUESTIONS about a scene, (question, answer): whether a prompt describes it, twice, and its details. Or none, where
-    the scene leaves too little to ask.
+    """QUESTIONS about a scene, (question, answer): whether a prompt describes it, twice, and its details. Or none,
+    where the scene leaves too little to ask.
 
     Yes is said of `caption`, which tells all there is, and no of wrong captions (others: two of other scenes). Where
     the scene's own is held out (caption is None), no is said twice.

@@ -69,9 +69,9 @@ def wrong_caption(
 ) -> dict | None:
     """Draws a prompt that does not tell what there is in a scene [cells]: something of it is false, or left out.
 
-    Half of the time it is `another`, a caption of another scene: so the same sentences are right and wrong, and none can
-    be told by its words. Else one of the scene's own captions is missed narrowly: in the one point that its category is
-    about (see `near_miss`), or in any one word. None where nothing is found.
+    Half of the time it is `another`, a caption of another scene: so the same sentences are right and wrong, and none
+    can be told by its words. Else one of the scene's own captions is missed narrowly: in the one point that its
+    category is about (see `near_miss`), or in any one word. None where nothing is found.
     """
     objects, side = objects_of(scene), side_of(len(scene))
     miss = near_miss if rng.random() < 0.5 else slip

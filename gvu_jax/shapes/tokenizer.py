@@ -1,6 +1,7 @@
 """The tokenizers of the shapes world: a real `tokenizers` word-level model over the world's few dozen words.
 
-Each family lays out its own with `of_words`. X-Omni's has text first, then image tokens, then the marks around an image.
+Each family lays out its own with `of_words`. X-Omni's has text first, then image tokens, then the marks around an
+image.
 
     0 .. V-1        specials, "\\n", words, and reserved tokens that pad V to a multiple of 16
     V .. V+n-1      <MM-Token-0> .. <MM-Token-{n-1}>, the n codes of the image tokenizer
