@@ -20,6 +20,8 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     render(params, drawn, prompts, key)         -> pixels [S, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen [B, ..]: a pytree of what the understanding branch reads
     seen_of(drawn)                              -> seen, or None where reading and drawing do not share their tokens
+    picture_of(drawn)                           -> [S, ..], what of it is the picture itself and not how it came about:
+                                                   where that is equal, the same was drawn twice
     text_logps(params, seen, prompts)           -> logps [B*K, L], mask [B*K, L]   one forward for K texts a picture
     text_logits(params, seen, prompts)          -> [B*K, L, V], what the words are picked from
     sample_text(params, seen, prompts, key, how, steps) -> words [S, L], logps [S, L], mask [S, L]
@@ -27,6 +29,9 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     features(params, pixels)                    -> [B, N, D] float32: what the frozen vision encoder makes of pictures
     fit(image)                                  -> pixels: how a picture of any size is brought to this model, and
     fitted_size((h, w))                         -> (H, W), or a ValueError that says why it cannot be read
+
+`exact_likelihood` says whether `image_logps` with a key and `image_nll` are log p(picture) itself; where they are
+estimates or bounds, no KL and no entropy follows from them.
 
 Besides these, a model says what its arrays are like: `lengths(texts)`, `prompt_shapes`, `drawn_shapes`, `grid`,
 `picture_size`, `tokenizer`, `instruction`, `said(text)`, the characters whose ids are a text's `words`; `guidance`,
