@@ -57,6 +57,9 @@ class Flow:
             raise ValueError(f"flow.steps {self.steps} must be at least 1, and flow.noise {self.noise} a number from 0 "
                              f"on, of cps at most 1")
         low, high = self.between or (0, self.steps - 1)
+        if self.between and not self.window:
+            raise ValueError(f"flow.between = {tuple(self.between)} says where a window lies, and there is none: set "
+                             f"flow.window")
         if self.window and not 0 <= low <= high - self.window <= self.steps - 1 - self.window:
             raise ValueError(f"flow.window = {self.window} steps do not fit between {low} and {high}, of "
                              f"{self.steps} steps the last of which is never trained")
@@ -181,10 +184,11 @@ def draw(flow, run_of, shape, levels, key, index, group):
     """`sample` from keys: picture number index[s] of the whole has the noise of its place alone. shape: of one
     picture's latents; run_of: the velocity, see `sample`; group: how many neighbours are of one prompt."""
     low, high = flow.between or (0, flow.steps - 1)
-    first = jax.random.randint(jax.random.fold_in(key, 1), (), low, high - flow.window + 1) if flow.window else 0
+    of_window, key = jax.random.split(key)
+    first = jax.random.randint(of_window, (), low, high - flow.window + 1) if flow.window else 0
     of_places = jax.vmap(jax.random.fold_in, in_axes=(None, 0))             # as in sampling.py
     keys = of_places(key, index)
-    begins = of_places(key, index // group) if flow.same_noise else keys
+    begins = of_places(key, jnp.repeat(index[::group], group)) if flow.same_noise else keys
     normal = lambda keys, i: jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), shape))(keys)
     return sample(flow, run_of, normal(begins, flow.steps), levels, first, lambda i: normal(keys, i))
 

@@ -127,6 +127,9 @@ def check(settings, means):
             raise ValueError("reward.function goes with config.method = 'gvu'")
         if settings.mean == "oracle":
             raise ValueError("reward.function and reward.mean = 'oracle' are both verdicts from outside: take one")
+        if settings.get("own") == 1:
+            raise ValueError("reward.own = 1 leaves nothing to reward.function, which would not be asked: set it below "
+                             "1, or take the function away")
     elif settings.get("own"):
         raise ValueError("reward.own is the share of the model's own reward beside a reward.function; there is none")
     for name, known in {"teacher": ("base", "policy"), "view": ("pixels", "tokens"), "mean": means}.items():

@@ -22,6 +22,8 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     render(params, drawn, prompts, key)         -> pixels [S, H, W, 3] float32 in [0, 1], on the 8-bit grid
     see(params, pixels)                         -> seen [B, ..]: a pytree of what the understanding branch reads
     seen_of(drawn)                              -> seen, or None where reading and drawing do not share their tokens
+    picture_of(drawn)                           -> [S, ..], what of it is the picture itself and not how it came about:
+                                                   where that is equal, the same was drawn twice
     text_logps(params, seen, prompts)           -> logps [B*K, L], mask [B*K, L]   one forward for K texts a picture
     text_logits(params, seen, prompts)          -> [B*K, L, V], what the words are picked from
     sample_text(params, seen, prompts, key, how, steps) -> words [S, L], logps [S, L], mask [S, L]
@@ -31,6 +33,8 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     fitted_size((h, w))                         -> (H, W), or a ValueError that says why it cannot be read
 
 A family that draws by a flow has one call more, image_moves(params, prompts, drawn, how) -> flow.Moves (flow.py).
+`exact_likelihood` says whether `image_logps` with a key and `image_nll` are log p(picture) itself; where they are
+estimates or bounds, no KL and no entropy follows from them.
 
 Besides these, a model says what its arrays are like: `kind`, its name in families/__init__.py, which model folders
 write down; `of_shapes`, whether it is a model of the shapes world, whose suites then need no files; `lengths(texts)`,

@@ -18,11 +18,12 @@ from absl import flags
 from PIL import Image
 
 import gvu_jax
-from conftest import ROOT, one_device
-from gvu_jax import checkpoint, data, optim, rewards, umm
+from conftest import ROOT, load_config, one_device
+from gvu_jax import checkpoint, cli, data, optim, rewards, umm
 from gvu_jax.__main__ import COMMANDS
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.sampling import How
+from gvu_jax.train import method_of
 from test_families import PICTURES, Toy, settings
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "launch/README.md",
@@ -141,6 +142,14 @@ def test_every_setting_has_a_meaning():
     for config in WRITER["CONFIGS"]:
         silent = [name for name in WRITER["values"](config) if not known[config].get(name)]
         assert not silent, f"configs/{config}.py does not say what {', '.join(silent)} mean"
+
+
+@pytest.mark.parametrize("config, preset", [
+    (config, preset) for config, presets in WRITER["CONFIGS"].items() for preset in presets or (None,)])
+def test_every_preset_can_train_as_it_is(config, preset):
+    settings = load_config(config, *filter(None, [preset]))
+    cli.check_numbers(settings)
+    method_of(settings).check(settings)
 
 
 def test_comments_are_divided_among_the_settings_they_name():

@@ -24,7 +24,7 @@ class Toy:
     kind, instruction, trains, partition = "toy", "What is it?", {"all": "", "backbone": ""}, {"ar": [("", ())]}
     ar = types.SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
     tokenizer = types.SimpleNamespace(batch_decode=lambda words, **_: [" ".join("a" * w for w in row) for row in words])
-    shared = True
+    shared = exact_likelihood = True
 
     def init(self, key):
         return {"ar": {"draw": jax.random.normal(key, (W, V)), "read": jax.random.normal(key, (V, W))}}
@@ -71,6 +71,9 @@ class Toy:
 
     def seen_of(self, drawn):
         return drawn["codes"] if self.shared else None
+
+    def picture_of(self, drawn):
+        return drawn["codes"]
 
     def text_logits(self, params, seen, prompts):
         S, L = prompts.words.shape
@@ -126,6 +129,27 @@ def test_every_method_trains_a_family_of_which_it_knows_the_protocol(name, chang
         assert all(np.isfinite(value) for value in jax.device_get(metrics).values())
         assert metrics.get("logp_gap", 0) < 1e-5
         assert not np.array_equal(before["ar"]["draw"], state.trainable["ar"]["draw"]) or method.config.method == "uae"
+
+
+class Estimated(Toy):
+    """Knows no log-probability of a picture: as a flow without noise it says none when it draws; and no two pictures
+    come about in the same way, although all are the same."""
+    exact_likelihood = False
+
+    def sample_image(self, params, prompts, key, how, index=None):
+        drawn, logps = super().sample_image(params, prompts, key, how, index)
+        way = jnp.arange(len(logps), dtype=jnp.float32)[:, None, None]
+        return {"codes": 0 * drawn["codes"], "with": {"more": drawn["with"]["more"] * way}}, logps[:, :0]
+
+
+def test_internal_gap_tells_no_kl_where_likelihoods_are_estimates(tmp_path):
+    method = method_of(Estimated(), settings("shapes_gap", **{"internal_gap.threshold": 1e-6}), tmp_path)
+    base = method.umm.init(jax.random.key(0))
+    state = method.init(base, jax.random.key(1))
+    batch = method.rollout(state, base, 0, data.prompt_stream(PICTURES, 0), jax.random.key(0),
+                           Stopwatch(None, lambda: False))
+    _, metrics = method.update(state, base, *batch)
+    assert metrics["gap"] == 0 and metrics["duplicates"] == 0.75 and not {"kl", "entropy", "logp_gap"} & set(metrics)
 
 
 WORDS = ("a photo of a red circle", "two blue crosses", "a green square", "an image of a red star", "a blue circle",

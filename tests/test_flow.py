@@ -53,7 +53,8 @@ def test_a_step_as_the_papers_have_it(how):
 @pytest.mark.parametrize("change, said", [
     (dict(kind="ode"), "kind is 'ode'"), (dict(steps=0), "steps 0"), (dict(noise=-0.1), "noise -0.1"),
     (dict(kind="cps", noise=1.2), "of cps at most 1"), (dict(window=6), "do not fit between 0 and 5"),
-    (dict(window=2, between=(3, 4)), "do not fit between 3 and 4"), (dict(window=1, between=(2, 6)), "of 6 steps")])
+    (dict(window=2, between=(3, 4)), "do not fit between 3 and 4"), (dict(window=1, between=(2, 6)), "of 6 steps"),
+    (dict(between=(1, 4)), "set flow.window")])
 def test_what_cannot_be_is_refused(change, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(KINDS[0], **change)
@@ -151,6 +152,14 @@ def test_a_sample_has_the_noise_of_its_place(tiny):
     first = np.asarray(same.latents[:, 0])
     assert (first[0] == first[1]).all() and (first[2] == first[3]).all() and (first[0] != first[2]).any()
     assert (same.latents[0, 1] != same.latents[1, 1]).any()
+
+
+def test_who_is_of_one_prompt_is_said_by_the_rows_and_not_by_their_places():
+    """Of places as gvu_jax.Model has them, 1024 to a prompt, a group of three begins alike."""
+    how, index = flow.Flow(2, same_noise=True), jnp.array([0, 1, 2, 1024, 1025, 1026])
+    drawn, _ = flow.draw(how, lambda x, s: x, (2,), flow.levels(how, 1.0), jax.random.key(0), index, 3)
+    first = np.asarray(drawn.latents[:, 0]).reshape(2, 3, 2)
+    assert (first == first[:, :1]).all() and (first[0, 0] != first[1, 0]).all()
 
 
 @of_kind

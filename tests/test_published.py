@@ -16,8 +16,8 @@ from safetensors.numpy import load_file
 
 import gvu_jax
 from conftest import assert_same_picture, load_config, one_device
-from gvu_jax import adapters, checkpoint, lora, objectives, optim, rewards, sharding
-from gvu_jax.methods import grpo, gvu
+from gvu_jax import adapters, checkpoint, lora, objectives, rewards, sharding
+from gvu_jax.methods import grpo
 from gvu_jax.models import flux, torch_keys, vae, xomni
 from gvu_jax.metrics import read_metrics
 from gvu_jax.policy import policy_params
@@ -83,17 +83,17 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
     settings = ConfigDict(dict(
         gvu=dict(prompts=len(config["prompts"]), group=group, clip=0.2, beta=config["beta"], anchor=0.0,
                  advantage_eps=config["advantage_eps"], inner_steps=1, micro_batches=1, waves=1),
-        reward=dict(teacher="policy", view="pixels", mean="geometric"), lora=dict(rank=0)))
+        lora=dict(rank=0)))
     settings.lora = lora_config or settings.lora
     tokens = jnp.asarray(golden["completion_image_tokens"], jnp.int32)
     ref_logps = jax.jit(umm.image_logps)(base, prompts, tokens)
     np.testing.assert_allclose(ref_logps, golden["ref_logps"], atol=2e-4)
-    method = gvu.GvU(umm, settings, How(images_per_prompt=group), optim.optax.sgd(1.0), one_device())
+    how = How(images_per_prompt=group)
     advantages = objectives.group_advantages(golden["rewards"], group, config["advantage_eps"])
-    batch = grpo.Batch(gvu.Rows(prompts, tokens, held=()), ref_logps, advantages)
+    batch = grpo.Batch((prompts, tokens), ref_logps, advantages)
     loss = functools.partial(
         grpo.loss, policy_of=functools.partial(policy_params, base, lora_config=settings.lora),
-        logps_of=method._logps, settings=settings.gvu)
+        logps_of=lambda params, rows: (umm.image_logps(params, *rows, how), None), settings=settings.gvu)
     grads, (metrics, logps) = jax.jit(jax.grad(loss, has_aux=True))(trainable, batch, jnp.zeros_like(ref_logps), True)
     np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)
     np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3)

@@ -16,7 +16,7 @@ from conftest import load_config
 from gvu_jax import adapters, checkpoint, convert, flow, lora, sharding
 from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
-from gvu_jax.models import torch_keys
+from gvu_jax.models import clip, torch_keys
 from gvu_jax.sampling import How
 from gvu_jax.tensor_files import Spec, TensorFile
 from gvu_jax.train import train
@@ -290,8 +290,8 @@ def test_golden_cold_start(uae, name):
     asked = asked.replace(question=rows(before).astype(np.int32), question_mask=rows(np.ones(len(before), bool)),
                           words=np.stack(answered).astype(np.int32), words_mask=rows(answered[0] >= 0))
 
-    originals = channels_last(expected["rec_gt_pixels"]) * np.float32(family.qwen25_vl.STD) + np.float32(
-        family.qwen25_vl.MEAN)                                       # recorded after preprocessing, which leaves them
+    originals = channels_last(expected["rec_gt_pixels"]) * np.float32(clip.STD) + np.float32(
+        clip.MEAN)                                       # recorded after preprocessing, which leaves them
 
     def loss(parts):
         policy = policy_of(*parts, uae.policy["ar"]["dit"])

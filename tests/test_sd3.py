@@ -10,7 +10,6 @@ from safetensors.numpy import load_file
 
 from gvu_jax import lora
 from gvu_jax.described import Described
-from gvu_jax.families.xomni import vae_config
 from gvu_jax.models import sd3, text_encoders, vae
 
 PLAIN = [
@@ -234,7 +233,7 @@ def test_pooled_vectors(fixtures, recorded):
 @pytest.fixture(scope="module")
 def autoencoder(fixtures):
     folder = fixtures / "uae/sd35/base/vae"
-    config = vae_config(Described(folder / "config.json"))
+    config = vae.read_config(Described(folder / "config.json"))
     params = vae.from_torch(load_file(folder / "diffusion_pytorch_model.safetensors"), config)
     params = jax.tree.map(lambda leaf: leaf.astype(np.float32), params)
     return config, lambda x, method: jax.jit(

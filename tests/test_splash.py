@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from gvu_jax import sampling, sharding
+from gvu_jax.families import qwen_sd35
 from gvu_jax.models import flux, layers, splash, vae, xomni
 
 EIGHT = "data:2,fsdp:2,tensor:2"
@@ -180,3 +181,14 @@ def test_what_a_run_hands_to_it(tiny, monkeypatch):
     assert traced(lambda p: umm.image_logps(p, prompts, codes)) == {P + N - 1}
     assert len(traced(lambda p: umm.text_logps(p, seen, prompts))) == 1
     assert traced(lambda p: umm.text_logps(p, seen[:1], prompts)) == set()
+
+
+def test_what_a_drawer_reads_of_padding_is_not_handed_to_it(monkeypatch):
+    """Padding of UAE's chats reads the whole chat, which in segments of the kernel it could not."""
+    umm, handed = qwen_sd35.published({}), []
+    params = jax.eval_shape(umm.init, jax.random.key(0))
+    tokens, mask = jnp.zeros((2, 128), int), jnp.arange(128) < jnp.array([[128], [40]])
+    monkeypatch.setattr(splash, "serves", lambda T, E: True)
+    monkeypatch.setattr(splash, "attention", lambda q, *args, **kwargs: handed.append(q.shape) or q)
+    context = jax.eval_shape(umm.context, params, tokens, mask)
+    assert context.shape == (2, 128, umm.dit.joint_attention_dim) and not handed

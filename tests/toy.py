@@ -46,7 +46,7 @@ def as_tables(params):
 class Toy:
     grid, image_tokens, picture_size, instruction = (1, N), N, (1, N), "d"
     ar = types.SimpleNamespace(num_attention_heads=1, num_key_value_heads=1, intermediate_size=1)
-    partition, trains = {}, {"all": ""}
+    partition, trains, exact_likelihood = {}, {"all": ""}, True
     tokenizer = types.SimpleNamespace(batch_decode=lambda words, skip_special_tokens: [
         "".join(LETTERS[i - 1] for i in row if i) for row in np.asarray(words)])
 
@@ -90,6 +90,9 @@ class Toy:
 
     def seen_of(self, image_tokens):
         return image_tokens[:, None]
+
+    def picture_of(self, image_tokens):
+        return image_tokens
 
     def render(self, params, image_tokens, prompts, key, index=None):
         keys = sampling.sample_keys(key, jnp.arange(len(image_tokens)) if index is None else index)

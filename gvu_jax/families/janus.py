@@ -48,6 +48,7 @@ class Janus:
     of_shapes: bool = False                             # whether this is a model of the shapes world
 
     kind = "janus"
+    exact_likelihood = True
     trains = llama.TRAINS
     partition = {"ar": llama.PARTITION, "adapter": llama.PARTITION, "vision": siglip.PARTITION, "vq": vq.PARTITION}
 
@@ -189,6 +190,10 @@ class Janus:
     def seen_of(self, codes):
         """None: reading and drawing do not share their tokens."""
         return None
+
+    def picture_of(self, codes):
+        """What was drawn without the way there: itself."""
+        return codes
 
     def _asked(self, params, seen, prompts):
         """The chat up to where the answer begins, ids and mask [B, C], and what its patches are to the backbone."""

@@ -22,8 +22,7 @@ from PIL import Image
 
 from gvu_jax import described, flow, lora, sampling, sharding
 from gvu_jax.described import Described
-from gvu_jax.families.xomni import vae_config
-from gvu_jax.models import clip_vision, qwen25_vl, sd3, siglip, text_encoders, torch_keys, vae
+from gvu_jax.models import clip, clip_vision, qwen25_vl, sd3, siglip, text_encoders, torch_keys, vae
 from gvu_jax.tensor_files import Source, TensorFile, small_files, weight_files
 from gvu_jax.umm import (
     Lengths, check_plain, check_texts, count_positions, gather_logps, hidden_of_words, lengths_of, pad_prompts,
@@ -68,6 +67,7 @@ class QwenSD35:
     layout: str = "published"                           # of the captioner's folder: one of qwen25_vl.RULES
 
     kind = "qwen_sd35"
+    exact_likelihood = False                            # of a picture nobody knows more than a bound
     of_shapes = False
     loads = None                                        # no class of transformers has both halves
     trains = {"backbone": r"^(llm/(layers|norm)|dit/blocks_\d+)/", "all": r"",
@@ -163,11 +163,13 @@ class QwenSD35:
         """Last hidden states of chats without pictures, padded at their end: tokens, mask [B, P] -> [B, P, D].
 
         Padding is read as the published code reads it: it is no key, but as a query it stands at position 1 and reads
-        the whole chat, so that all padding of a row gives one vector.
+        the whole chat, so that all padding of a row gives one vector. Splash would let it read padding alone, so the
+        mask is said for each query, which keeps to the attention that asks keys only.
         """
-        positions = jnp.where(mask, count_positions(mask), 1)
+        positions, (B, P) = jnp.where(mask, count_positions(mask), 1), mask.shape
+        keys = jnp.broadcast_to(mask[:, None, :], (B, P, P))
         module = qwen25_vl.Qwen25VL(self.ar)
-        return module.apply(self._variables(params, "llm"), tokens, mask, positions)[0]
+        return module.apply(self._variables(params, "llm"), tokens, keys, positions)[0]
 
     def context(self, params, tokens, mask):
         """What the drawer reads of chats: [B, P, joint_attention_dim], padding too."""
@@ -311,6 +313,10 @@ class QwenSD35:
     def seen_of(self, drawn):
         """None: reading and drawing do not share their tokens."""
         return None
+
+    def picture_of(self, drawn):
+        """What was drawn without the way there: the latents that are rendered."""
+        return drawn.final
 
     def _asked(self, seen, prompts):
         """The chat up to where the answer begins, ids and mask [B, C], and how to place counted tokens [B, T]."""
@@ -554,9 +560,9 @@ def read_source(src, image_size=None, sd3=None, dit=None, processor=None):
     except KeyError as error:
         raise ValueError(f"{src} has no key {error}: only a captioner with UAE's projector can draw") from error
     ar, vision = captioner_configs(Described(src / "config.json"), projected)
-    of_vae = vae_config(Described(pipeline / "vae" / "config.json"))
+    of_vae = vae.read_config(Described(pipeline / "vae" / "config.json"))
     config, limits = drawer_config(Described(drawer / "config.json")), Described(texts / "preprocessor_config.json")
-    limits.insist(image_mean=list(qwen25_vl.MEAN), image_std=list(qwen25_vl.STD), patch_size=vision.patch_size,
+    limits.insist(image_mean=list(clip.MEAN), image_std=list(clip.STD), patch_size=vision.patch_size,
                   merge_size=vision.spatial_merge_size, temporal_patch_size=vision.temporal_patch_size,
                   do_resize=True, do_rescale=True, do_normalize=True, do_convert_rgb=True, resample=3)
     step = of_vae.downscale * config.patch_size

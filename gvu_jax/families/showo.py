@@ -66,6 +66,7 @@ class Showo:
     guidance: float = 2.75                              # published as 1.75, on a scale that begins with 0
 
     kind = "showo"
+    exact_likelihood = False                            # of a picture from anywhere; of choices made it is
     of_shapes = False
     loads = None                                        # no class of transformers reads the published folder
     trains = phi.TRAINS
@@ -331,6 +332,10 @@ class Showo:
         of codes that are rendered and tokenised again, less than half come back as they were."""
         return drawn["codes"] if self.vision is None else None
 
+    def picture_of(self, drawn):
+        """What was drawn without the way there: codes, whatever their rounds."""
+        return drawn["codes"]
+
     def _asked(self, params, seen, prompts):
         """The chat up to where the answer begins, ids and mask [B, C], and what a row's patches are to the backbone
         (None where they are codes); and the network, which knows where the picture is."""
@@ -482,13 +487,12 @@ PHI = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_a
            num_key_value_heads=32, vocab_size=58498, image_vocab_size=8192)
 TOWER = clip.Config(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
                     image_size=336, patch_size=14)
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 PUBLISHED = {                                  # the published models in numbers, for planning
     "256": dict(grid=(16, 16)),
     "512": dict(grid=(32, 32), guidance=6.0, rounds=50),
     "clip": dict(grid=(16, 16), ar=phi.Config(**PHI, vision_width=1024), vision=TOWER,
-                 transform=clip.Transform(336, 336, MEAN, STD))}
+                 transform=clip.Transform(336, 336, clip.MEAN, clip.STD))}
 
 
 class Sizes(Showo):

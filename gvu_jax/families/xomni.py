@@ -49,6 +49,7 @@ class XOmni:
     clip_tokenizer: Any = None
 
     kind = "xomni"
+    exact_likelihood = True
     loads = "AutoModelForCausalLM"                      # the class of transformers that reads the published folder
     guidance = 1.0                                      # of the backbone; the head that paints has its own
     # What of the backbone a run may train; "projector": image tokens on their way in and out.
@@ -256,6 +257,10 @@ class XOmni:
     def seen_of(self, image_tokens):
         """Drawn tokens [B, N] as the understanding branch reads them, [B, r, c]: both branches have the same."""
         return image_tokens.reshape(-1, *self.grid)
+
+    def picture_of(self, image_tokens):
+        """What was drawn without the way there: itself."""
+        return image_tokens
 
     def _asked(self, seen, prompts):
         """The chat up to where the answer begins: ids and mask [B, C]."""
@@ -532,16 +537,6 @@ def flux_config(described, z_channels):
     return described.numbers(flux.Config)
 
 
-def vae_config(described):
-    levels = len(described.a(list, "block_out_channels"))
-    described.insist(act_fn="silu", in_channels=3, out_channels=3, latents_mean=None, latents_std=None,
-                     mid_block_add_attention=True, down_block_types=["DownEncoderBlock2D"] * levels,
-                     up_block_types=["UpDecoderBlock2D"] * levels)
-    if described.get("use_quant_conv", True) or described.get("use_post_quant_conv", True):
-        raise ValueError(f"{described.path} asks for quantisation convolutions, which are not implemented")
-    return described.numbers(vae.Config)
-
-
 def schedule_config(described):
     described.insist(_class_name="FlowMatchEulerDiscreteScheduler", num_train_timesteps=1000, shift_terminal=None,
                      time_shift_type="exponential", invert_sigmas=False, stochastic_sampling=False,
@@ -599,7 +594,7 @@ def read_source(src, image_size=None, flux=None):
 
     of_file = lambda part: Described(folders[part] / "config.json")
     tokenizers = {"tokenizer": src, "t5_tokenizer": base / "tokenizer_2", "clip_tokenizer": base / "tokenizer"}
-    vae_of_it = vae_config(of_file("vae"))
+    vae_of_it = vae.read_config(of_file("vae"))
     upscale = 2 * vae_of_it.downscale
     if decoder["upscale_factor"] != upscale:
         raise ValueError(f"{decoder.path} says upscale_factor = {decoder['upscale_factor']}, but the decoder draws "

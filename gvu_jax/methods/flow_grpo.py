@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from gvu_jax import flow, objectives, sharding
 from gvu_jax.methods import grpo
-from gvu_jax.policy import skipped
 
 
 def check(config):
@@ -42,6 +41,18 @@ def check_how(umm, config, how):
     if how.flow is None or not how.flow.noise or not how.flow.trained:
         raise ValueError("a flow learns from noisy steps alone: set sampling.flow.noise, e.g. 0.7, and at least 2 "
                          "sampling.flow.steps")
+
+
+def update_pictures(umm, how, config, state, rows, reward, sampler_logps, **rest):
+    """GRPO on S pictures as their family draws them: `update` below for one that draws by a flow, else grpo.update.
+
+    rows: a tuple of prompts [S], drawn [S, ..] and what else a penalty reads. rest: what both of the two take.
+    """
+    if hasattr(umm, "image_moves"):
+        moves_of = lambda policy, rows: umm.image_moves(policy, *rows[:2], how)
+        return update(state, rows, reward, sampler_logps, moves_of=moves_of, of_flow=config.flow, **rest)
+    logps_of = lambda policy, rows: (umm.image_logps(policy, *rows[:2], how), None)
+    return grpo.update(state, rows, reward, sampler_logps, logps_of=logps_of, **rest)
 
 
 def update(state, rows, reward, sampler_logps, reference, policy_of, moves_of, settings, of_flow, optimizer,
@@ -76,9 +87,6 @@ def update(state, rows, reward, sampler_logps, reference, policy_of, moves_of, s
 
     (trainable, opt_state), (metrics, logps) = jax.lax.scan(
         inner_step, (state.trainable, state.opt_state), jnp.arange(settings.inner_steps))
-    groups, drew = reward.reshape(-1, settings.group), join(logps[0])
-    metrics = jax.tree.map(lambda x: x[-1], metrics) | {
-        "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
-        "reward/flat": objectives.flat_groups(reward, settings.group),
-        "logp_gap": jnp.mean(jnp.abs(drew - sampler_logps))} | skipped(opt_state)
+    metrics = jax.tree.map(lambda x: x[-1], metrics) | grpo.told(reward, settings.group, opt_state) | {
+        "logp_gap": jnp.mean(jnp.abs(join(logps[0]) - sampler_logps))}
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics

@@ -78,13 +78,16 @@ def update(state, rows, reward, sampler_logps, reference, policy_of, logps_of, s
 
     start = (state.trainable, state.opt_state, split(jnp.zeros_like(sampler_logps)))
     (trainable, opt_state, old_logps), metrics = jax.lax.scan(inner_step, start, jnp.arange(settings.inner_steps))
-    groups = reward.reshape(-1, settings.group)
-    metrics = jax.tree.map(lambda x: x[-1], metrics) | {
-        "reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(groups, axis=1)),
-        "reward/flat": objectives.flat_groups(reward, settings.group),
+    metrics = jax.tree.map(lambda x: x[-1], metrics) | told(reward, settings.group, opt_state) | {
         "entropy": -objectives.token_mean(join(old_logps), mask),    # nats a token; unbiased if sampling is unfiltered
-        "logp_gap": objectives.token_mean(jnp.abs(join(old_logps) - sampler_logps), mask)} | skipped(opt_state)
+        "logp_gap": objectives.token_mean(jnp.abs(join(old_logps) - sampler_logps), mask)}
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
+
+
+def told(reward, group, opt_state):
+    """Metrics of any update by comparison: of its rewards [S], and of the steps that the optimizer skipped."""
+    return {"reward/mean": jnp.mean(reward), "reward/std": jnp.mean(jnp.std(reward.reshape(-1, group), axis=1)),
+            "reward/flat": objectives.flat_groups(reward, group)} | skipped(opt_state)
 
 
 def descend(loss, trainable, opt_state, slices, optimizer):

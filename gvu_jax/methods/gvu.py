@@ -15,7 +15,6 @@ import functools
 
 import jax
 import numpy as np
-from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, flow_grpo, grpo
@@ -129,14 +128,9 @@ class GvU:
             found = rewards.ask(self.function, pixels, [meta["prompt"] for meta in metas])
         return sharding.first_says_all(found)
 
-    def _logps(self, policy, rows):
-        return self.umm.image_logps(policy, rows.prompts, rows.drawn, self.how), None
-
-    def _moves(self, policy, rows):
-        return self.umm.image_moves(policy, rows.prompts, rows.drawn, self.how)
-
     def _hold_reading(self, policy, rows, base):
-        read_kl = anchor.reading_kl(self.umm, policy, base, *rows.held)
+        prompts, drawn, held = rows
+        read_kl = anchor.reading_kl(self.umm, policy, base, *held)
         return self.config.gvu.anchor * read_kl, {"read_kl": read_kl}
 
     def _update(self, state, base, prompts, drawn, sampler_logps, reward, seen, asked=None):
@@ -145,20 +139,9 @@ class GvU:
         after step + 1 and a dict of scalar metrics."""
         gvu = self.config.gvu
         held = anchor.held(seen, prompts, asked, gvu.group) if gvu.anchor else ()
-        update = functools.partial(grpo.update, logps_of=self._logps)
-        if hasattr(self.umm, "image_moves"):
-            update = functools.partial(flow_grpo.update, moves_of=self._moves, of_flow=self.config.flow)
-        state, metrics = update(
-            state, Rows(prompts, drawn, held), reward, sampler_logps, reference=base,
+        state, metrics = flow_grpo.update_pictures(
+            self.umm, self.how, self.config, state, (prompts, drawn, held), reward, sampler_logps, reference=base,
             policy_of=functools.partial(self.policy, base), settings=gvu, optimizer=self.optimizer,
             penalty=functools.partial(self._hold_reading, base=base) if gvu.anchor else None)
         return sharding.constrain(self.umm.partition, state), metrics | {
-            "duplicates": objectives.duplicates(drawn, gvu.group)}
-
-
-@struct.dataclass
-class Rows:
-    """S samples: prompts and what was drawn [S, ..]; and, with an anchor, what it holds (see anchor.held)."""
-    prompts: object
-    drawn: object
-    held: tuple
+            "duplicates": objectives.duplicates(self.umm.picture_of(drawn), gvu.group)}

@@ -58,7 +58,7 @@ class InternalGap:
         anchor.check(self.settings, "internal_gap", self.settings.batch, mesh)
         if config.reward.view == "tokens":
             check_shared(umm, "reward.view = 'tokens'")
-        if hasattr(umm, "image_moves") and how.flow is not None and how.flow.noise:
+        if how.flow is not None and how.flow.noise:
             raise ValueError("internal_gap learns from whole pictures, not from noisy steps: set sampling.flow.noise "
                              "= 0")
         self.umm, self.config, self.optimizer, self.mesh, self.lengths = umm, config, optimizer, mesh, lengths
@@ -113,7 +113,8 @@ class InternalGap:
         prompts, *arrays = self.pairs.rows(range(first, first + self.settings.batch), self.settings, self.config.seed)
         asked = anchor.questions(self.umm, prompts, self.lengths, self.mesh) if self.settings.anchor else None
         prompts = sharding.place_prompts(self.umm, prompts, self.lengths, self.mesh)
-        return prompts, asked, *sharding.put((*arrays, self.facts, jax.random.split(key)[1]), self.mesh)
+        of_masks = jax.random.fold_in(key, 2 ** 31 - 1)                 # a probe draws and renders with halves of `key`
+        return prompts, asked, *sharding.put((*arrays, self.facts, of_masks), self.mesh)
 
     def draw(self, texts, key, base, policy, clock, shown=True):
         """One call: `prompts` texts, N candidates each -> drawn [B, N, ..], logp [B, N], score [B, N], and, where they
@@ -130,7 +131,7 @@ class InternalGap:
             self.umm.seen_of(drawn))
         score = clock.lap("reward", self.score(*self.programs.read(judge, seen, asked)))
         drawn, logps, score, pixels = jax.tree.map(
-            lambda x: x.reshape(len(texts), -1, *x.shape[1:]),
+            lambda x: x.reshape(len(texts), self.settings.group, *x.shape[1:]),
             sharding.fetch((drawn, logps, score, pixels if shown else None)))
         return drawn, logps.sum(axis=2), score, pixels
 
@@ -159,7 +160,7 @@ class InternalGap:
         sharding.wait_for_all("the data of a round")
         self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, self.umm.drawn_shapes(1), begins))
         self.pairs = choose_pairs(self.rounds, gap)
-        self.facts = facts(self.rounds, self.pairs, gap)
+        self.facts = facts(self.rounds, self.pairs, gap, self.umm.picture_of)
         if jax.process_index() == 0:
             print(f"{folder}: {self.rounds[-1].describe(gap.threshold)}")
         return True
@@ -186,8 +187,9 @@ class InternalGap:
 
     def loss(self, trainable, base, batch, key):
         """The objective on one micro-batch, and its metrics. The policy draws nothing here, so kl (k3) and entropy
-        (cross-entropy), nats a token, are those of the accepted pictures. key: what masks or noise of likelihoods that
-        are not exact come from, the same for policy and base, chosen and rejected."""
+        (cross-entropy), nats a token, are those of the accepted pictures. Where likelihoods are estimates, there is
+        only gap: nats a decision by which the base's estimate lies above the policy's. key: what masks or noise of
+        estimates come from, the same for policy and base, chosen and rejected."""
         gap, policy = self.settings, policy_params(base, trainable, self.config.lora)
         if gap.objective == "dpo":
             of_draw = lambda params, drawn: jax.vmap(
@@ -207,12 +209,13 @@ class InternalGap:
             seen = anchor.seen_again(self.umm, base, batch.chosen, batch.prompts)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, seen, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
-        metrics |= {"loss": loss, "kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen)}
-        if not hasattr(self.umm, "image_moves"):                 # a flow's steps have another measure than its pictures
-            # Base and sampler, where they agree; of an estimate, how far it lies from what the sampler said.
-            away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]
-            metrics["logp_gap"] = jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)
-        return loss, (metrics, None)
+        if self.umm.exact_likelihood:
+            away = jnp.abs(jnp.sum(ref, axis=1) - batch.logp) / ref.shape[1]                  # of base and sampler
+            metrics |= {"kl": jnp.mean(objectives.k3(chosen, ref)), "entropy": -jnp.mean(chosen),
+                        "logp_gap": jnp.sum(away * batch.by_base) / jnp.maximum(jnp.sum(batch.by_base), 1)}
+        else:
+            metrics["gap"] = jnp.mean(ref - chosen)
+        return loss, (metrics | {"loss": loss}, None)
 
     def _update(self, state, base, prompts, asked, chosen, rejected, logp, by_base, facts, key):
         """One optimizer step on B rows, over `micro_batches` slices of them.
@@ -338,12 +341,12 @@ def choose_pairs(rounds, gap):
                  rows < len(rounds[0].prompts))
 
 
-def facts(rounds, pairs, gap):
-    """Metrics of the newest round's candidates and of the data as a whole, float32 scalars."""
+def facts(rounds, pairs, gap, picture_of):
+    """Metrics of the newest round's candidates and of the data as a whole, float32 scalars. picture_of: of umm.py."""
     newest = next(drawn for drawn in reversed(rounds) if drawn.prompts)
     found = {"reward/mean": newest.score.mean(), "reward/std": newest.score.std(axis=1).mean(),
              "duplicates": jax.jit(objectives.duplicates, static_argnums=1)(
-                 jax.tree.map(np.concatenate, newest.drawn), gap.group),
+                 picture_of(jax.tree.map(np.concatenate, newest.drawn)), gap.group),
              "data/prompts": len(pairs.prompts), "data/recovered": (~pairs.by_base).sum(),
              "data/discarded": len(rounds[-1].discarded(gap.threshold))}
     return {name: np.float32(value) for name, value in found.items()}

@@ -57,7 +57,7 @@ class UAE:
         flow_grpo.check(config)
         check_trainable(config)
         stages_of(config.uae.stages)
-        if config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches:
+        if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
 
@@ -133,29 +133,23 @@ class UAE:
         reward = objectives.pool_equal(reward, words, group)
         said = asked.repeat(group).replace(words=words, words_mask=mask)
         seen = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), seen)
-        state, metrics = self._grpo(state, base, (seen, said), reward, logps,
-                                    lambda policy, rows: self.umm.text_logps(policy, *rows))
+        update = functools.partial(grpo.update, logps_of=lambda policy, rows: self.umm.text_logps(policy, *rows))
+        state, metrics = self._compare(update, state, base, (seen, said), reward, logps)
         return state, metrics | {"duplicates": objectives.duplicates(words, group),
                                  "caption/length": jnp.mean(jnp.sum(mask, axis=1))}
 
     def _draw(self, state, base, prompts, drawn, logps, reward):
         """GRPO on pictures: prompts [S], drawn [S, ..], logps [S, T], reward [S]."""
-        if hasattr(self.umm, "image_moves"):
-            policy_of = functools.partial(self.policy, base)
-            state, metrics = flow_grpo.update(
-                state, (prompts, drawn), reward, logps, policy_of(state.reference), policy_of,
-                lambda policy, rows: self.umm.image_moves(policy, *rows, self.how), self.config.uae, self.config.flow,
-                self.optimizer)
-            state = sharding.constrain(self.umm.partition, state)
-        else:
-            state, metrics = self._grpo(state, base, (prompts, drawn), reward, logps,
-                                        lambda policy, rows: (self.umm.image_logps(policy, *rows, self.how), None))
-        return state, metrics | {"duplicates": objectives.duplicates(drawn, self.config.uae.group)}
+        update = functools.partial(flow_grpo.update_pictures, self.umm, self.how, self.config)
+        state, metrics = self._compare(update, state, base, (prompts, drawn), reward, logps)
+        return state, metrics | {"duplicates": objectives.duplicates(
+            self.umm.picture_of(drawn), self.config.uae.group)}
 
-    def _grpo(self, state, base, rows, reward, sampler_logps, logps_of):
+    def _compare(self, update, state, base, rows, reward, sampler_logps):
         policy_of = functools.partial(self.policy, base)
-        state, metrics = grpo.update(state, rows, reward, sampler_logps, policy_of(state.reference), policy_of,
-                                     logps_of, self.config.uae, self.optimizer)
+        state, metrics = update(
+            state, rows, reward, sampler_logps, reference=policy_of(state.reference), policy_of=policy_of,
+            settings=self.config.uae, optimizer=self.optimizer)
         return sharding.constrain(self.umm.partition, state), metrics
 
 

@@ -16,6 +16,9 @@ from gvu_jax.models import torch_keys
 from gvu_jax.models.siglip import resized
 from gvu_jax.models.text_encoders import CLIP_ACTIVATIONS, ClipLayer, layer_norm
 
+# Of red, green and blue in [0, 1], which pictures are normalised by.
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

@@ -13,7 +13,6 @@ import numpy as np
 from flax import linen as nn
 
 from gvu_jax.models import clip, torch_keys
-from gvu_jax.models.qwen25_vl import MEAN, STD
 from gvu_jax.models.text_encoders import layer_norm
 
 
@@ -55,7 +54,7 @@ def squared(pixels, side):
 
 def normalised(pixels):
     """[..., 3] in [0, 1] -> less CLIP's mean, over its spread."""
-    return (pixels - np.float32(MEAN)) / np.float32(STD)
+    return (pixels - np.float32(clip.MEAN)) / np.float32(clip.STD)
 
 
 def cosine(one, other):

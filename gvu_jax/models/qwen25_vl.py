@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from PIL import Image
 
-from gvu_jax.models import qwen2, torch_keys
+from gvu_jax.models import clip, qwen2, torch_keys
 from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread
 from gvu_jax.models.llama import Projector
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
@@ -27,7 +27,6 @@ from gvu_jax.models.splash import full_attention
 
 # ------------------------------------------------------------------ pictures of any size
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MOST_UNEQUAL = 200           # times longer than the other may a side be
 
 
@@ -127,7 +126,7 @@ def patches(pixels, config):
     (B, H, W, _), patch, cell, c = pixels.shape, config.patch_size, config.spatial_merge_size, config
     if H % c.multiple or W % c.multiple:
         raise ValueError(f"picture of {H} x {W} pixels: sides must be multiples of {c.multiple}")
-    x = (pixels.astype(jnp.float32) - np.float32(MEAN)) / np.float32(STD)
+    x = (pixels.astype(jnp.float32) - np.float32(clip.MEAN)) / np.float32(clip.STD)
     x = x.reshape(B, H // c.multiple, cell, patch, W // c.multiple, cell, patch, 3)
     x = x.transpose(0, 1, 4, 2, 5, 7, 3, 6)                                 # [B, r, c, cell, cell, 3, patch, patch]
     x = jnp.repeat(x[:, :, :, :, :, :, None], c.temporal_patch_size, axis=6)

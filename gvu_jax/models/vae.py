@@ -49,6 +49,17 @@ class Config:
         return 2 * self.latent_channels
 
 
+def read_config(described):
+    """The autoencoder's config.json, described.Described -> Config. ValueError where it is of another kind."""
+    levels = len(described.a(list, "block_out_channels"))
+    described.insist(act_fn="silu", in_channels=3, out_channels=3, latents_mean=None, latents_std=None,
+                     mid_block_add_attention=True, down_block_types=["DownEncoderBlock2D"] * levels,
+                     up_block_types=["UpDecoderBlock2D"] * levels)
+    if described.get("use_quant_conv", True) or described.get("use_post_quant_conv", True):
+        raise ValueError(f"{described.path} asks for quantisation convolutions, which are not implemented")
+    return described.numbers(Config)
+
+
 class GroupNorm(nn.Module):
     """(x - mean) / sqrt(variance + 1e-6) * scale + bias, statistics in float32 over the positions of a group of
     channels (Wu & He 2018).
