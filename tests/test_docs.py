@@ -43,8 +43,8 @@ def blocks(page, language):
 def commands(code):
     """The commands of a block as lists of words, without comments."""
     joined = code.replace("\\\n", " ")
-    return [shlex.split(command, comments=True) for line in joined.split("\n") for command in line.split("&&")
-            if command.strip()]
+    return [words for line in joined.split("\n") for command in line.split("&&")
+            if (words := shlex.split(command, comments=True))]
 
 
 def anchors(page):
