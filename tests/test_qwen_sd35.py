@@ -520,7 +520,8 @@ def test_pairs_meet_the_same_noise(uae, tmp_path):
             prompts, None, *pictures, jnp.zeros(2), jnp.ones(2, bool)), key)
         return value, metrics
     (value, metrics), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(trainable, jax.random.key(0))
-    nll = jax.jit(umm.image_nll)(uae.base, prompts, pictures[0].final, jax.random.key(0))
+    draw, = jax.random.split(jax.random.key(0), config.internal_gap.draws)
+    nll = jax.jit(umm.image_nll)(uae.base, prompts, pictures[0].final, draw)
     assert metrics["margin"] == 0 and norm(slope) > 0
     np.testing.assert_allclose(value, np.log(2) + config.internal_gap.nll * nll.mean(), rtol=1e-4)
 

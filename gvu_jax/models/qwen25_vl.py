@@ -398,7 +398,9 @@ PARTITION = (
     (r"lm_head/kernel$", ("width", "vocab")),
     (r"(norm/scale|layernorm/scale|fc[12]/bias)$", (None,)),
 )
-VISION_PARTITION = ((r"(?<!patch_embed_)kernel$", ("any",)), (r"(bias|scale|patch_embed_kernel)$", (None,)))
+# The published 3420 channels of the feed-forward are no multiple of 8, the width of 1280 is.
+VISION_PARTITION = ((r"(gate|up)_proj/kernel$", ("any", None)), (r"(bias|scale|patch_embed_kernel)$", (None,)),
+                    (r"(?<!gate_proj/)(?<!up_proj/)(?<!patch_embed_)kernel$", ("any",)))
 
 # Names of the tensors in checkpoints: as published, which transformers wrote up to 4.51, and as it writes them since.
 OF_TEXT = ((r"^layers/layer/", "layers.{layer}."), (r"lm_embed_tokens", "embed_tokens"), (r"embedding$", "weight"),
