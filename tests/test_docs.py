@@ -209,7 +209,7 @@ def test_the_method_of_the_page_makes_the_best_pictures_likelier():
 def test_the_calls_that_the_page_asks_of_a_family_are_those_of_the_interface():
     text = (ROOT / "docs/extending.md").read_text()
     calls = re.findall(r"`(\w+)`", text[text.index("with the calls of"):text.index("and what it says of its arrays")])
-    assert len(calls) == 15
+    assert len(calls) == len(set(calls)) > 12
     documented = set(re.findall(r"^    (\w+)\(", umm.__doc__, re.MULTILINE)) | {"fitted_size"}
     assert set(calls) == documented
     assert set(calls) - {"answer", "fit", "fitted_size"} <= set(dir(Toy))
