@@ -64,11 +64,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
         for header, value in dict(headers).items():
             self.send_header(header, value)
         self.send_header("Content-Length", str(len(body)))
+        self.send_header("Connection", "close")            # a connection that stays would outlive the server's end
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(body[:cut])
-        if cut is not None:
-            self.close_connection = True
+        self.close_connection = True
 
 
 def digest(file):
