@@ -259,7 +259,7 @@ def start(hosts, work, config, devices):
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     return subprocess.Popen([sys.executable, "-c", RUN, hosts, str(work), config.to_json()],
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"})
+                            env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "NPROC": "1"})
 
 
 def start_two(work, config):

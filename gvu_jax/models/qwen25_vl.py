@@ -40,13 +40,14 @@ class Transform:
 FIRST = Transform(3136, 12845056)          # the published tools resize twice, and this is the first time
 
 
-def fitted_size(height, width, transform, multiple):
-    """The (height, width) to which a picture is resized: multiples of `multiple`, as near to its own sides as the
-    number of pixels allows. ValueError for one that is a line."""
+def fitted_size(height, width, transform, multiple, least=0):
+    """The (height, width) to which the processor resizes a picture: multiples of `multiple`, as near to its own sides
+    as the number of pixels allows. least: what sides are rounded to at least; at 0 a side may be rounded to none, and
+    then the picture counts as too small. ValueError for one that is a line."""
     if max(height, width) > MOST_UNEQUAL * min(height, width):
         raise ValueError(f"a picture of {height} x {width} pixels cannot be read: one side is more than {MOST_UNEQUAL} "
                          f"times as long as the other")
-    sides = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+    sides = [max(least, round(side / multiple) * multiple) for side in (height, width)]
     if math.prod(sides) > transform.max_pixels:
         by = math.sqrt(height * width / transform.max_pixels)
         sides = [max(multiple, math.floor(side / by / multiple) * multiple) for side in (height, width)]
@@ -58,7 +59,7 @@ def fitted_size(height, width, transform, multiple):
 
 def sizes(height, width, transform, multiple):
     """Those a picture is brought to, one after the other."""
-    first = fitted_size(height, width, FIRST, multiple)
+    first = fitted_size(height, width, FIRST, multiple, least=multiple)
     return first, fitted_size(*first, transform, multiple)
 
 
@@ -227,7 +228,7 @@ class VisionTower(nn.Module):
         in_cells = lambda x: x.reshape(len(x), len(order), cell, -1)[:, order].reshape(x.shape)
         x, angle = in_cells(x), jnp.asarray(in_cells(angles(grid, c)[None]))
         for first, count, windowed in c.runs:
-            stack = nn.scan(VisionBlock, variable_axes={"params": 0}, split_rngs={"params": True},
+            stack = nn.scan(VisionBlock, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True},
                             in_axes=nn.broadcast, length=count)
             x, _ = stack(c, windowed, grid, name=f"blocks_{first}")(x, angle)
 
