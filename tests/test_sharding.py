@@ -341,6 +341,7 @@ def test_two_processes_write_the_metrics_of_one(two):
     assert (two[1] / "two/report.html").exists() and json.loads((two[1] / "two/summary.json").read_text())["after"]
 
 
+@pytest.mark.parametrize("two", TINY[:1], indirect=True)          # minutes a family; what ends and goes on is no family's
 def test_a_signal_to_one_process_ends_both_and_both_go_on(two):
     """Killed: the other one ends with a message. Started again and told to stop: both save the same step. No step is
     lost or doubled."""
