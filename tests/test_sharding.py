@@ -332,12 +332,14 @@ def two(request, tmp_path_factory):
 
 
 def test_two_processes_write_the_metrics_of_one(two):
+    """GRPO's loss is a mean of advantages, of size one, that cancel at the first step: what is left is their rounding."""
     one, both = (read_metrics(two[1] / name / "metrics.jsonl") for name in ("one", "two"))
     assert len(one) == len(both) == 4
     for line, other in zip(one, both):
         for name, value in line.items():
             if "second" not in name:
-                np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
+                atol = 1e-5 if name == "loss" else 1e-6
+                np.testing.assert_allclose(other[name], value, rtol=1e-5, atol=atol, err_msg=name)
     assert (two[1] / "two/report.html").exists() and json.loads((two[1] / "two/summary.json").read_text())["after"]
 
 
