@@ -83,7 +83,8 @@ def golden(fixtures):
 
 
 def decode(config, params, latents):
-    return jax.jit(lambda latents: vae.AutoencoderKL(config).apply({"params": params}, latents, method="decode"))(latents)
+    run = jax.jit(lambda x: vae.AutoencoderKL(config).apply({"params": params}, x, method="decode"))
+    return run(latents)
 
 
 def test_decode(golden):
