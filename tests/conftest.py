@@ -10,11 +10,12 @@ import tempfile
 import types
 from pathlib import Path
 
-# Programs of tests run for milliseconds, so they had better be compiled fast than well. The second flag is one that XLA
-# may take back, and it ends a process that names a flag it does not know.
+# Programs of tests run for milliseconds, so they had better be compiled fast than well, and in one piece where a core
+# has no other to share with. The second and third flags are ones that XLA may take back, and it ends a process that
+# names a flag it does not know.
 ALONE = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    ALONE += " --xla_cpu_use_fusion_emitters=false"
+    ALONE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")          # the TPU compiler is installed, but there is no TPU
 
@@ -51,6 +52,18 @@ def pytest_configure(config):
 def pytest_unconfigure(config):
     if hasattr(config, "gvu_cache"):
         shutil.rmtree(config.gvu_cache, ignore_errors=True)
+
+
+# Files that take longest, the longest first. Whoever has done with a file takes the next one: a long one that is begun
+# last is waited for by all others.
+LONGEST = ("sharding train published qwen_sd35 uae faults notebooks showo janus internal_gap adapters families cli sd3 "
+           "experiments hub plan docs bad_input xomni flow flux").split()
+
+
+@pytest.hookimpl(trylast=True)                            # pytest itself reorders the tests of shared fixtures
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 def pytest_report_header():

@@ -557,11 +557,10 @@ def test_safetensors_headers_are_checked(tmp_path):
             TensorFile(path)
 
 
-def test_the_command_line_fails_in_one_line(tmp_path):
+def test_the_command_line_fails_in_one_line(command, tmp_path):
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([sys.executable, "-m", "gvu_jax.convert", f"--src={tmp_path}/empty", f"--dst={tmp_path}/x"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip() == f"error: there is no {tmp_path}/empty/config.json"
+    end = command("convert", f"--src={tmp_path}/empty", f"--dst={tmp_path}/x")
+    assert end == f"error: there is no {tmp_path}/empty/config.json"
 
 
 # ------------------------------------------------------------------ adapters

@@ -61,7 +61,7 @@ def test_velocity_equals_diffusers(config, grid, batch, text_tokens):
     theirs, tensors = torch_model(config)
     inputs = random_inputs(config, grid, batch, text_tokens)
     params = flux.from_torch(tensors, config)
-    ours = flux.FluxTransformer(config).apply({"params": params}, *inputs, grid)
+    ours = bound(config, params, grid)(*inputs)
     latents, _, context, pooled, sigma, guidance = (None if x is None else torch.from_numpy(x) for x in inputs)
     image_ids = torch.tensor([[0, row, col] for row in range(grid[0]) for col in range(grid[1])], dtype=torch.float32)
     with torch.no_grad():
@@ -229,7 +229,8 @@ def tokenizer_latents(folder, grid):
                                      torch.load(folder / file, weights_only=True).items()}
                                     for file in ("siglip_vit.pt", "vq_projector.pt")), config)
     tokens = np.load(folder / "expected.npz")["grid_tokens"].reshape(1, -1)
-    latents = siglip_vq.SiglipVQ(config).apply({"params": params}, tokens, grid, method="decode")
+    latents = jax.jit(lambda tokens: siglip_vq.SiglipVQ(config).apply(
+        {"params": params}, tokens, grid, method="decode"))(tokens)
     return latents.reshape(1, tokens.shape[1], -1)
 
 
@@ -246,8 +247,8 @@ def test_from_tokens_to_the_picture(golden, fixtures):
     np.testing.assert_allclose(siglip, expected["loop_siglip"], atol=5e-4)
     final = flux.sample(bound(config, params, grid), expected["loop_init_latents"], siglip, context, pooled,
                         call["num_inference_steps"], call["true_cfg_scale"], negative, schedule_of(fixtures))
-    raw = vae.AutoencoderKL(vae_config).apply({"params": vae_params}, method="decode",
-                                              latents=vae.from_latents(flux.unpack(final, grid), vae_config))
+    raw = jax.jit(lambda final: vae.AutoencoderKL(vae_config).apply(
+        {"params": vae_params}, vae.from_latents(flux.unpack(final, grid), vae_config), method="decode"))(final)
     pixels = np.asarray(vae.to_pixels(raw))
     np.testing.assert_allclose(pixels, expected["image_float"], atol=5e-4)
     assert_same_picture(pixels[0], expected)
@@ -334,7 +335,7 @@ def test_bfloat16_in_bfloat16_out(random_params):
         dtypes.append(out.dtype)
         return out
 
-    final = flux.sample(velocity, latents, siglip, half(context), half(pooled), 2)
+    final = jax.eval_shape(lambda *x: flux.sample(velocity, *x, 2), latents, siglip, half(context), half(pooled))
     assert final.dtype == jnp.float32 and set(dtypes) == {jnp.dtype(jnp.bfloat16)}
 
 

@@ -273,9 +273,9 @@ def test_flow_matching_is_the_diffusion_loss(uae):
     np.testing.assert_allclose(first[:, 0], ((velocity(uae.policy) - noise + target) ** 2).mean((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["published", "rescaled"])
-def test_golden_cold_start(uae, name):
-    """Picture, question and answer -> contexts -> ten steps -> picture -> CLIP, and back through all of it."""
+def test_golden_cold_start(uae):
+    """Picture, question and answer -> contexts -> ten steps -> picture -> CLIP, and back through all of it: with the
+    published slip of what CLIP is shown, and without."""
     from test_clip_vision import read
     expected, umm, told = uae.arrays("losses"), uae.umm, uae.told
     tower, of_tower = read(uae.folder / "bench/clip")
@@ -299,24 +299,27 @@ def test_golden_cold_start(uae, name):
         seen = family.Seen(cells, tuple(n // umm.vision.spatial_merge_size for n in grid))
         pixels = umm.reconstruction(policy, seen, asked, channels_last(expected["rec_init_latents"]),
                                     told["rec_num_inference_steps"], told["rec_guidance_scale"])
-        value, alike = family.unlike(tower, of_tower, pixels, originals, name == "published")
-        return value, (alike, pixels, umm.answer_states(policy, seen, asked))
-    (value, (alike, pixels, (positive, negative))), (adapters, projector) = jax.jit(
-        jax.value_and_grad(loss, has_aux=True))(start[:2])
+        both = {name: family.unlike(tower, of_tower, pixels, originals, name == "published")
+                for name in ("published", "rescaled")}
+        values = {name: value for name, (value, _) in both.items()}
+        return values, (both, pixels, umm.answer_states(policy, seen, asked))
+    slopes, (both, pixels, (positive, negative)) = jax.jit(jax.jacrev(loss, has_aux=True))(start[:2])
     np.testing.assert_allclose(positive, expected["rec_context"], atol=2e-4)
     np.testing.assert_allclose(negative, expected["rec_context_negative"], atol=2e-4)
     np.testing.assert_allclose(channels_first(pixels), expected["rec_images"], atol=2e-3)
-    np.testing.assert_allclose(alike, expected[f"rec_similarity_{name}"], atol=1e-4)
-    np.testing.assert_allclose(value, expected[f"rec_loss_{name}"], rtol=1e-3)
-    assert_projector(projector, expected, f"rec_grad_{name}")
-    found = {"projector": norm(projector), "llm_lora": norm(adapters["llm"]), "dit_lora": norm(adapters["dit"])}
-    for part, recorded in uae.expected["rec_grad_norms"][name].items():
-        np.testing.assert_allclose(found[part], recorded, rtol=1e-2, err_msg=part)
+    for name, (value, alike) in both.items():
+        np.testing.assert_allclose(alike, expected[f"rec_similarity_{name}"], atol=1e-4)
+        np.testing.assert_allclose(value, expected[f"rec_loss_{name}"], rtol=1e-3)
+        adapters, projector = slopes[name]
+        assert_projector(projector, expected, f"rec_grad_{name}")
+        found = {"projector": norm(projector), "llm_lora": norm(adapters["llm"]), "dit_lora": norm(adapters["dit"])}
+        for part, recorded in uae.expected["rec_grad_norms"][name].items():
+            np.testing.assert_allclose(found[part], recorded, rtol=1e-2, err_msg=f"{name} {part}")
 
 
-@pytest.mark.parametrize("name", ["onpolicy", "offpolicy"])
-def test_golden_captioner_grpo(uae, name):
-    """Four captions of one picture: log-probabilities of policy and reference, KL, advantages, loss and gradients."""
+def test_golden_captioner_grpo(uae):
+    """Four captions of one picture: log-probabilities of policy and reference, KL, advantages, loss and gradients; said
+    by the policy itself, and by an older one."""
     from gvu_jax import objectives
     expected, umm, told = uae.arrays("captioner_grpo"), uae.umm, uae.expected["captioner_grpo"]
     policy_of, start = parts_of(uae)
@@ -344,23 +347,24 @@ def test_golden_captioner_grpo(uae, name):
 
     def loss(llm):
         logps = logps_of(policy_of(start[0] | {"llm": llm}, *start[1:]))
-        old = jax.lax.stop_gradient(logps) if name == "onpolicy" else expected["old_logps"]
-        value, _ = objectives.clipped_policy_loss(logps, old, reference, advantages, told["epsilon"], told["beta"],
-                                                  mask)
-        return value, logps
-    (value, logps), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(start[0]["llm"])
+        values = {name: objectives.clipped_policy_loss(
+            logps, old, reference, advantages, told["epsilon"], told["beta"], mask)[0]
+            for name, old in (("onpolicy", jax.lax.stop_gradient(logps)), ("offpolicy", expected["old_logps"]))}
+        return values, (values, logps)
+    slopes, (values, logps) = jax.jit(jax.jacrev(loss, has_aux=True))(start[0]["llm"])
     np.testing.assert_allclose(np.where(mask, logps, 0), expected["policy_logps"], atol=2e-4)
     np.testing.assert_allclose(np.where(mask, objectives.k3(logps, reference), 0), expected["per_token_kl"],
                                rtol=2e-3, atol=2e-5)
-    np.testing.assert_allclose(value, expected[f"loss_{name}"], atol=2e-5)
-    np.testing.assert_allclose(norm(slope), told[f"lora_grad_norm_{name}"], rtol=2e-3)
-    slope = lora.to_peft(slope, family.qwen25_vl.RULES["published"])
-    names = [key for key in expected if key.startswith(f"grad_{name}/")]
-    for key in names:
-        found = slope[key.removeprefix(f"grad_{name}/model.").replace(".default.", ".").replace(
-            "base_model.model.layers", "base_model.model.model.layers")]
-        np.testing.assert_allclose(found, expected[key], rtol=0, atol=2e-3 * np.abs(expected[key]).max())
-    assert names
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(values[name], expected[f"loss_{name}"], atol=2e-5)
+        np.testing.assert_allclose(norm(slope), told[f"lora_grad_norm_{name}"], rtol=2e-3)
+        slope = lora.to_peft(slope, family.qwen25_vl.RULES["published"])
+        names = [key for key in expected if key.startswith(f"grad_{name}/")]
+        for key in names:
+            found = slope[key.removeprefix(f"grad_{name}/model.").replace(".default.", ".").replace(
+                "base_model.model.layers", "base_model.model.model.layers")]
+            np.testing.assert_allclose(found, expected[key], rtol=0, atol=2e-3 * np.abs(expected[key]).max())
+        assert names
 
 
 # ------------------------------------------------------------------ folders

@@ -18,7 +18,7 @@ from flax import linen as nn
 from PIL import Image
 
 from gvu_jax.models import clip, qwen2, torch_keys
-from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread
+from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread, with_seen
 from gvu_jax.models.llama import Projector
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 from gvu_jax.models.siglip import resized
@@ -334,10 +334,7 @@ class Qwen25VL(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         cell = tokens - c.vocab_size
         x = self.lm_embed_tokens(jnp.where(cell < 0, tokens, 0))                                    # [B, T, D]
-        if seen is not None:
-            cells = jnp.take_along_axis(seen.astype(x.dtype), jnp.maximum(cell, 0)[:, :, None], axis=1, mode="clip")
-            x = jnp.where(cell[:, :, None] >= 0, cells, x)
-        x = spread(x)
+        x = spread(with_seen(x, cell, seen))
 
         readable, _ = qwen2.readable(mask, T, at, c.head_dim)
         if self.apart:
