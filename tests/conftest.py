@@ -137,10 +137,15 @@ def converted(fixtures, tmp_path_factory):
     """The golden checkpoint as a model folder."""
     from gvu_jax import convert
     folder = tmp_path_factory.mktemp("converted") / "model"
+    convert.convert(fixtures / "xomni", folder, image_size=least_size(fixtures))
+    return folder
+
+
+def least_size(fixtures):
+    """Side in pixels of the smallest pictures that the golden X-Omni draws and reads as they are."""
     told = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]
     step = told["decoder"]["upscale_factor"]
-    convert.convert(fixtures / "xomni", folder, image_size=-(-told["transform"]["short_size"] // step) * step)
-    return folder
+    return -(-told["transform"]["short_size"] // step) * step
 
 
 def janus_params(tensors, configs, layout):

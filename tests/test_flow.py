@@ -318,7 +318,9 @@ def test_golden_steps(golden, name):
 
 def test_golden_schedules(golden):
     expected = golden.arrays("steps")
-    for name in [name for name in expected if name.startswith("schedule") and name.endswith("_sigmas")]:
+    names = [name for name in expected if name.startswith("schedule") and name.endswith("_sigmas")]
+    assert names
+    for name in names:
         N, levels = int(name.split("_")[1]), expected[name]
         how = flow.Flow(N, 0.7)
         np.testing.assert_allclose(flow.levels(how, golden.told["shift"]), levels, atol=1e-6)

@@ -36,14 +36,16 @@ def uae(fixtures, tmp_path_factory):
     convert.convert(where("llm"), model, image_size=step, sd3=where("SD3"), dit=where("dit"),
                     processor=where("llm_processor"))
     umm, params = checkpoint.load_model(model)
-    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step))
+    expected = json.loads((folder / "expected.json").read_text())
+    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step),
+                              negative=expected["negative_prompt"])
     base = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), params)
     laid, adapter = family.read_adapters(umm, where("llm_lora"), where("dit_lora"),
                                          told["llm_lora_alpha"] / told["llm_lora_rank"])
     widened = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (laid, adapter))
     return types.SimpleNamespace(
         folder=folder, told=told, where=where, model=model, umm=umm, base=base,
-        policy=family.laid_over(base, *widened), expected=json.loads((folder / "expected.json").read_text()),
+        policy=family.laid_over(base, *widened), expected=expected,
         arrays=lambda name: dict(np.load(folder / f"{name}.npz")))
 
 
@@ -60,8 +62,8 @@ def channels_first(x):
 def test_golden_chats(uae):
     """The ids of a prompt's chat and of the negative one's; and the constant pooled vector."""
     expected, umm = uae.arrays("embeds"), uae.umm
-    assert umm.negative == uae.expected["negative_prompt"] and family.QUESTION == uae.expected[
-        "published_caption_question"]
+    assert family.NEGATIVE == uae.expected["negative_prompt"]
+    assert family.QUESTION == uae.expected["published_caption_question"]
     for name, text in uae.expected["prompts"].items():
         ids, mask = expected[f"{name}_input_ids"], expected[f"{name}_attention_mask"].astype(bool)
         prompts = umm.encode_prompts([text])
@@ -383,6 +385,11 @@ def test_an_adapter_that_does_not_fit_is_refused(uae, tmp_path):
         family.read_adapters(uae.umm, tmp_path)
 
 
+def patch_of(uae):
+    """The smallest picture that the drawer draws, in pixels of a side."""
+    return uae.umm.dit.patch_size * uae.umm.vae.downscale
+
+
 def edited(src, dst, change, file="config.json"):
     dst.mkdir()
     for path in src.iterdir():
@@ -396,11 +403,12 @@ def edited(src, dst, change, file="config.json"):
 
 @pytest.mark.parametrize("which, file, change, said", [
     ("llm", "config.json", lambda c: c.update(rope_scaling=None), "mrope_section"),
-    ("llm", "config.json", lambda c: c.update(num_hidden_layers=1), "unknown keys"),
+    ("llm", "config.json", lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] + 1), "missing keys .'model"),
     ("llm", "config.json", lambda c: c.update(use_sliding_window=True), "use_sliding_window"),
     ("llm", "config.json", lambda c: c.update(model_type="qwen3_vl"), "implemented is"),
     ("dit", "config.json", lambda c: c.update(qk_norm=None), "qk_norm"),
-    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[0]), "missing keys .*attn2"),
+    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[] if c["dual_attention_layers"] else [0]),
+     "keys .*attn2"),
     ("dit", "config.json", lambda c: c.update(joint_attention_dim=7), "context_embedder|projector and drawer"),
     ("llm_processor", "preprocessor_config.json", lambda c: c.update(image_std=[1, 1, 1]), "image_std")])
 def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file, change, said):
@@ -408,7 +416,7 @@ def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file
     folders[which] = edited(folders[which], tmp_path / which, change, file)
     with pytest.raises((ValueError, OSError), match=said):
         convert.convert(folders["llm"], tmp_path / "model", sd3=uae.where("SD3"), dit=folders["dit"],
-                        processor=folders["llm_processor"], image_size=8)
+                        processor=folders["llm_processor"], image_size=patch_of(uae))
     assert not (tmp_path / "model").exists()
 
 
@@ -416,8 +424,9 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
     src = edited(uae.where("llm"), tmp_path / "llm", lambda c: None)
     with pytest.raises(FileNotFoundError, match="no Stable Diffusion 3.5 folder .*--sd3"):
         convert.convert(src, tmp_path / "model")
-    with pytest.raises(ValueError, match="--image_size=10: it must be a multiple of"):
-        convert.convert(uae.where("llm"), tmp_path / "model", image_size=10, sd3=uae.where("SD3"),
+    wrong = patch_of(uae) + 1
+    with pytest.raises(ValueError, match=f"--image_size={wrong}: it must be a multiple of"):
+        convert.convert(uae.where("llm"), tmp_path / "model", image_size=wrong, sd3=uae.where("SD3"),
                         processor=uae.where("llm_processor"))
 
 
