@@ -148,6 +148,14 @@ def least_size(fixtures):
     return -(-told["transform"]["short_size"] // step) * step
 
 
+def copied(src, dst, *ignored):
+    """A copy of a folder of golden data, without what the patterns `ignored` name, which may be written to."""
+    shutil.copytree(src, dst, ignore=shutil.ignore_patterns(*ignored))
+    for path in (dst, *dst.rglob("*")):
+        path.chmod(0o755)
+    return dst
+
+
 def janus_params(tensors, configs, layout):
     """The params of all three parts from a checkpoint's tensors (name -> array), in their dtypes."""
     from gvu_jax.models import llama, siglip, torch_keys, vq

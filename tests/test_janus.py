@@ -2,7 +2,6 @@
 import dataclasses
 import functools
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from flax import traverse_util
 from PIL import Image
 
 import gvu_jax
-from conftest import load_config
+from conftest import copied, load_config
 from gvu_jax import adapters, checkpoint, convert, objectives, rewards, sharding
 from gvu_jax.families import janus as family
 from gvu_jax.methods.internal_gap import InternalGap
@@ -329,9 +328,7 @@ def test_both_layouts_become_one_model_and_go_back(folders, fixtures, tmp_path):
 def test_torch_files_are_read_and_written(fixtures, folders, tmp_path, shards):
     """DeepSeek publishes pytorch_model.bin, of the 7B in shards."""
     torch = pytest.importorskip("torch")
-    src = tmp_path / "src"
-    shutil.copytree(fixtures / "janus", src, ignore=shutil.ignore_patterns("*.safetensors", "expected", "images"))
-    src.chmod(0o755)
+    src = copied(fixtures / "janus", tmp_path / "src", "*.safetensors", "expected", "images")
     tensors = torch.load(src / "pytorch_model.bin", weights_only=True)
     if shards == 2:
         (src / "pytorch_model.bin").unlink()
@@ -352,9 +349,7 @@ def test_torch_files_are_read_and_written(fixtures, folders, tmp_path, shards):
 
 
 def edited(src, dst, file, change):
-    shutil.copytree(src, dst, ignore=shutil.ignore_patterns("expected", "images", "*.bin"))
-    dst.chmod(0o755)
-    (dst / file).chmod(0o644)
+    copied(src, dst, "expected", "images", "*.bin")
     told = json.loads((dst / file).read_text())
     change(told)
     (dst / file).write_text(json.dumps(told))

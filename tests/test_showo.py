@@ -3,7 +3,6 @@ import dataclasses
 import functools
 import json
 import re
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from conftest import one_device
+from conftest import copied, one_device
 from gvu_jax import checkpoint, convert, objectives, rewards, sampling, sharding
 from gvu_jax.families import showo as family
 from gvu_jax.models import phi, torch_keys
@@ -584,19 +583,17 @@ def test_a_folder_goes_there_and_back(folders, fixtures, tmp_path):
     assert_same_weights(weights_of(fixtures / "showo_clip/vit"), weights_of(tmp_path / "clip/clip"))
 
 
-def copied(src, dst):
-    """A copy without its weights and golden data, which may be written to."""
-    shutil.copytree(src, dst, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "expected", "images"))
-    for path in (dst, *dst.rglob("*")):
-        path.chmod(0o755)
-    return dst
+def settings_of(src, dst):
+    """A copy without its weights and golden data."""
+    return copied(src, dst, "*.safetensors", "*.bin", "expected", "images")
 
 
 def test_every_name_that_weights_may_have_is_read(fixtures, folders, tmp_path):
     """Safetensors or torch, one file or shards under the names of diffusers: the same model."""
     torch = pytest.importorskip("torch")
     from safetensors.numpy import save_file
-    src, beside = copied(fixtures / "showo", tmp_path / "showo"), copied(fixtures / "showo_magvit", tmp_path / "magvit")
+    src = settings_of(fixtures / "showo", tmp_path / "showo")
+    beside = settings_of(fixtures / "showo_magvit", tmp_path / "magvit")
     (tensors,), (codes,) = (weights_of(fixtures / name).values() for name in ("showo", "showo_magvit"))
     names, weight_map = sorted(tensors), {}
     for i in range(2):
@@ -628,7 +625,7 @@ def last_id(tokenizer):
     ("magvit/config.json", lambda c: c.update(_class_name="VQ"), "MAGVITv2")])
 def test_folders_that_are_not_implemented_are_refused(fixtures, tmp_path, file, change, said):
     src, beside = tmp_path / "showo", tmp_path / "showo/magvit"
-    copied(fixtures / "showo", src), copied(fixtures / "showo_magvit", beside)
+    settings_of(fixtures / "showo", src), settings_of(fixtures / "showo_magvit", beside)
     for name, folder in (("showo", src), ("showo_magvit", beside)):
         for weights in (*(fixtures / name).glob("*.bin"), *(fixtures / name).glob("*.safetensors")):
             (folder / weights.name).symlink_to(weights)
