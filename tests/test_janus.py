@@ -295,7 +295,7 @@ def test_texts_about_one_picture_share_its_row(janus, golden, call):
     np.testing.assert_allclose(np.where(mask, packed, 0), np.where(mask, alone, 0), atol=1e-4)
 
 
-@pytest.mark.parametrize("size, to", [((20, 20), 80), ((37, 37), 80), ((16, 24), 48), ((24, 9), 24), ((96, 96), 48)])
+@pytest.mark.parametrize("size, to", [((20, 20), 80), ((37, 37), 80), ((16, 24), 48), ((24, 9), 24), ((96, 96), 48), ((97, 31), 80)])
 def test_pictures_are_resized_as_pil_does(size, to):
     """Wider, smaller, not square: bit for bit."""
     pixels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)

@@ -18,7 +18,7 @@ from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
 from gvu_jax.models import clip, torch_keys
 from gvu_jax.sampling import How
-from gvu_jax.tensor_files import Spec, TensorFile
+from gvu_jax.tensor_files import Spec
 from gvu_jax.train import train
 from gvu_jax.umm import gather_logps
 
