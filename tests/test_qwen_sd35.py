@@ -27,7 +27,8 @@ from gvu_jax.umm import gather_logps
 
 @pytest.fixture(scope="module")
 def uae(fixtures, tmp_path_factory):
-    """The golden folders, what they say, and the model that becomes of them: umm, base, policy (both in float32)."""
+    """The golden folders, what they say, two of their prompts, and the model that becomes of them: umm, base, policy
+    (both in float32)."""
     folder = fixtures / "uae/uae"
     told = json.loads((folder / "config.json").read_text())
     where = lambda name: (folder / told[name]).resolve()
@@ -45,7 +46,7 @@ def uae(fixtures, tmp_path_factory):
     widened = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (laid, adapter))
     return types.SimpleNamespace(
         folder=folder, told=told, where=where, model=model, umm=umm, base=base,
-        policy=family.laid_over(base, *widened), expected=expected,
+        policy=family.laid_over(base, *widened), expected=expected, texts=list(expected["prompts"].values())[:2],
         arrays=lambda name: dict(np.load(folder / f"{name}.npz")))
 
 
@@ -123,7 +124,7 @@ HOWS = [How(2, guidance=3.0, flow=flow.Flow(4, 0.7)), How(2, flow=flow.Flow(4, 0
 @pytest.mark.parametrize("how", HOWS, ids=["guided", "window"])
 def test_what_was_drawn_has_the_samplers_log_probs(uae, how):
     """Of a policy with an adapter over both halves; in groups, cut into micro-batches, and prompt by prompt."""
-    umm, texts = uae.umm, list(uae.expected["prompts"].values())
+    umm, texts = uae.umm, uae.texts
     prompts = umm.encode_prompts(texts)
     drawn, logps = jax.jit(umm.sample_image, static_argnums=3)(uae.policy, prompts, jax.random.key(0), how)
     assert logps.shape == (4, how.flow.trained)
@@ -256,7 +257,7 @@ def test_golden_diffusion_loss(uae):
 
 def test_flow_matching_is_the_diffusion_loss(uae):
     """With the levels' weights 1 and the target the velocity; its noise and level are the key's, row by row."""
-    umm, prompts = uae.umm, uae.umm.encode_prompts(list(uae.expected["prompts"].values()))
+    umm, prompts = uae.umm, uae.umm.encode_prompts(uae.texts)
     pixels = np.random.default_rng(0).integers(0, 256, (2, *umm.picture_size, 3)).astype(np.float32) / 255
     target = jax.jit(umm.image_target)(uae.policy, pixels)
     nll = jax.jit(umm.image_nll)
@@ -434,7 +435,7 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
 
 def smallest(config, uae, folder):
     """The config with every budget cut to what a test can pay, on the golden model."""
-    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.expected["prompts"].values())
+    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.texts)
     (folder / "prompts.jsonl").write_text(texts)
     config.data.update(prompts=str(folder / "prompts.jsonl"), held_out=str(folder / "prompts.jsonl"))
     config.model.checkpoint, config.model.override.grid = str(uae.model), list(uae.umm.grid)
@@ -521,7 +522,7 @@ def test_pairs_meet_the_same_noise(uae, tmp_path):
     method = InternalGap(umm, config, how, None, sharding.make_mesh({}, jax.devices()[:1]))
     shapes, rng = umm.drawn_shapes(2, how), np.random.default_rng(0)
     pictures = [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes) for _ in range(2)]
-    prompts = umm.encode_prompts(list(uae.expected["prompts"].values()))
+    prompts = umm.encode_prompts(uae.texts)
     trainable = {"adapter": lora.init(jax.random.key(0), uae.base["ar"], 2, config.lora.targets)}
 
     def loss(trainable, key):
