@@ -139,6 +139,10 @@ def grid_of(expected):
     return tuple(int(last) + 1 for last in expected["vel_img_ids"][-1, 1:])
 
 
+def drawn_grid(call):
+    return call["height"] // call["upscale_factor"], call["width"] // call["upscale_factor"]
+
+
 def text_of(expected, vectors=None):
     """(context, pooled) of the prompt and of the empty prompt, each with batch 1."""
     return [(expected[f"t5_out_{which}"][:, :vectors], expected[f"clip_pooled_{which}"])
@@ -203,7 +207,7 @@ def test_guided_loop(golden, fixtures):
     np.testing.assert_allclose(levels, expected["loop_sigmas"], atol=1e-6)
     np.testing.assert_allclose(levels[:-1] * 1000, expected["loop_timesteps"], rtol=1e-6)
 
-    velocity, scale = bound(config, params, grid_of(expected)), call["true_cfg_scale"]
+    velocity, scale = bound(config, params, drawn_grid(call)), call["true_cfg_scale"]
     (context, pooled), negative = text_of(expected)
     latents = np.concatenate([noise[None], expected["loop_step_latents"]])                          # [steps+1, 1, N, C]
     for i in range(steps):
@@ -215,7 +219,7 @@ def test_guided_loop(golden, fixtures):
 
     final = flux.sample(velocity, noise, siglip, context, pooled, steps, scale, negative, schedule)
     np.testing.assert_allclose(final, expected["loop_final_latents"], atol=5e-4)
-    unpacked = np.moveaxis(np.asarray(flux.unpack(final, grid_of(expected))), -1, 1)
+    unpacked = np.moveaxis(np.asarray(flux.unpack(final, drawn_grid(call))), -1, 1)
     np.testing.assert_allclose(unpacked, expected["loop_unpacked"], atol=5e-4)
 
 
@@ -241,7 +245,7 @@ def test_from_tokens_to_the_picture(golden, fixtures):
     vae_config = vae.Config(**{name: tuple(described[name]) if isinstance(described[name], list) else described[name]
                                for name in vae.Config.__dataclass_fields__})
     vae_params = vae.from_torch(load_file(fixtures / "flux/base/vae/diffusion_pytorch_model.safetensors"), vae_config)
-    grid = (call["height"] // call["upscale_factor"], call["width"] // call["upscale_factor"])
+    grid = drawn_grid(call)
     (context, pooled), negative = text_of(expected)
     siglip = tokenizer_latents(fixtures / "siglip_vq", grid)
     np.testing.assert_allclose(siglip, expected["loop_siglip"], atol=5e-4)

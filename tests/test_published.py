@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 import gvu_jax
-from conftest import assert_same_picture, load_config, one_device
+from conftest import assert_same_picture, least_size, load_config, one_device
 from gvu_jax import adapters, checkpoint, lora, objectives, rewards, sharding
 from gvu_jax.methods import grpo
 from gvu_jax.models import flux, torch_keys, vae, xomni
@@ -198,8 +198,7 @@ def test_convert_generate_and_score_from_the_command_line(fixtures, command, tmp
         return capsys.readouterr().out
 
     (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
-    size = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"]
-    run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={size}")
+    run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={least_size(fixtures)}")
     run("generate", f"--checkpoint={tmp_path / 'model'}", f"--prompts={tmp_path / 'prompts.txt'}",
         f"--out={tmp_path / 'out'}", "--images_per_prompt=1")
     picture = tmp_path / "out/00000_0.png"

@@ -147,7 +147,7 @@ def test_pictures_are_resized_as_transformers_does(size):
 
 
 @pytest.mark.parametrize("size, limits", [((100, 150), (3136, 10976)), ((20, 37), (3136, 65536)),
-                                          ((56, 84), (3136, 65536))])
+                                          ((56, 84), (3136, 65536)), ((280, 56), (3136, 6000))])
 def test_pictures_are_fitted_in_a_program_as_on_the_host(size, limits):
     levels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
     limits = vl.Transform(*limits)

@@ -18,7 +18,7 @@ from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
 from gvu_jax.models import clip, torch_keys
 from gvu_jax.sampling import How
-from gvu_jax.tensor_files import Spec, TensorFile
+from gvu_jax.tensor_files import Spec
 from gvu_jax.train import train
 from gvu_jax.umm import gather_logps
 
@@ -27,7 +27,8 @@ from gvu_jax.umm import gather_logps
 
 @pytest.fixture(scope="module")
 def uae(fixtures, tmp_path_factory):
-    """The golden folders, what they say, and the model that becomes of them: umm, base, policy (both in float32)."""
+    """The golden folders, what they say, two of their prompts, and the model that becomes of them: umm, base, policy
+    (both in float32)."""
     folder = fixtures / "uae/uae"
     told = json.loads((folder / "config.json").read_text())
     where = lambda name: (folder / told[name]).resolve()
@@ -36,14 +37,16 @@ def uae(fixtures, tmp_path_factory):
     convert.convert(where("llm"), model, image_size=step, sd3=where("SD3"), dit=where("dit"),
                     processor=where("llm_processor"))
     umm, params = checkpoint.load_model(model)
-    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step))
+    expected = json.loads((folder / "expected.json").read_text())
+    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step),
+                              negative=expected["negative_prompt"])
     base = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), params)
     laid, adapter = family.read_adapters(umm, where("llm_lora"), where("dit_lora"),
                                          told["llm_lora_alpha"] / told["llm_lora_rank"])
     widened = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (laid, adapter))
     return types.SimpleNamespace(
         folder=folder, told=told, where=where, model=model, umm=umm, base=base,
-        policy=family.laid_over(base, *widened), expected=json.loads((folder / "expected.json").read_text()),
+        policy=family.laid_over(base, *widened), expected=expected, texts=list(expected["prompts"].values())[:2],
         arrays=lambda name: dict(np.load(folder / f"{name}.npz")))
 
 
@@ -60,8 +63,8 @@ def channels_first(x):
 def test_golden_chats(uae):
     """The ids of a prompt's chat and of the negative one's; and the constant pooled vector."""
     expected, umm = uae.arrays("embeds"), uae.umm
-    assert umm.negative == uae.expected["negative_prompt"] and family.QUESTION == uae.expected[
-        "published_caption_question"]
+    assert family.NEGATIVE == uae.expected["negative_prompt"]
+    assert family.QUESTION == uae.expected["published_caption_question"]
     for name, text in uae.expected["prompts"].items():
         ids, mask = expected[f"{name}_input_ids"], expected[f"{name}_attention_mask"].astype(bool)
         prompts = umm.encode_prompts([text])
@@ -121,7 +124,7 @@ HOWS = [How(2, guidance=3.0, flow=flow.Flow(4, 0.7)), How(2, flow=flow.Flow(4, 0
 @pytest.mark.parametrize("how", HOWS, ids=["guided", "window"])
 def test_what_was_drawn_has_the_samplers_log_probs(uae, how):
     """Of a policy with an adapter over both halves; in groups, cut into micro-batches, and prompt by prompt."""
-    umm, texts = uae.umm, list(uae.expected["prompts"].values())
+    umm, texts = uae.umm, uae.texts
     prompts = umm.encode_prompts(texts)
     drawn, logps = jax.jit(umm.sample_image, static_argnums=3)(uae.policy, prompts, jax.random.key(0), how)
     assert logps.shape == (4, how.flow.trained)
@@ -254,7 +257,7 @@ def test_golden_diffusion_loss(uae):
 
 def test_flow_matching_is_the_diffusion_loss(uae):
     """With the levels' weights 1 and the target the velocity; its noise and level are the key's, row by row."""
-    umm, prompts = uae.umm, uae.umm.encode_prompts(list(uae.expected["prompts"].values()))
+    umm, prompts = uae.umm, uae.umm.encode_prompts(uae.texts)
     pixels = np.random.default_rng(0).integers(0, 256, (2, *umm.picture_size, 3)).astype(np.float32) / 255
     target = jax.jit(umm.image_target)(uae.policy, pixels)
     nll = jax.jit(umm.image_nll)
@@ -387,6 +390,11 @@ def test_an_adapter_that_does_not_fit_is_refused(uae, tmp_path):
         family.read_adapters(uae.umm, tmp_path)
 
 
+def patch_of(uae):
+    """The smallest picture that the drawer draws, in pixels of a side."""
+    return uae.umm.dit.patch_size * uae.umm.vae.downscale
+
+
 def edited(src, dst, change, file="config.json"):
     dst.mkdir()
     for path in src.iterdir():
@@ -400,11 +408,12 @@ def edited(src, dst, change, file="config.json"):
 
 @pytest.mark.parametrize("which, file, change, said", [
     ("llm", "config.json", lambda c: c.update(rope_scaling=None), "mrope_section"),
-    ("llm", "config.json", lambda c: c.update(num_hidden_layers=1), "unknown keys"),
+    ("llm", "config.json", lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] + 1), "missing keys .'model"),
     ("llm", "config.json", lambda c: c.update(use_sliding_window=True), "use_sliding_window"),
     ("llm", "config.json", lambda c: c.update(model_type="qwen3_vl"), "implemented is"),
     ("dit", "config.json", lambda c: c.update(qk_norm=None), "qk_norm"),
-    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[0]), "missing keys .*attn2"),
+    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[] if c["dual_attention_layers"] else [0]),
+     "keys .*attn2"),
     ("dit", "config.json", lambda c: c.update(joint_attention_dim=7), "context_embedder|projector and drawer"),
     ("llm_processor", "preprocessor_config.json", lambda c: c.update(image_std=[1, 1, 1]), "image_std")])
 def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file, change, said):
@@ -412,7 +421,7 @@ def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file
     folders[which] = edited(folders[which], tmp_path / which, change, file)
     with pytest.raises((ValueError, OSError), match=said):
         convert.convert(folders["llm"], tmp_path / "model", sd3=uae.where("SD3"), dit=folders["dit"],
-                        processor=folders["llm_processor"], image_size=8)
+                        processor=folders["llm_processor"], image_size=patch_of(uae))
     assert not (tmp_path / "model").exists()
 
 
@@ -420,8 +429,9 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
     src = edited(uae.where("llm"), tmp_path / "llm", lambda c: None)
     with pytest.raises(FileNotFoundError, match="no Stable Diffusion 3.5 folder .*--sd3"):
         convert.convert(src, tmp_path / "model")
-    with pytest.raises(ValueError, match="--image_size=10: it must be a multiple of"):
-        convert.convert(uae.where("llm"), tmp_path / "model", image_size=10, sd3=uae.where("SD3"),
+    wrong = patch_of(uae) + 1
+    with pytest.raises(ValueError, match=f"--image_size={wrong}: it must be a multiple of"):
+        convert.convert(uae.where("llm"), tmp_path / "model", image_size=wrong, sd3=uae.where("SD3"),
                         processor=uae.where("llm_processor"))
 
 
@@ -429,7 +439,7 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
 
 def smallest(config, uae, folder):
     """The config with every budget cut to what a test can pay, on the golden model."""
-    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.expected["prompts"].values())
+    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.texts)
     (folder / "prompts.jsonl").write_text(texts)
     config.data.update(prompts=str(folder / "prompts.jsonl"), held_out=str(folder / "prompts.jsonl"))
     config.model.checkpoint, config.model.override.grid = str(uae.model), list(uae.umm.grid)
@@ -516,7 +526,7 @@ def test_pairs_meet_the_same_noise(uae, tmp_path):
     method = InternalGap(umm, config, how, None, sharding.make_mesh({}, jax.devices()[:1]))
     shapes, rng = umm.drawn_shapes(2, how), np.random.default_rng(0)
     pictures = [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes) for _ in range(2)]
-    prompts = umm.encode_prompts(list(uae.expected["prompts"].values()))
+    prompts = umm.encode_prompts(uae.texts)
     trainable = {"adapter": lora.init(jax.random.key(0), uae.base["ar"], 2, config.lora.targets)}
 
     def loss(trainable, key):

@@ -204,11 +204,12 @@ def test_velocity(golden, recorded):
 
 def test_levels(recorded):
     told, expected = recorded
-    for name in expected:
-        if name.startswith("sigmas_"):
-            levels = sd3.sigmas(int(name.removeprefix("sigmas_")), told["shift"])
-            np.testing.assert_allclose(levels, expected[name], atol=1e-6)
-            np.testing.assert_allclose(1000 * levels[:-1], expected[name.replace("sigmas", "timesteps")], rtol=1e-6)
+    names = [name for name in expected if name.startswith("sigmas_")]
+    assert names
+    for name in names:
+        levels = sd3.sigmas(int(name.removeprefix("sigmas_")), told["shift"])
+        np.testing.assert_allclose(levels, expected[name], atol=1e-6)
+        np.testing.assert_allclose(1000 * levels[:-1], expected[name.replace("sigmas", "timesteps")], rtol=1e-6)
 
 
 def test_pooled_vectors(fixtures, recorded):

@@ -31,7 +31,7 @@ from PIL import Image
 
 from gvu_jax import described, sampling, sharding
 from gvu_jax.described import Described
-from gvu_jax.models import clip, magvit, phi, vq
+from gvu_jax.models import clip, magvit, phi, siglip, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
 from gvu_jax.umm import (
     Lengths, gather_logps, hidden_of_words, ids_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
@@ -409,7 +409,7 @@ class Showo:
         side, shorter = (self.picture_size[0],) * 2 if self.vision is None else (
             self.transform.crop_size, self.transform.shortest_edge)
         height, width = clip.covering(image.shape[:2], shorter)
-        image = Image.fromarray(image).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        image = siglip.resize(Image.fromarray(image).convert("RGB"), (height, width))
         # The published codes round what is cut off above and on the left differently: to even numbers, and down.
         half = (lambda n: round(n / 2)) if self.vision is None else (lambda n: n // 2)
         top, left = half(height - side), half(width - side)

@@ -21,7 +21,7 @@ from gvu_jax.models import clip, qwen2, torch_keys
 from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread, with_seen
 from gvu_jax.models.llama import Projector
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
-from gvu_jax.models.siglip import resized
+from gvu_jax.models.siglip import resize, resized
 from gvu_jax.models.splash import full_attention
 
 
@@ -70,8 +70,8 @@ def fit_image(image, transform, multiple):
         ground.paste(image, mask=image.getchannel("A"))
         image = ground
     image = image.convert("RGB")
-    for height, width in sizes(image.height, image.width, transform, multiple):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    for size in sizes(image.height, image.width, transform, multiple):
+        image = resize(image, size)
     return np.asarray(image, np.float32) / 255
 
 
