@@ -7,7 +7,7 @@ import pytest
 from conftest import one_device, tiny_config
 
 from gvu_jax import checkpoint
-from gvu_jax.families import janus_tiny, xomni_tiny
+from gvu_jax.families import janus_tiny, showo_tiny, xomni_tiny
 from gvu_jax.models import flux, vae
 from gvu_jax.shapes import learn, pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
@@ -103,6 +103,19 @@ def test_janus_begins_with_the_codebook():
     assert umm.of_shapes and umm.guidance == 1.0
 
 
+def test_showo_begins_with_its_bits(tiny_showo):
+    """Codes of which all bits but one are the same begin alike, and opposite ones opposite; other ids stay."""
+    _, umm, params = tiny_showo
+    ar, K, first = showo_tiny.begin(params, np.random.default_rng(0)), umm.ar.image_vocab_size, umm.ar.first_code
+    for of in (lambda ar: ar["lm_embed_tokens"]["embedding"], lambda ar: ar["lm_head"]["kernel"].T):
+        old, new = np.asarray(of(params["ar"])), np.asarray(of(ar))
+        assert new.dtype == old.dtype and 0.5 < new[first:-1].std() / old.std() < 2
+        np.testing.assert_array_equal(np.delete(new, range(first, first + K), 0), np.delete(old, range(first, first + K), 0))
+        unit = new[first:-1] / np.linalg.norm(new[first:-1], axis=1, keepdims=True)
+        np.testing.assert_allclose(np.sum(unit * unit[::-1], axis=1), -1, atol=1e-5)
+        assert np.mean(np.sum(unit[::2] * unit[1::2], axis=1)) > 0.5
+
+
 def test_the_backbone_begins_with_the_codebook(tiny):
     """Codes whose vectors are alike begin alike; sizes are those of chance; the rest is left as it was."""
     _, umm, params = tiny
@@ -164,7 +177,9 @@ def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(t
     of_xomni, config.family = pretrain.base_folder(config), "janus"
     of_janus = pretrain.base_folder(config)
     config.model.vq.channels += 1
-    assert len({of_xomni, of_janus, pretrain.base_folder(config)}) == 3
+    others = pretrain.base_folder(config)
+    config.family = "showo"
+    assert len({of_xomni, of_janus, others, pretrain.base_folder(config)}) == 4
 
 
 @pytest.mark.parametrize("scores, right, expected", [

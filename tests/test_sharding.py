@@ -102,10 +102,11 @@ def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, chan
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
 
 
-def test_a_guided_step_of_janus_divided_three_ways_is_a_step_on_one_device():
-    """But that its pixels are floored to 8 bits, as published, where a rounding may be a level: the codes are the same,
+@pytest.mark.parametrize("family", TINY[1:])
+def test_a_guided_step_divided_three_ways_is_a_step_on_one_device(family):
+    """But that pixels are floored to 8 bits, as published, where a rounding may be a level: the codes are the same,
     so few pixels differ, by one level, and what follows from those by little."""
-    divisible = divisible_of("janus")
+    divisible = divisible_of(family)
     together, alone = (a_step(divisible, mesh, **{"sampling.guidance": 3.0, "gvu.anchor": 1.0})[0]
                        for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
     apart = np.abs(together["pixels"] - alone["pixels"])

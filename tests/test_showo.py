@@ -696,7 +696,7 @@ def test_full_size(size, billions, codes, entries):
 # ------------------------------------------------------------------ divided
 
 def test_divided_among_eight_devices_it_draws_and_scores_the_same(tiny_showo):
-    umm, base = tiny_showo
+    _, umm, base = tiny_showo
     texts, how = ["a photo of a red circle", "two blue crosses", "a green square", "a photo of a star"], How(
         images_per_prompt=2, guidance=2.0)
     lengths, found = umm.lengths(texts), []
