@@ -47,7 +47,7 @@ def get_config(preset="normal"):
     config.model.vq = dict(codebook_size=96, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
     # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code.
-    config.model.magvit = dict(bits=8, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
+    config.model.magvit = dict(bits=9, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
                                encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
                                decoder_blocks=(2, 2, 2, 2, 2), norm_num_groups=2)
     config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
