@@ -71,7 +71,7 @@ def train_codes(umm, params, scenes, settings, rng, key):
     """
     model, columns, cell = magvit.Magvit(umm.vq), umm.grid[1], world.CELL
     apply = lambda vq, x, method: model.apply({"params": vq}, x, method=method)
-    paint = lambda magvit, signs: magvit.decoder(signs)
+    paint = lambda magvit, signs: magvit.decoder(signs)                                             # of magvit.Magvit
 
     def loss(trained, batch, key):
         pictures, keys = batch["pictures"], jax.random.split(key)
