@@ -4,8 +4,9 @@
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
-Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni, or
-a tiny Janus with --config.family=janus, which holds for shapes_gap.py and shapes_uae.py as well.
+Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni.
+With --config.family=janus it is a tiny Janus and with --config.family=showo a tiny Show-o, which holds for
+shapes_gap.py and shapes_uae.py as well.
 """
 import os
 
@@ -17,7 +18,7 @@ def get_config(preset="normal"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
     config.method = "gvu"                                              # gvu, internal_gap or uae: gvu_jax/methods
-    config.family = "xomni"                                            # xomni or janus: gvu_jax/families/NAME_tiny.py
+    config.family = "xomni"                                            # xomni, janus or showo: families/NAME_tiny.py
     config.seed = 0                                                    # of training and evaluation, not of the base
     config.steps = 250                                                 # updates of the policy
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
@@ -28,7 +29,7 @@ def get_config(preset="normal"):
     config.world = dict(side=3, max_objects=9)
 
     # ---- the model: a family's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
-    # X-Omni is made of ar, vision, flux and vae; Janus of ar, vision (a tower alone) and vq.
+    # X-Omni is made of ar, vision, flux, vae; Janus of ar, vision (a tower alone), vq; Show-o of ar and magvit.
     config.model = ConfigDict()
     # Sizes of the backbone, as transformers' Qwen2Config calls them, and X-Omni's own layers for images.
     config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
@@ -45,6 +46,11 @@ def get_config(preset="normal"):
     # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder.
     config.model.vq = dict(codebook_size=96, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
+    # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code.
+    config.model.magvit = dict(bits=9, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
+                               encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
+                               decoder_blocks=(2, 2, 2, 2, 2), norm_num_groups=2)
+    config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
     config.model.diffusion_steps = 2         # steps of noise to a picture
     config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
     config.model.instruction = "Describe the image."                   # what the prompt is read as the answer to
@@ -60,7 +66,7 @@ def get_config(preset="normal"):
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
     # Janus learns to see and to paint in these two. steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))
-    # steps: updates. lr: learning rate. pictures: pictures of a batch.
+    # The second is Show-o's as well. steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things. steps: updates. lr: learning rate. positions, prompts: pictures of a batch whose

@@ -86,7 +86,7 @@ def load_config(name, *preset):
     return module.get_config(*preset)
 
 
-TINY = "xomni", "janus"             # the families that have a tiny version
+TINY = "xomni", "janus", "showo"     # the families that have a tiny version
 
 
 def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
@@ -98,6 +98,9 @@ def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
     config.model.vq.update(channels=2, multipliers=(1, 1, 1, 1, 1), z_channels=4, norm_num_groups=1)
+    config.model.magvit.update({f"{part}_multipliers": (1, 1, 1, 1, 1) for part in ("encoder", "decoder")}, bits=7,
+                               encoder_channels=2, decoder_channels=2, decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=1)
+    config.model.rounds = 3
     config.pretrain.update(scenes=1024, crowded=512)
     for stage in ("tokenizer", "diffusion", "tower", "codes", "positions", "backbone"):
         config.pretrain[stage].steps = 4
@@ -130,8 +133,8 @@ def tiny():
 @pytest.fixture(scope="session", params=TINY)
 def each(request):
     """`tiny` of every family."""
-    if request.param == TINY[0]:
-        return request.getfixturevalue("tiny")
+    if (known := {TINY[0]: "tiny", "showo": "tiny_showo"}.get(request.param)):
+        return request.getfixturevalue(known)
     from gvu_jax.shapes import pretrain
     config = tiny_config(family=request.param)
     return (config, *pretrain.build(config))
@@ -210,20 +213,10 @@ def showo(fixtures):
 
 @pytest.fixture(scope="session")
 def tiny_showo():
-    """(umm, params) of an untrained Show-o, which speaks as the shapes world does."""
-    from gvu_jax.families import showo as family
-    from gvu_jax.models import magvit, phi
-    from gvu_jax.shapes.tokenizer import build_tokenizer
-    tokenizer = family.with_added(build_tokenizer(1))
-    vq = magvit.Config(bits=4, encoder_channels=32, encoder_multipliers=(1, 1), encoder_blocks=(1, 1),
-                       decoder_channels=32, decoder_multipliers=(1, 1), decoder_blocks=(1, 1))
-    ar = phi.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                    num_key_value_heads=2, vocab_size=len(tokenizer) + vq.codebook_size + 1,
-                    image_vocab_size=vq.codebook_size)
-    umm = family.Showo(ar, vq, tokenizer, grid=(3, 3), rounds=3, text_length=24)
-    umm.check_parts()
-    umm.check_text()
-    return umm, umm.init(jax.random.key(0))
+    """`tiny` of Show-o, which draws mask by mask."""
+    from gvu_jax.shapes import pretrain
+    config = tiny_config(family="showo")
+    return (config, *pretrain.build(config))
 
 
 def assert_same_picture(pixels, expected):

@@ -265,10 +265,13 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
     ("shapes", "model.vision.heads=3", "no model has these sizes"),
     ("shapes", "model.flux.siglip_channels=16", "channels of image tokenizer and decoder differ: 32 and 16"),
     ("shapes", "model.vision.codebook_size=30", "codebook_size is 30, but a world of side 3 needs 78 codes"),
-    ("shapes", "family=flux", "config.family is 'flux'; it must be one of xomni, janus"),
+    ("shapes", "family=flux", "config.family is 'flux'; it must be one of xomni, janus, showo"),
     ("shapes", "family=janus --config.model.vq.codebook_size=8", "codebook_size is 8, but there are 26 things"),
     ("shapes", "family=janus --config.model.vq.multipliers=(1,1)", "a code is 2 pixels wide, but a cell 16"),
     ("shapes", "family=janus --config.model.vision.heads=3", "no model has these sizes"),
+    ("shapes", "family=showo --config.model.magvit.bits=6", "bits is 6, which makes 64 codes, but .* needs 78"),
+    ("shapes", "family=showo --config.model.magvit.encoder_blocks=(1,)", "as many levels"),
+    ("shapes", "family=showo --config.model.rounds=0", "rounds 0 must be at least 1"),
     ("xomni", "steps=1", "python -m gvu_jax.convert"),
     ("xomni", "model.checkpoint=..", "no prompt file prompts/train.jsonl")])
 def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting, message):

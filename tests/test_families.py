@@ -162,7 +162,7 @@ WORDS = ("a photo of a red circle", "two blue crosses", "a green square", "an im
     ("shapes_gap", {"reward.view": "tokens", "internal_gap.anchor": 1.0}, 1), ("shapes_uae", {}, 3)])
 def test_every_method_trains_one_that_draws_mask_by_mask(tiny_showo, name, changes, steps, tmp_path):
     """With guidance, which is part of its policy: the first update finds the sampler's log-probabilities."""
-    umm, base = tiny_showo
+    _, umm, base = tiny_showo
     pixels = np.random.default_rng(0).integers(0, 256, (6, *umm.picture_size, 3)).astype(np.float32) / 255
     stream = data.prompt_stream([{"prompt": text, "pixels": picture} for text, picture in zip(WORDS, pixels)], 0)
     mesh, how = one_device(), How(images_per_prompt=4, guidance=2.5)

@@ -1,14 +1,15 @@
 """Pretraining's parts and the suite: what each must achieve before the next can work."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from conftest import one_device, tiny_config
 
 from gvu_jax import checkpoint
-from gvu_jax.families import janus_tiny, xomni_tiny
-from gvu_jax.models import flux, vae
+from gvu_jax.families import janus_tiny, showo_tiny, xomni_tiny
+from gvu_jax.models import flux, magvit, vae
 from gvu_jax.shapes import learn, pretrain, sentences, suite, world
 from gvu_jax.umm import compile_programs
 from gvu_jax.sampling import How
@@ -104,6 +105,54 @@ def test_janus_begins_with_the_codebook():
     assert umm.of_shapes and umm.guidance == 1.0
 
 
+def test_showo_begins_with_its_bits(tiny_showo):
+    """Codes of which all bits but one are the same begin alike, and opposite ones opposite; other ids stay."""
+    _, umm, params = tiny_showo
+    ar, K, first = showo_tiny.begin(params, np.random.default_rng(0)), umm.ar.image_vocab_size, umm.ar.first_code
+    for of in (lambda ar: ar["lm_embed_tokens"]["embedding"], lambda ar: ar["lm_head"]["kernel"].T):
+        old, new = np.asarray(of(params["ar"])), np.asarray(of(ar))
+        assert new.dtype == old.dtype and 0.5 < new[first:-1].std() / old.std() < 2
+        np.testing.assert_array_equal(np.delete(new, range(first, first + K), 0), np.delete(old, range(first, first + K), 0))
+        unit = new[first:-1] / np.linalg.norm(new[first:-1], axis=1, keepdims=True)
+        np.testing.assert_allclose(np.sum(unit * unit[::-1], axis=1), -1, atol=1e-5)
+        assert np.mean(np.sum(unit[::2] * unit[1::2], axis=1)) > 0.5
+
+
+def test_showo_paints_a_code_wherever_it_stands(tiny_showo, monkeypatch):
+    """Cells and their codes are moved alike; what is named is what stood in the picture. The code of a cell is here how
+    bright it is."""
+    _, umm, params = tiny_showo
+    taught, painted = [], []
+
+    class Bright:
+        def __init__(self, config):
+            self.powers = 2 ** np.arange(config.bits)[::-1]
+
+        def apply(self, variables, x, method):
+            if method == "latents":
+                return 9 * magvit.vectors(jnp.round(x[:, ::16, ::16, 0] * 127).astype(int), len(self.powers))
+            painted.append(jnp.sum((x > 0) * self.powers, axis=-1))
+            return jnp.repeat(jnp.repeat(painted[-1], 16, axis=1), 16, axis=2)[..., None] / 127 * 2 - jnp.ones(3)
+
+    monkeypatch.setattr(showo_tiny, "fit", lambda label, loss, trained, *rest: taught.append((loss, trained)) or trained)
+    monkeypatch.setattr(magvit, "Magvit", Bright)
+    showo_tiny.learn_pictures(umm, params, world.sample_scenes(np.random.default_rng(0), 4), tiny_config().pretrain,
+                              np.random.default_rng(1), jax.random.key(2))
+    levels = np.random.default_rng(3).integers(0, 128, (5, 3, 3))
+    pixels = np.repeat(np.repeat(levels, 16, axis=1), 16, axis=2)[..., None] / 127 * np.ones(3)
+    heads = {"object": 9 * np.eye(7, 26), "column": np.zeros((7, 3))}
+    first_bit = (levels.reshape(5, 9) < 64).astype(int)
+    batch = {"pictures": {"pixels": pixels, "object": first_bit * 25, "column": first_bit}}
+    (loss, trained), = taught
+    _, told = loss({**trained, **heads}, batch, jax.random.key(4))
+    assert told["painting"] < 1e-8 and told["column"] == pytest.approx(np.log(3))
+    np.testing.assert_array_equal(np.sort(painted[0].reshape(5, 9)), np.sort(levels.reshape(5, 9)))
+    assert not np.array_equal(painted[0], levels)
+    signs = np.asarray(magvit.vectors(levels.reshape(-1), 7)) @ heads["object"]
+    expected = jax.nn.logsumexp(signs, axis=1) - signs[range(45), batch["pictures"]["object"].ravel()]
+    np.testing.assert_allclose(told["object"], expected.mean(), rtol=1e-5)
+
+
 def test_the_backbone_begins_with_the_codebook(tiny):
     """Codes whose vectors are alike begin alike; sizes are those of chance; the rest is left as it was."""
     _, umm, params = tiny
@@ -165,7 +214,9 @@ def test_the_cache_key_changes_with_what_shapes_the_base_and_with_nothing_else(t
     of_xomni, config.family = pretrain.base_folder(config), "janus"
     of_janus = pretrain.base_folder(config)
     config.model.vq.channels += 1
-    assert len({of_xomni, of_janus, pretrain.base_folder(config)}) == 3
+    others = pretrain.base_folder(config)
+    config.family = "showo"
+    assert len({of_xomni, of_janus, others, pretrain.base_folder(config)}) == 4
 
 
 @pytest.mark.parametrize("scores, right, expected", [

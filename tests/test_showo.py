@@ -697,23 +697,3 @@ def test_full_size(size, billions, codes, entries):
     seen = jax.eval_shape(umm.see, shapes, pixels)
     assert seen.shape == ((2, 576, 1024) if size == "clip" else (2, codes))
     assert jax.eval_shape(umm.text_logps, shapes, seen, prompts)[0].shape == (2, 32)
-
-
-# ------------------------------------------------------------------ divided
-
-def test_divided_among_eight_devices_it_draws_and_scores_the_same(tiny_showo):
-    umm, base = tiny_showo
-    texts, how = ["a photo of a red circle", "two blue crosses", "a green square", "a photo of a star"], How(
-        images_per_prompt=2, guidance=2.0)
-    lengths, found = umm.lengths(texts), []
-    for mesh in (sharding.make_mesh("data:2,fsdp:2,tensor:2"), one_device()):
-        params = jax.device_put(base, sharding.shardings(umm.partition, base, mesh))
-        one, each = (sharding.place_prompts(umm, texts, lengths, mesh, times) for times in (1, 2))
-        key = sharding.put(jax.random.key(0), mesh)
-        drawn, logps = sharding.Program(lambda *x: umm.sample_image(*x, how), mesh)(params, one, key)
-        forced = sharding.Program(lambda *x: umm.image_logps(*x, how), mesh)(params, each, drawn)
-        found.append(jax.device_get((drawn, logps, forced)))
-    (drawn, *divided), (whole, *alone) = found
-    jax.tree.map(np.testing.assert_array_equal, drawn, whole)
-    for logps in (*divided, *alone):
-        np.testing.assert_allclose(logps, alone[0], atol=1e-4)

@@ -64,10 +64,10 @@ class Showo:
                                                         # else the mean of so many estimates, of one forward each
     instruction: str = "Please describe this image in detail."
     guidance: float = 2.75                              # published as 1.75, on a scale that begins with 0
+    of_shapes: bool = False                             # whether this is a model of the shapes world
 
     kind = "showo"
     exact_likelihood = False                            # of a picture from anywhere; of choices made it is
-    of_shapes = False
     loads = None                                        # no class of transformers reads the published folder
     trains = phi.TRAINS
     partition = {"ar": phi.PARTITION, "adapter": phi.PARTITION, "vq": magvit.PARTITION, "vision": clip.PARTITION}

@@ -28,10 +28,9 @@ class Config:
     decoder_channels: int = 128
     decoder_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
     decoder_blocks: tuple[int, ...] = (4, 4, 3, 4, 3)
+    norm_num_groups: int = 32
 
-    # What the blocks of vae.py ask for.
-    norm_num_groups = 32
-    projection = Pointwise
+    projection = Pointwise                 # what the blocks of vae.py ask for
 
     def __post_init__(self):
         levels = {len(x) for x in (self.encoder_multipliers, self.encoder_blocks,
