@@ -11,7 +11,7 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from conftest import copied, one_device
+from conftest import copied
 from gvu_jax import checkpoint, convert, objectives, rewards, sampling, sharding
 from gvu_jax.families import showo as family
 from gvu_jax.models import phi, torch_keys
