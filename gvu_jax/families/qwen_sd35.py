@@ -262,7 +262,7 @@ class QwenSD35:
         L words real; and, of the negative chat, the first L states [1, L, ..], which come before its own words."""
         model, variables = qwen25_vl.Qwen25VL(self.ar), self._variables(params, "llm")
         asked, mask, place = self._asked(seen, prompts)
-        (B, C), L = asked.shape, prompts.words.shape[1]
+        C, L = asked.shape[1], prompts.words.shape[1]
         tokens = jnp.concatenate([asked, prompts.words], axis=1)                                    # [B, C + L]
         mask = jnp.pad(mask, ((0, 0), (0, L)), constant_values=True)
         hidden, _ = model.apply(variables, tokens, mask, place(count_positions(mask)), seen=seen.cells)
