@@ -31,11 +31,13 @@ RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above"
 
 class Atom(NamedTuple):
     """A question about a picture. question: None is the instruction of the model that is asked. answers: those that may
-    be given, each in the spellings that mean it; right: which of them the prompt makes true."""
+    be given, each in the spellings that mean it; right: which of them the prompt makes true. end: whether nothing may
+    be said behind them, which counts where one answer begins as another does."""
     skill: str
     question: str | None
     answers: tuple[tuple[str, ...], ...]
     right: int
+    end: bool = False
 
 
 class Answers(NamedTuple):
@@ -138,11 +140,11 @@ def ask(model, pictures, atoms):
     among those offered, float32 [M], and whether no other one is as probable, bool [M]."""
     probabilities, chosen, alike = np.zeros(len(atoms), np.float32), np.zeros(len(atoms), bool), {}
     for i, atom in enumerate(atoms):
-        alike.setdefault(tuple(map(len, atom.answers)), []).append(i)
-    for spellings, rows in alike.items():                              # those with as many texts are read together
+        alike.setdefault((tuple(map(len, atom.answers)), atom.end), []).append(i)
+    for (spellings, end), rows in alike.items():                            # those with as many texts are read together
         texts = [text for i in rows for answer in atoms[i].answers for text in answer]
         questions = [atoms[i].question or model.umm.instruction for i in rows]
-        logps, mask = model.read([pictures[i] for i in rows], texts, questions)
+        logps, mask = model.read([pictures[i] for i in rows], texts, questions, end=end)
         said = np.where(mask, logps, 0).sum(axis=1, dtype=np.float64).reshape(len(rows), -1)
         said = np.exp(said - said.max(axis=1, keepdims=True))
         said = np.add.reduceat(said, np.cumsum((0, *spellings[:-1])), axis=1)                        # [rows, answers]

@@ -147,7 +147,7 @@ def atoms_of(meta):
             others["color"].append(sentences.near_miss(spec, None))                                  # exchanged
     if spec.tag == "position":
         others["position"] = [spec._replace(link=world.INVERSE[spec.link])]
-    return [Atom(skill, None, tuple((text,) for text in (meta["prompt"], *say(of_skill))), 0)
+    return [Atom(skill, None, tuple((text,) for text in (meta["prompt"], *say(of_skill))), 0, end=True)
             for skill, of_skill in others.items()]
 
 
