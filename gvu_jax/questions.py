@@ -24,6 +24,7 @@ from gvu_jax.suite import by_category
 YES_NO = ("Yes", "yes"), ("No", "no")
 COUNTS = tuple((word, word.capitalize(), str(number)) for number, word in enumerate(("zero", *NUMBERS)))
 BRIEFLY = "Answer in one word."                                        # as GenEval 2 ends its questions
+WIDTHS = 4, 12, 36                                                     # texts that are read about a picture together
 LEAST = 1e-12                                                          # probability that an atom has at least
 # How a position is asked about.
 RELATIONS = {"left of": "to the left of", "right of": "to the right of", "above": "above", "below": "below"}
@@ -140,20 +141,19 @@ def ask(model, pictures, atoms):
     among those offered, float32 [M], and whether no other one is as probable, bool [M]."""
     probabilities, chosen, alike = np.zeros(len(atoms), np.float32), np.zeros(len(atoms), bool), {}
     for i, atom in enumerate(atoms):
-        alike.setdefault((tuple(map(len, atom.answers)), atom.end), []).append(i)
-    for (spellings, end), rows in alike.items():                            # those with as many texts are read together
-        texts = [text for i in rows for answer in atoms[i].answers for text in answer]
+        count = sum(map(len, atom.answers))
+        alike.setdefault((next((width for width in WIDTHS if width >= count), count), atom.end), []).append(i)
+    for (width, end), rows in alike.items():                            # one program each: few texts are filled up
+        texts = [[text for answer in atoms[i].answers for text in answer] for i in rows]
         questions = [atoms[i].question or model.umm.instruction for i in rows]
-        logps, mask = model.read([pictures[i] for i in rows], texts, questions, end=end)
-        said = np.where(mask, logps, 0).sum(axis=1, dtype=np.float64).reshape(len(rows), -1)
-        said = np.exp(said - said.max(axis=1, keepdims=True))
-        said = np.add.reduceat(said, np.cumsum((0, *spellings[:-1])), axis=1)                        # [rows, answers]
-        said /= said.sum(axis=1, keepdims=True)
-        right = np.array([atoms[i].right for i in rows])[:, None]
-        of_right = np.take_along_axis(said, right, axis=1)[:, 0]
-        probabilities[rows] = of_right
-        np.put_along_axis(said, right, -1, axis=1)
-        chosen[rows] = of_right > said.max(axis=1)
+        logps, mask = model.read([pictures[i] for i in rows], [text for of in texts for text in (of * width)[:width]],
+                                 questions, end=end)
+        said = np.where(mask, logps, 0).sum(axis=1, dtype=np.float64).reshape(len(rows), width)
+        for i, row in zip(rows, said):
+            starts = np.cumsum([0, *map(len, atoms[i].answers)])
+            p = np.add.reduceat(np.exp(row[:starts[-1]] - row[:starts[-1]].max()), starts[:-1])      # [answers]
+            others = np.delete(p, atoms[i].right)
+            probabilities[i], chosen[i] = p[atoms[i].right] / p.sum(), p[atoms[i].right] > others.max()
     return probabilities, chosen
 
 

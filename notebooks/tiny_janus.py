@@ -2,8 +2,8 @@
 
     python notebooks/tiny_janus.py DIR
 
-writes every file that gvu_jax.convert reads of DeepSeek's folders. What the model draws is noise, and it reads the words
-of the shapes world.
+writes every file that gvu_jax.convert reads of DeepSeek's folders. What the model draws is noise, and it reads the
+words of the shapes world.
 """
 import json
 import sys

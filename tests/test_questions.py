@@ -54,7 +54,8 @@ def test_the_questions_of_geneval2_are_asked_as_they_are():
 
 @pytest.mark.parametrize("meta, word", [
     ({}, "include"), ({"include": []}, "asks for no object"), ({"include": [item("dog", 11)]}, "count of 11"),
-    ({"include": [item("dog", position=["near", 0])]}, "near"), ({"include": [item("dog", position=["above", 1])]}, "object 1"),
+    ({"include": [item("dog", position=["near", 0])]}, "near"),
+    ({"include": [item("dog", position=["above", 1])]}, "object 1"),
     ({"include": ["dog"]}, "GenEval"), ({"vqa_list": [["What is it?", "a dog"]]}, "a dog")])
 def test_what_cannot_be_asked_is_said(meta, word):
     with pytest.raises(ValueError, match=word):
@@ -227,7 +228,8 @@ def test_the_command_asks_about_renderings_folders_and_what_it_draws(evaluate, d
     by_place = evaluate("--judge=x", f"--pictures={drawn}/flat", f"--prompt_file={drawn}/prompts.jsonl")[0]
     assert by_place["soft"] == by_layout["soft"] and "agreement" not in by_place
     told = [json.loads(line) for line in (drawn / "out/answers.jsonl").read_text().splitlines()]
-    np.testing.assert_allclose(by_place["soft"]["scores"]["colors"], np.mean([line["soft"] for line in told[:2]]), atol=1e-5)
+    np.testing.assert_allclose(by_place["soft"]["scores"]["colors"], np.mean([line["soft"] for line in told[:2]]),
+                               atol=1e-5)
     results, _ = evaluate("--judge=x", "--checkpoint=x", f"--prompt_file={drawn}/prompts.jsonl", "--images_per_prompt=2")
     assert results["pictures"] == 4 and (drawn / "out/samples.png").exists()
 
