@@ -106,7 +106,7 @@ def main(_):
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
-    given |= {name: str(flag.value) for name, flag in (("judge", _JUDGE), ("pictures", _PICTURES)) if flag.value}
+    given |= {name: str(flag.value) for name, flag in (("judge", _JUDGE), ("folder", _PICTURES)) if flag.value}
     results = {"suite": _SUITE.value, "checkpoint": _CHECKPOINT.value and str(_CHECKPOINT.value), **given,
                "temperature": _TEMPERATURE.value} | results
     replace_file(out / "results.json", json.dumps(results, indent=1))

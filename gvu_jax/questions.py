@@ -138,7 +138,7 @@ def count(question, number):
 
 def ask(model, pictures, atoms):
     """What `model` (a gvu_jax.Model) answers to an Atom about each of M pictures: its probability of the right answer
-    among those offered, float32 [M], and whether no other one is as probable, bool [M]."""
+    among those offered, float32 [M], and whether that is the most probable one, bool [M]."""
     probabilities, chosen, alike = np.zeros(len(atoms), np.float32), np.zeros(len(atoms), bool), {}
     for i, atom in enumerate(atoms):
         count = sum(map(len, atom.answers))
