@@ -123,7 +123,7 @@ def train_alone(config, workdir, stop):
         state = adapters.start_from(state, umm, config.lora.adapter, mesh)
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
-    ask = build_judge(config, suite.metas, mesh)
+    ask = build_judge(config, suite.metas)
     unified = pictures and build_unified(config, method.loop, pictures)
     if unified and settings.cold and not config.get("world"):
         data.check_captions(config.pictures.folder, method.loop.encode)
@@ -376,12 +376,13 @@ def check_judge(config):
             raise FileNotFoundError(f"no model folder or run {cli.path(judge)} (config.eval.judge)")
 
 
-def build_judge(config, metas, mesh):
+def build_judge(config, metas):
     """What config.eval.judge says of G pictures of each of the prompts: (uint8 [prompts, G, H, W, 3]) -> {"soft_..",
-    "hard_..": mean} over all and by category (see questions.py); None where there is no judge."""
+    "hard_..": mean} over all and by category (see questions.py); None where there is no judge. It lies on all devices
+    as its own sizes divide, which need not be the run's mesh."""
     if not config.eval.get("judge"):
         return None
-    judge = gvu_jax.load(config.eval.judge, mesh)
+    judge = gvu_jax.load(config.eval.judge)
     atoms = questions.atoms_for(judge.umm, metas)
 
     def ask(pictures):

@@ -251,13 +251,13 @@ def test_what_does_not_go_together_is_said(evaluate, drawn, monkeypatch, argumen
 def test_the_judge_of_a_run(tiny, monkeypatch, split, tmp_path):
     """What training asks at each evaluation is what the suite asks of the same pictures."""
     model, config = gvu_jax.Model(*tiny[1:], one_device()), tiny_config()
-    monkeypatch.setattr(gvu_jax, "load", lambda path, mesh: model)
+    monkeypatch.setattr(gvu_jax, "load", lambda path: model)
     metas = suite.choose_prompts(split[1], 6, np.random.default_rng(0))
-    assert train.build_judge(config, metas, None) is None
+    assert train.build_judge(config, metas) is None
     config.eval.judge = str(tmp_path)
     train.check_judge(config)
     pictures = shapes_suite.renderings(metas, np.random.default_rng(0))
-    told = train.build_judge(config, metas, one_device())(pictures)
+    told = train.build_judge(config, metas)(pictures)
     answers = questions.judge(model, pictures, questions.atoms_for(model.umm, metas))
     np.testing.assert_allclose([told["soft_overall"], told["hard_overall"]], [answers.soft.mean(), answers.hard.mean()])
     assert f"soft_{metas[0]['tag']}" in told
