@@ -70,7 +70,7 @@ def fetch(name, wanted=("*",)):
 
 def commit_of(name, files):
     """The commit (str) that `fetch` has brought the files (paths) of a name from; others may be among them."""
-    cached = f"models--{parse(name)[0].replace('/', '--')}"                      # snapshots/COMMIT is what comes below
+    cached = f"models--{parse(name)[0].replace('/', '--')}"                     # snapshots/COMMIT/.. is what lies there
     return next(parts[parts.index(cached) + 2] for parts in (Path(file).parts for file in files) if cached in parts)
 
 
