@@ -106,8 +106,8 @@ def get_config(preset="normal"):
 
     # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. choices:
     # questions of each test of understanding. words: least mean of a prompt's words in a picture that is accepted by
-    # them.
-    config.eval = dict(every=125, batches=4, choices=1152, words=0.45)
+    # them. judge: another model, a folder or a name, that is asked about the pictures of each evaluation.
+    config.eval = dict(every=125, batches=4, choices=1152, words=0.45, judge="")
     # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
     # duplicates: more than this share of a group's pictures are the same. objects: pictures hold so many more, above
     # what is asked, than before, which is spam. stop: end the run instead of warning. skipped: how many steps in a row

@@ -62,8 +62,9 @@ def get_config():
     config.optim = dict(lr=1e-6, warmup=0, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0)
 
     config.steps = PROMPTS * EPOCHS // config.gvu.prompts                # updates of the policy
-    # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step.
-    config.eval = dict(every=250, batches=4)
+    # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. judge: another
+    # model, a folder or a name, that is asked about the pictures of each evaluation.
+    config.eval = dict(every=250, batches=4, judge="")
     # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
     # duplicates: more than this share of a group's pictures are the same. stop: end the run instead of warning.
     # skipped: how many steps in a row may be skipped as not finite.

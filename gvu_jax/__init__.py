@@ -142,12 +142,13 @@ class Model:
             pictures = np.asarray(jnp.round(pixels * 255), np.uint8)
             yield pictures.reshape(batch, images_per_prompt, *pixels.shape[1:])[:len(places) - start]
 
-    def read(self, images, texts, questions=None, lengths=None):
+    def read(self, images, texts, questions=None, lengths=None, end=False):
         """How probable each token of K texts a picture is: log p(token | picture, question, the tokens before).
 
         texts: those of a picture side by side; questions: one a picture, None is the umm's instruction; lengths:
-        umm.Lengths that hold them all, None: the smallest. Returns logps [B * K, L] float32 and mask [B * K, L] bool,
-        which is True at the texts' tokens; see rewards.py for what to make of them.
+        umm.Lengths that hold them all, None: the smallest. end: whether a text's end is a token of it. Returns logps
+        [B * K, L] float32 and mask [B * K, L] bool, which is True at the texts' tokens; see rewards.py for what to make
+        of them.
         """
         K, left = divmod(len(texts), len(images))
         if left or not K:
@@ -155,11 +156,12 @@ class Model:
         if questions and len(questions) != len(images):
             raise ValueError(f"{len(images)} pictures cannot be asked {len(questions)} questions")
         questions = [question for question in questions or [self.umm.instruction] * len(images) for _ in range(K)]
-        lengths = lengths or self.umm.lengths(texts, questions)
+        lengths = lengths or self.umm.lengths(texts, questions, end)
         logps, mask = np.zeros((len(texts), lengths.words), np.float32), np.zeros((len(texts), lengths.words), bool)
         for rows, seen in self._look(images):
             rows = (np.array(rows)[:, None] * K + np.arange(K)).ravel()
-            encoded = self.umm.encode_prompts([texts[i] for i in rows], lengths, [questions[i] for i in rows])
+            said, asked = ([of[i] for i in rows] for of in (texts, questions))
+            encoded = self.umm.encode_prompts(said, lengths, asked, end)
             logps[rows], mask[rows] = jax.device_get(self._read(self.params, seen, encoded))
         return logps, mask
 

@@ -10,13 +10,14 @@ from gvu_jax.described import Described
 from gvu_jax.tensor_files import Spec, TensorFile, safetensors_header, write_file
 
 
-def write_peft(folder, tensors, rank, alpha, base=None, loads=None):
+def write_peft(folder, tensors, rank, alpha, base=None, loads=None, revision=None):
     """adapter_model.safetensors and adapter_config.json; tensors as from `lora.to_peft`. base: the name or folder by
-    which transformers finds what it is an adapter of, and loads, its class that reads it, so that peft's AutoPeftModel
-    finds it too."""
+    which transformers finds what it is an adapter of, revision: its commit on the hub, and loads, the class that reads
+    it, so that peft's AutoPeftModel finds it too."""
     # Modules by their full names: a short one ("q_proj") would also mean layers that have no adapter.
     modules = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in tensors}
-    described = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "inference_mode": True,
+    described = {"peft_type": "LORA", "task_type": None, "base_model_name_or_path": base, "revision": revision,
+                 "inference_mode": True,
                  "auto_mapping": base and loads and {"base_model_class": loads, "parent_library": "transformers"},
                  "r": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
                  "use_rslora": False, "use_dora": False, "target_modules": sorted(modules)}

@@ -204,8 +204,9 @@ def _keep_source(folder, source, planned, identity, src):
                 write_file(target.with_name(target.name + ".unread.safetensors"), safetensors_header(unread), file.read)
     parts = {source.names[file.path]: part for part, files in source.weights.items() for file in files}
     called = hub.parse(src)[0] if hub.is_name(src) else str(Path(src).absolute())                    # as peft finds it
+    revision = hub.commit_of(src, source.names) if hub.is_name(src) else None
     replace_file(folder / "manifest.json", json.dumps(
-        {"parts": parts, "identity": identity, "source": called}, indent=1))
+        {"parts": parts, "identity": identity, "source": called, "revision": revision}, indent=1))
 
 
 # ------------------------------------------------------------------ and back
@@ -280,9 +281,9 @@ def export_peft(run, dst, base=None):
     if config.lora.rank == 0:
         raise ValueError(f"{run} trained the whole backbone (lora.rank = 0): there is no adapter to export")
     folder = base_of_run(run, config)
-    umm, manifest = checkpoint.read_metadata(folder), folder / "source" / "manifest.json"
+    umm, manifest, revision = checkpoint.read_metadata(folder), folder / "source" / "manifest.json", None
     if base is None and manifest.is_file():
-        base = read_json(manifest).get("source")
+        base, revision = map(read_json(manifest).get, ("source", "revision"))
     states = checkpoint.Checkpoints(run)
     try:
         if (step := states.newest_whole()) is None:
@@ -295,7 +296,7 @@ def export_peft(run, dst, base=None):
         states.close()
     tensors = lora.to_peft(adapter, umm.adapter_rules)
     with _Whole(Path(dst).absolute()) as partial:
-        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base, umm.loads)
+        write_peft(partial, tensors, config.lora.rank, config.lora.alpha, base, umm.loads, revision)
     return len(tensors)
 
 

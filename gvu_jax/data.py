@@ -30,6 +30,7 @@ def read_prompts(source, key="prompt"):
     FILE.txt                               one prompt a line
     FILE.jsonl                             an object a line (GenEval's metadata; its "tag" names the category)
     FILE.json                              an array of objects or of texts, or one object
+    FILE.csv                               a table with a line of names (OneIG-Bench's; `key` is a column)
     FOLDER                                 each ID.txt in it holds one prompt (DPG-Bench): {"id": ID, "prompt": ..}
     tfds:NAME/SPLIT:FEATURE                a text feature of a dataset of TensorFlow Datasets, e.g.
                                            tfds:coco_captions/val[:100]:captions/text
@@ -49,9 +50,13 @@ def read_prompts(source, key="prompt"):
         metas = [(file, {"id": file.stem, "prompt": " ".join(text.split("\n"))}) for file, text in texts.items()]
     elif not path.is_file():
         raise FileNotFoundError(f"no prompt file {path}")
-    elif path.suffix not in (".txt", ".jsonl", ".json"):
+    elif path.suffix not in (".txt", ".jsonl", ".json", ".csv"):
         raise ValueError(f"{path} is neither .txt (one prompt a line) nor .jsonl or .json (objects with a \"prompt\" "
-                         f"key)")
+                         f"key), nor .csv")
+    elif path.suffix == ".csv":
+        rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        metas = [(place, meta) for number, row in enumerate(rows, 1)
+                 for place in [f"{path}, row {number}"] for meta in metas_of(place, row, key)]
     else:
         lines = enumerate(read_text(path).split("\n"), 1)        # splitlines() would also cut JSON at a raw U+2028
         lines = [(f"{path}, line {number}", line.strip()) for number, line in lines if line.strip()]
@@ -362,6 +367,40 @@ def picture_files(folder):
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return paths
+
+
+def drawn_pictures(folder, metas=None):
+    """(prompts, pictures): pictures that were drawn for prompts, uint8 [h, w, 3], as many of each, lists of lists.
+
+    metas None: GenEval's layout, FOLDER/00000/metadata.jsonl beside samples/0000.png and so on. Else dicts, of which
+    number i has the pictures FOLDER/i_0.png, i_1.png .., or i.png alone, the numbers with as many zeros as one likes.
+    Raises FileNotFoundError or ValueError that says what is missing.
+    """
+    folder = cli.path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of pictures {folder}")
+    if metas is None:
+        told = sorted(folder.glob("*/metadata.jsonl"))
+        if not told:
+            raise ValueError(f"{folder} is not of GenEval's layout (00000/metadata.jsonl beside samples/): give "
+                             f"--prompt_file, the prompts that its pictures were drawn for")
+        metas = [json.loads(read_text(file)) for file in told]
+        files = [picture_files(file.parent / "samples") for file in told]
+        for file, meta in zip(told, metas):
+            check_prompt(file, {"prompt": None, **meta})
+    else:
+        numbered = collections.defaultdict(list)
+        for file in picture_files(folder):
+            if number := re.fullmatch(r"0*(\d+)(_\d+)?", file.stem):
+                numbered[int(number[1])].append(file)
+        files = [numbered[i] for i in range(len(metas))]
+    counts = collections.Counter(map(len, files))
+    if len(counts) > 1 or 0 in counts:
+        usual = counts.most_common(1)[0][0] or max(counts)
+        odd = next(i for i, of_prompt in enumerate(files) if len(of_prompt) != usual or not of_prompt)
+        raise ValueError(f"{folder} has {len(files[odd])} pictures of prompt {odd} ({metas[odd]['prompt'][:40]!r}), "
+                         f"and {usual} of others: draw as many of each, named by their prompt's place (00000_0.png ..)")
+    return metas, [[read_picture(file) for file in of_prompt] for of_prompt in files]
 
 
 def check_pictures(folder):

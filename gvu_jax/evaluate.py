@@ -1,6 +1,7 @@
-"""Evaluates a checkpoint on a suite.
+"""Evaluates a checkpoint, or pictures, on a suite.
 
     python -m gvu_jax.evaluate --checkpoint=DIR --suite=shapes --out=DIR [--prompts=192] [--images_per_prompt=4]
+    python -m gvu_jax.evaluate --suite=questions --judge=DIR --pictures=DIR --out=DIR
 
     shapes           held-out prompts of the shapes world judged by its exact checker: pictures that are right, those
                      that show nothing else besides (exact), and objects a picture; AUC and calibration of the intrinsic
@@ -12,10 +13,15 @@
     unified          picture -> caption -> picture: similarity to the vision encoder, length of the captions, and in the
                      shapes world what its checker says of captions and pictures; of rendered scenes, or of
                      --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once
+    questions        another model, --judge, is asked about each picture whether what the prompt's metadata say is so
+                     (questions.py). --checkpoint draws the pictures, or they are those of --pictures: of GenEval's
+                     layout, or 00000_0.png .. by the places of the prompts in --prompt_file. With neither they are
+                     renderings of the shapes world, true and damaged ones, by which the judge itself is judged
 
-Nonunification and cycle draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl, .json, a
-folder, tfds:..; --prompt_key says where the text stands). Prints a table and writes OUT/results.json, and
-OUT/samples.png where pictures are drawn. Intervals hold 95 %: a bootstrap over prompts, questions or pictures.
+Nonunification, cycle and questions draw held-out prompts of the shapes world, or those of --prompt_file (.txt, .jsonl,
+.json, .csv, a folder, tfds:..; --prompt_key says where the text stands). Prints a table and writes OUT/results.json,
+OUT/samples.png where pictures are drawn, and OUT/answers.jsonl with all questions. Intervals hold 95 %: a bootstrap
+over prompts, questions or pictures.
 """
 import collections
 import hashlib
@@ -27,7 +33,7 @@ import numpy as np
 from absl import flags
 
 import gvu_jax
-from gvu_jax import cli, data, suite
+from gvu_jax import cli, data, questions, suite
 from gvu_jax.closeup import sample_grid
 from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import replace_file
@@ -37,17 +43,19 @@ from gvu_jax.shapes import checker, world
 from gvu_jax.shapes import suite as shapes_suite
 from gvu_jax.umm import compile_programs
 
-_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.", required=True)
+_CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.")
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
-_SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified"],
-                           "What to measure.", required=True)
+_SUITE = flags.DEFINE_enum("suite", None, ["shapes", "understanding", "nonunification", "cycle", "unified",
+                                           "questions"], "What to measure.", required=True)
+_JUDGE = cli.path_flag("judge", "Who is asked in questions: a run's folder, a model folder or a name, hf:OWNER/NAME.")
 _OUT = cli.path_flag("out", "Folder for results.json.", required=True)
 _PROMPTS = flags.DEFINE_integer("prompts", 192, "Held-out prompts, evenly over the categories.", lower_bound=6)
-_PROMPT_FILE = cli.path_flag("prompt_file", "Prompts of nonunification and cycle, instead of the world's.")
+_PROMPT_FILE = cli.path_flag("prompt_file", "Prompts of nonunification, cycle and questions, instead of the "
+                            "world's.")
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _IMAGES = flags.DEFINE_integer("images_per_prompt", 4, "Pictures of each prompt.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable token.", lower_bound=0.0)
-_PICTURES = cli.path_flag("pictures", "A folder of pictures for unified, instead of rendered scenes.")
+_PICTURES = cli.path_flag("pictures", "A folder of pictures for unified, instead of rendered scenes, or for questions.")
 _MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, nine.",
                              lower_bound=1)
 _WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
@@ -62,21 +70,34 @@ _BATCH = flags.DEFINE_integer("batch", 24, "Prompts, or pictures of unified, at 
 def main(_):
     if _TSV.value and _SUITE.value != "understanding":
         raise ValueError("--tsv goes with --suite=understanding")
-    if _PROMPT_FILE.value and _SUITE.value not in ("nonunification", "cycle"):
-        raise ValueError("--prompt_file goes with --suite=nonunification and --suite=cycle")
-    if _PICTURES.value and _SUITE.value != "unified":
-        raise ValueError("--pictures goes with --suite=unified")
+    if _PROMPT_FILE.value and _SUITE.value not in ("nonunification", "cycle", "questions"):
+        raise ValueError("--prompt_file goes with --suite=nonunification, --suite=cycle and --suite=questions")
+    if _PICTURES.value and _SUITE.value not in ("unified", "questions"):
+        raise ValueError("--pictures goes with --suite=unified and --suite=questions")
+    if bool(_JUDGE.value) != (_SUITE.value == "questions"):
+        raise ValueError("--suite=questions needs a --judge, who is asked, and no other suite has one")
+    if not _CHECKPOINT.value and _SUITE.value != "questions":
+        raise ValueError("--checkpoint is missing: give a run's folder, a model folder or a name, hf:OWNER/NAME")
+    if _SUITE.value == "questions" and bool(_CHECKPOINT.value) < bool(_ADAPTER.value):
+        raise ValueError("--adapter is laid over --checkpoint, which is missing")
+    if _SUITE.value == "questions" and _CHECKPOINT.value and _PICTURES.value:
+        raise ValueError("--checkpoint draws pictures, and --pictures has some already: give one of the two")
     left_out = collections.Counter()
     choices = data.read_choices(_TSV.value, left_out) if _TSV.value else None
     metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
-    if _PICTURES.value:
+    if _PICTURES.value and _SUITE.value == "unified":
         data.check_pictures(_PICTURES.value)
+    drawn = data.drawn_pictures(_PICTURES.value, metas) if _PICTURES.value and _SUITE.value == "questions" else None
     cli.keep_compiled()
-    given = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}
-    model, out = gvu_jax.load(_CHECKPOINT.value, **given), Path(_OUT.value)
-    check_world(model, choices or metas or _PICTURES.value)
+    given, out = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}, Path(_OUT.value)
+    model = gvu_jax.load(_CHECKPOINT.value, **given) if _CHECKPOINT.value else None
+    if model:
+        check_world(model, choices or metas or _PICTURES.value)
     out.mkdir(parents=True, exist_ok=True)
-    if _SUITE.value == "shapes":
+    if _SUITE.value == "questions":
+        results, picture, told = asked_about(model, metas, drawn)
+        replace_file(out / "answers.jsonl", "".join(json.dumps(line) + "\n" for line in told))
+    elif _SUITE.value == "shapes":
         results, picture = shapes(model)
     elif _SUITE.value == "understanding":
         results, picture = understanding(model, choices, left_out), None
@@ -85,7 +106,8 @@ def main(_):
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
-    results = {"suite": _SUITE.value, "checkpoint": str(_CHECKPOINT.value), **given,
+    given |= {name: str(flag.value) for name, flag in (("judge", _JUDGE), ("folder", _PICTURES)) if flag.value}
+    results = {"suite": _SUITE.value, "checkpoint": _CHECKPOINT.value and str(_CHECKPOINT.value), **given,
                "temperature": _TEMPERATURE.value} | results
     replace_file(out / "results.json", json.dumps(results, indent=1))
     if picture:
@@ -96,7 +118,7 @@ def check_world(model, given):
     """Raises ValueError where the suite takes pictures of the shapes world, no others being `given`, and the model is
     of another one."""
     instead = {"shapes": "another --suite", "understanding": "--tsv=FILE", "nonunification": "--prompt_file=FILE",
-               "unified": "--pictures=FOLDER"}
+               "unified": "--pictures=FOLDER", "questions": "--prompt_file=FILE"}
     if _SUITE.value in instead and not given and not model.umm.of_shapes:
         raise ValueError(f"{_CHECKPOINT.value} is no model of the shapes world, whose pictures --suite={_SUITE.value} "
                          f"takes: give {instead[_SUITE.value]}")
@@ -180,6 +202,47 @@ def own_pictures(model, metas):
     return results, sample_grid(pictures, metas, believed >= 0.5)
 
 
+def asked_about(model, metas, drawn):
+    """What --judge answers about pictures: the results, a grid of pictures (None where they differ in size), and what
+    was asked and answered, dicts.
+
+    drawn: (prompts, pictures) of data.drawn_pictures; or None, and `model` draws `metas`, or, where these are None,
+    held-out prompts of the shapes world; without a model these are rendered, rightly and wrongly.
+    """
+    judge = gvu_jax.load(_JUDGE.value)
+    of_world = drawn is None and metas is None
+    if of_world:
+        metas = suite.choose_prompts(world.split_prompts()[1], _PROMPTS.value, np.random.default_rng(_SEED.value))
+    if drawn is None and model is None and not of_world:
+        raise ValueError("--prompt_file needs pictures: give --checkpoint, which draws them, or --pictures")
+    if drawn is None and model is None:
+        pictures = shapes_suite.renderings(metas, np.random.default_rng(_SEED.value))
+    if drawn is not None:
+        metas, pictures = drawn
+    atoms = questions.atoms_for(judge.umm, metas)                       # before anything is drawn
+    if model is not None:
+        how = How(temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
+        pictures = model.generate([meta["prompt"] for meta in metas], _SEED.value, _IMAGES.value, how, _BATCH.value)
+    for size in {picture.shape[:2] for of_prompt in pictures for picture in of_prompt}:
+        if refusal := judge.refusal(size):
+            raise ValueError(f"the judge cannot read these pictures: {refusal}")
+    answers = questions.judge(judge, pictures, atoms)
+    found = questions.scores(answers, metas)
+    results = {"pictures": int(answers.hard.size), "questions": sum(map(np.size, answers.chosen)),
+               **{name: with_intervals(of) for name, of in found.items()}}
+    if of_world:                       # its own models read captions, which tell all there is
+        each = [meta for meta in metas for _ in pictures[0]]
+        verdicts = checker.judge(np.concatenate(pictures) / np.float32(255), each)
+        true = (verdicts.exact if judge.umm.of_shapes else verdicts.right).reshape(answers.hard.shape)
+        results["agreement"] = with_intervals(suite.by_category(answers.hard == true, metas))
+        results["agreement"]["auc"] = {"overall": suite.auc(answers.soft, true)}
+        results["accepted_of"] = {name: {"pictures": int(rows.sum()), "share": float(answers.hard[rows].mean())}
+                                  for name, rows in (("true", true), ("damaged or wrong", ~true)) if rows.any()}
+    whole = len({picture.shape for of_prompt in pictures for picture in of_prompt}) == 1
+    grid = sample_grid(np.stack(list(map(np.stack, pictures))), metas, answers.hard) if whole else None
+    return results, grid, questions.lines(answers, metas)
+
+
 def unified(model):
     """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions."""
     size = model.umm.picture_size
@@ -220,8 +283,8 @@ def table(results, heading=""):
     """The results as text: a line for each score, with its interval and, where there is one, its AUC, or what was asked
     for."""
     last, beside = ("asked", results["asked"]) if "asked" in results else ("AUC", results.get("auc", {}))
-    lines = [f"{heading:<28}{'score':>8}{'95 %':>17}{last:>8}"[:None if beside else -8]]
-    for name, score in results["scores"].items():
+    lines = [f"{heading:<28}{'score':>8}{'95 %':>17}{last:>8}"[:None if beside else -8]] * ("scores" in results)
+    for name, score in results.get("scores", {}).items():
         low, high = results["intervals"][name]
         other = f"{beside[name]:8.3f}" if beside.get(name) is not None else ""
         lines.append(f"{name:<28}{score:8.3f}  [{low:6.3f},{high:6.3f}]{other}")
@@ -230,9 +293,12 @@ def table(results, heading=""):
     if results.get("left_out"):
         lines.append(f"left out: {data.count_reasons(results['left_out'])}")
     for part, title in (("exact", "right and nothing else"), ("objects", "objects a picture"),
-                        ("understanding", "understanding")):
+                        ("understanding", "understanding"), ("soft", "geometric mean"), ("hard", "all answers right"),
+                        ("skills", "each question, mean"), ("agreement", "agrees with the checker")):
         if part in results:
-            lines += ["", table(results[part], title)]
+            lines += [""] * bool(lines) + [table(results[part], title)]
+    for name, found in results.get("accepted_of", {}).items():
+        lines.append(f"all right, of {found['pictures']} {name}".ljust(28) + f"{found['share']:8.3f}")
     for name, found in results.get("rejected_of", {}).items():
         if found["pictures"]:
             lines.append(f"of {found['pictures']} {name} ones".ljust(28) + f"{found['share']:8.3f}")

@@ -8,9 +8,14 @@
     genevalpp      Geneval++.jsonl or .txt        OUT/1.jpg .., one picture a prompt, by its line in the file
     dpg            the folder of ID.txt           OUT/ID.png, four pictures in one: side by side, two above two
     t2icompbench   color_val.txt ..               OUT/samples/PROMPT_000000.png .., numbered through all prompts
+    geneval2       geneval2_data.jsonl            OUT/00000.png .., one picture a prompt, and OUT/images.json, the file
+                                                  of each prompt
+    oneig          OneIG-Bench.csv                OUT/anime/gvu_jax/000.webp .., a folder for each category, four
+                                                  pictures in one; with --prompt_key=prompt_en, or prompt_cn
 
-as in the repositories djghosh13/geneval, yejy53/Echo-4o, TencentQQGYLab/ELLA and Karine-Huang/T2I-CompBench. --prompts
-also takes .json and tfds:NAME/SPLIT:FEATURE; --prompt_key=instruction or meta/prompt says where in an object the text
+as in the repositories djghosh13/geneval, yejy53/Echo-4o, TencentQQGYLab/ELLA, Karine-Huang/T2I-CompBench (whose newer
+categories, T2I-CompBench++, are drawn alike), facebookresearch/GenEval2 and OneIG-Bench/OneIG-Benchmark. --prompts also
+takes .json and tfds:NAME/SPLIT:FEATURE; --prompt_key=instruction or meta/prompt says where in an object the text
 stands. A number is the prompt's place in the file, so that a prompt that stands there twice is drawn twice, and
 differently. Given again, the command goes on where it stopped: each picture carries how it was drawn, and what is there
 whole and was drawn so is not drawn again.
@@ -32,13 +37,17 @@ from gvu_jax.metrics import Progress, replace_file, replacing
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.sampling import How
 
-LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10}     # pictures a prompt, as published
-FIXED = ("genevalpp", "dpg")                                                          # whose evaluators take no others
+LAYOUTS = {"flat": 4, "geneval": 4, "genevalpp": 1, "dpg": 4, "t2icompbench": 10, "geneval2": 1,
+           "oneig": 4}                                                                # pictures a prompt, as published
+FIXED = ("genevalpp", "dpg", "geneval2", "oneig")                                     # whose evaluators take no others
+ONEIG = {"Anime_Stylization": "anime", "Portrait": "human", "General_Object": "object", "Text_Rendering": "text",
+         "Knowledge_Reasoning": "reasoning", "Multilingualism": "multilingualism"}    # its categories -> their folders
+DESCRIPTION = 0x010E                                                                  # Exif's tag for a text
 
 _CHECKPOINT = cli.path_flag("checkpoint", "A run's folder, a model folder or a name, hf:OWNER/NAME.", required=True)
 _ADAPTER = cli.path_flag("adapter", "A folder of peft's (convert --export=peft) to lay over the checkpoint's model.")
-_PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl or .json (see --prompt_key), a folder of .txt "
-                         "files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
+_PROMPTS = cli.path_flag("prompts", ".txt (a prompt a line), .jsonl, .json or .csv (see --prompt_key), a folder of "
+                         ".txt files (a prompt each), or tfds:NAME/SPLIT:FEATURE.", required=True)
 _PROMPT_KEY = flags.DEFINE_string("prompt_key", "prompt", "Where a prompt stands in JSON; a/b is b in a.")
 _OUT = cli.path_flag("out", "Folder for the pictures.", required=True)
 _IMAGES = flags.DEFINE_integer("images_per_prompt", None, "Pictures of each prompt; the layout's own unless given.",
@@ -66,6 +75,8 @@ def main(_):
     out, prompts = Path(_OUT.value), [meta["prompt"] for meta in metas]
     if layout == "geneval":
         check_geneval(metas)
+    if layout == "geneval2" and len(set(prompts)) < len(prompts):
+        raise ValueError("--layout=geneval2 finds a picture by the text of its prompt, and some stand there twice")
     files = [name_files(layout, out, i, meta, count) for i, meta in enumerate(metas)]
     check_folder(layout, out, files)
     cli.keep_compiled()
@@ -85,6 +96,10 @@ def main(_):
         for row, meta in zip(files, metas):                             # of what is drawn already, too
             row[0].parent.mkdir(parents=True, exist_ok=True)
             replace_file(row[0].parent.parent / "metadata.jsonl", json.dumps(meta) + "\n")
+    if layout == "geneval2":
+        named = {prompt: str(row[0].resolve()) for prompt, row in zip(prompts, files)}
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / "images.json", json.dumps(named, indent=1))
     with Progress(len(metas), "prompt", "drawing", done=len(metas) - len(places)) as progress:
         for batch in model.draw(prompts, _SEED.value, count, how, batch=_BATCH.value, places=places):
             for i, pictures in zip(places, batch):                      # each is on disk before the next batch begins
@@ -105,6 +120,14 @@ def name_files(layout, out, i, meta, count):
         return [out / f"{i:05d}" / "samples" / f"{j:04d}.png" for j in range(count)]
     if layout == "genevalpp":
         return [out / f"{i + 1}.jpg"]
+    if layout == "geneval2":
+        return [out / f"{i:05d}.png"]
+    if layout == "oneig":
+        folder, name = ONEIG.get(meta.get("category")), str(meta.get("id"))
+        if folder is None or not is_name(f"{name}.webp"):
+            raise ValueError(f"--layout=oneig puts pictures into folders by category, and prompt {i} has the category "
+                             f"{meta.get('category')!r:.40} and the id {name!r:.40}: give OneIG-Bench.csv as --prompts")
+        return [out / folder / "gvu_jax" / f"{name}.webp"]
     if layout == "dpg":
         if not isinstance(meta.get("id"), str) or not is_name(f"{meta['id']}.png"):
             raise ValueError(f"--layout=dpg names pictures after prompts, and prompt {i} has the \"id\" "
@@ -151,8 +174,8 @@ def check_folder(layout, out, files):
         twice = next(file for i, file in enumerate(expected) if file in expected[:i])
         raise ValueError(f"two prompts would be drawn into {twice}: give each an \"id\" of its own")
     if layout != "flat":
-        strays = sorted({file for kind in ("*.png", "*.jpg") for file in out.rglob(kind) if file.name != "grid.png"}
-                        - set(expected))
+        strays = sorted({file for kind in ("*.png", "*.jpg", "*.webp") for file in out.rglob(kind)
+                         if file.name != "grid.png"} - set(expected))
         if strays:
             raise ValueError(f"{strays[0]}, one of {len(strays)}, is no picture of these prompts and would be graded "
                              f"with them: remove {'it' if len(strays) == 1 else 'them'}, or choose another --out")
@@ -174,7 +197,7 @@ def is_drawn(file, record):
     except (FileNotFoundError, ValueError):
         return False
     with Image.open(file) as picture:
-        said = picture.info.get("gvu_jax") or picture.info.get("comment")
+        said = picture.info.get("gvu_jax") or picture.info.get("comment") or picture.getexif().get(DESCRIPTION)
     return said in (record, record.encode())
 
 
@@ -183,12 +206,16 @@ def write(files, pictures, record, layout):
     files[0].parent.mkdir(parents=True, exist_ok=True)
     if layout == "geneval":
         write_picture(files[0].parent.parent / "grid.png", image_grid(pictures[None]))
-    if layout == "dpg":
+    if layout in ("dpg", "oneig"):
         pictures = np.concatenate(np.concatenate(pictures.reshape(2, 2, *pictures.shape[1:]), axis=1), axis=1)[None]
     for file, picture in zip(files, pictures):
         with replacing(file) as temporary:
             if file.suffix == ".jpg":
                 Image.fromarray(picture).save(temporary, "JPEG", quality=95, comment=record)
+            elif file.suffix == ".webp":
+                carried = Image.Exif()
+                carried[DESCRIPTION] = record
+                Image.fromarray(picture).save(temporary, "WEBP", lossless=True, exif=carried)
             else:
                 carried = PngImagePlugin.PngInfo()
                 carried.add_text("gvu_jax", record)

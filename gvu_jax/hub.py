@@ -68,6 +68,12 @@ def fetch(name, wanted=("*",)):
     return folder
 
 
+def commit_of(name, files):
+    """The commit (str) that `fetch` has brought the files (paths) of a name from; others may be among them."""
+    cached = f"models--{parse(name)[0].replace('/', '--')}"                     # snapshots/COMMIT/.. is what lies there
+    return next(parts[parts.index(cached) + 2] for parts in (Path(file).parts for file in files) if cached in parts)
+
+
 def needed(files, wanted=("*",)):
     """Those of a repository's files that a conversion reads: of several formats of one model only safetensors."""
     files = [file for file in files if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)]

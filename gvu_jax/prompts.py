@@ -38,6 +38,7 @@ from absl import flags
 from gvu_jax import cli
 from gvu_jax.data import read_prompts
 from gvu_jax.metrics import replace_file
+from gvu_jax.nouns import Thing, phrase
 
 # COCO's objects by the names that GenEval's evaluator has for them.
 CLASSES = (
@@ -50,15 +51,12 @@ CLASSES = (
     "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
     "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush")
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-NUMBERS = ("one", "two", "three", "four", "five", "six", "seven")
 SIZES = ("large", "small")
 INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 LEAD_INS = ("a photo of", "a picture of", "an image of", "a photograph of")       # the first is GenEval's
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "color_count_attr",
         "color_spatial_attr", "spatial_count_attr", "size_spatial_attr", "multi_object_count_attr")
 HELD_OUT = 5                                     # one composition in so many is held out
-MEASURES = {"skis": "pair", "scissors": "pair", "broccoli": "head"}              # what one of them is called: a pair of
-IRREGULAR = {"person": "people", "sheep": "sheep", "knife": "knives", "computer mouse": "computer mice"}
 
 _OUT = cli.path_flag("out", "Where to write the prompts to train on, e.g. train.jsonl.", required=True)
 _COUNT = flags.DEFINE_integer("count", 50_000, "How many of them.", lower_bound=len(TAGS))
@@ -67,14 +65,6 @@ _HELD_OUT_COUNT = flags.DEFINE_integer("held_out_count", 550, "How many of them.
 _AVOID = flags.DEFINE_multi(cli.PathParser(), flags.ArgumentSerializer(), "avoid", [], "Prompts that neither may hold, "
                             "of any kind that generate --prompts takes.")
 _SEED = flags.DEFINE_integer("seed", 0, "The same seed writes the same files.", 0, 2**31 - 1)
-
-
-class Thing(NamedTuple):
-    """Objects of one class that a prompt names together."""
-    name: str
-    count: int = 1
-    color: str | None = None
-    size: str | None = None
 
 
 class Spec(NamedTuple):
@@ -169,7 +159,7 @@ def draw(tag, rng):
     colors = rng.sample(COLORS, kinds) if colored else [None] * kinds
     if any(name == color for name, color in zip(names, colors)):
         return draw(tag, rng)
-    most = len(NUMBERS) if tag == "counting" else 4
+    most = 7 if tag == "counting" else 4
     counts = [rng.randint(2, most) if counted else 1 for _ in names]
     sizes = rng.sample(SIZES, kinds) if tag == "size_spatial_attr" else [None] * kinds
     relation = rng.choice(list(INVERSE)) if tag == "position" or "spatial" in tag else None
@@ -213,23 +203,6 @@ def write(spec, lead_in):
         include = [include[1], include[0] | {"position": [spec.relation, 0]}]
     exclude = [{"class": thing.name, "count": thing.count + 1} for thing in spec.things if thing.count > 1]
     return {"tag": spec.tag, "include": include, "exclude": exclude, "prompt": f"{lead_in} {words}"}
-
-
-def phrase(thing):
-    """A Thing in words: "an orange kite", "three knives", "two pairs of red skis", "a large head of broccoli"."""
-    measure = MEASURES.get(thing.name)
-    noun = thing.name if measure or thing.count == 1 else plural(thing.name)
-    noun = f"{thing.color} {noun}" if thing.color else noun
-    if measure:
-        noun = f"{measure if thing.count == 1 else plural(measure)} of {noun}"
-    noun = f"{thing.size} {noun}" if thing.size else noun
-    if thing.count > 1:
-        return f"{NUMBERS[thing.count - 1]} {noun}"
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def plural(noun):
-    return IRREGULAR.get(noun) or noun + ("es" if re.search("(s|sh|ch)$", noun) else "s")
 
 
 def join(phrases):

@@ -56,6 +56,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
     )
     unified = _before_and_after(run, "unified/", summary.get("unified_before"), summary.get("unified_after"))
+    judge = _before_and_after(run, "judge/", summary.get("judge_before"), summary.get("judge_after"))
     areas = _before_and_after({}, "", summary.get("auc_before") or summary.get("auc"), summary.get("auc_after"))
     before, after = (read(f"samples/{moment}.json") or {} for moment in ("before", "after"))
     trust = [told.get("reliability", {}) for told in (before, after)]
@@ -69,6 +70,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
         spam=summary.get("spam"),
         understanding=understanding,
         unified=unified,
+        judge=judge,
         closeups=_closeups(before, after),
         scale=[_css(color) for color in HEATMAP_COLORS],
         hardest=_hardest(before.get("prompts", []), after.get("prompts", [])),
@@ -316,6 +318,8 @@ def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
         "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
         "Judgement of its own pictures": _before_and_after(
             run, "judgement/", summary.get("judgement_before"), summary.get("judgement_after")),
+        "Another model's answers": _before_and_after(
+            run, "judge/", summary.get("judge_before"), summary.get("judge_after")),
         "Picture, caption, picture": _before_and_after(
             run, "unified/", summary.get("unified_before"), summary.get("unified_after")),
         "Wall time, seconds": [{"name": name, "before": None, "after": seconds} for name, seconds in

@@ -47,16 +47,16 @@ class Suite:
     umm, programs (umm.Programs): the model. metas: prompts to draw, dicts with "prompt" and perhaps "tag"; their number
     is a multiple of `batch`, the prompts of one call. group: pictures of each. lengths: umm.Lengths. judge: (pixels
     [B, H, W, 3] in [0, 1], B metas) -> Verdicts of [B], or None. tests: {name: (pictures [M, H, W, 3], M tuples of
-    captions, the true one first)}.
+    captions, the true one first)}. view: what rewards are read from, "pixels", or "tokens", what was drawn as it is.
     """
 
-    def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=()):
+    def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=(), view="pixels"):
         if len(metas) % batch:
             raise ValueError(f"{len(metas)} evaluation prompts are not a multiple of the batch of {batch}")
         self.umm, self.programs, self.metas, self.group, self.lengths = umm, programs, metas, group, lengths
         self.rows = batch * group                                   # samples, or rows of reading, in one call
         self.batches = [metas[i:i + batch] for i in range(0, len(metas), batch)]
-        self.key, self.judge, self.tests = jax.random.key(seed), judge, dict(tests)
+        self.key, self.judge, self.tests, self.view = jax.random.key(seed), judge, dict(tests), view
         self.mesh = programs.sample.mesh
         self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
@@ -89,7 +89,8 @@ class Suite:
             keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), self.mesh)
             tokens, _ = self.programs.sample(policy, prompts, keys[0])
             pixels = self.programs.render(policy, tokens, prompts, keys[1])
-            logps, mask = self.programs.read(teacher, self.programs.see(teacher, pixels), grouped)
+            seen = self.umm.seen_of(tokens) if self.view == "tokens" else self.programs.see(teacher, pixels)
+            logps, mask = self.programs.read(teacher, seen, grouped)
             reward, pixels = sharding.fetch((self.mean(logps, mask), pixels))
             scores.append(reward)
             if self.judge:

@@ -30,7 +30,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
@@ -75,6 +75,7 @@ def train(config, workdir, stop=Stop()):
     method_of(config).check(config)
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
+    check_judge(config)
     with alone(workdir):
         return train_alone(config, workdir, stop)
 
@@ -122,6 +123,7 @@ def train_alone(config, workdir, stop):
         state = adapters.start_from(state, umm, config.lora.adapter, mesh)
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
+    ask = build_judge(config, suite.metas)
     unified = pictures and build_unified(config, method.loop, pictures)
     if unified and settings.cold and not config.get("world"):
         data.check_captions(config.pictures.folder, method.loop.encode)
@@ -156,6 +158,10 @@ def train_alone(config, workdir, stop):
                 measured, captions, _ = unified.measure(policy, base)
                 survived = {name: float(of_each.mean()) for name, of_each in measured.items()}
                 values |= {f"unified/{name}": share for name, share in survived.items()}
+            if ask:
+                told = ask(drawn)
+                values |= {f"judge/{name}": value for name, value in told.items()}
+                summary.update({f"judge_{moment}": told} if thorough else {})
             if thorough:
                 understanding = suite.understand(policy)
                 earlier = base if state.reference is None else method.policy(base, state.reference)     # at "before"
@@ -352,11 +358,37 @@ def build_suite(config, umm, programs, how, held_out, lengths):
         programs = compile_programs(
             umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh, settings.waves)
     metas = choose_prompts(held_out, count, np.random.default_rng(config.seed))
+    view = config.reward.view if "reward" in config else "pixels"
     if not config.get("world"):
-        return Suite(umm, programs, metas, batch, group, lengths, config.seed)
+        return Suite(umm, programs, metas, batch, group, lengths, config.seed, view=view)
     from gvu_jax.shapes import suite, world
     return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
-                       world.compositions(held_out), config.seed)
+                       world.compositions(held_out), config.seed, view)
+
+
+def check_judge(config):
+    """Raises ValueError or FileNotFoundError where config.eval.judge, if there is one, cannot be asked."""
+    if judge := config.eval.get("judge"):
+        if jax.process_count() > 1:
+            raise ValueError("eval.judge is asked on one host: leave it out here, and ask it about the run afterwards, "
+                             "with python -m gvu_jax.evaluate --suite=questions --checkpoint=WORKDIR --judge=..")
+        if not hub.is_name(judge) and not cli.path(judge).exists():
+            raise FileNotFoundError(f"no model folder or run {cli.path(judge)} (config.eval.judge)")
+
+
+def build_judge(config, metas):
+    """What config.eval.judge says of G pictures of each of the prompts: (uint8 [prompts, G, H, W, 3]) -> {"soft_..",
+    "hard_..": mean} over all and by category (see questions.py); None where there is no judge. It lies on all devices
+    as its own sizes divide, which need not be the run's mesh."""
+    if not config.eval.get("judge"):
+        return None
+    judge = gvu_jax.load(config.eval.judge)
+    atoms = questions.atoms_for(judge.umm, metas)
+
+    def ask(pictures):
+        found = questions.scores(questions.judge(judge, pictures, atoms), metas)
+        return {f"{how}_{tag}": mean for how in ("soft", "hard") for tag, (mean, *_) in found[how].items()}
+    return ask
 
 
 def judge_pictures(suite, policy, drawn, config):
@@ -373,7 +405,7 @@ def table(summary):
     score = "held-out checker score" if summary["judged"] else "held-out reward"
     lines = [f"{score:<24}{'before':>8}{'after':>8}{'change':>8}"]
     sections = {"": (before, after)}
-    for name in ("exact", "objects", "understanding", "judgement", "unified"):
+    for name in ("exact", "objects", "understanding", "judgement", "judge", "unified"):
         sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})
     for section, (old, new) in sections.items():
         asked = summary.get("asked_after", {}) if section == "objects " else {}

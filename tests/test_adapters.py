@@ -121,7 +121,7 @@ def test_an_export_without_a_base_names_what_was_converted(run, tmp_path):
     assert json.loads((tmp_path / "plain/adapter_config.json").read_text())["base_model_name_or_path"] is None
     shutil.copytree(run[1], tmp_path / "run")
     (tmp_path / "run/base/source").mkdir()
-    (tmp_path / "run/base/source/manifest.json").write_text('{"source": "/models/X-Omni-En"}')
+    (tmp_path / "run/base/source/manifest.json").write_text('{"source": "X-Omni/X-Omni-En", "revision": "4f2c"}')
     convert.export_peft(tmp_path / "run", tmp_path / "named")
     told = json.loads((tmp_path / "named/adapter_config.json").read_text())
-    assert told["base_model_name_or_path"] == "/models/X-Omni-En"
+    assert (told["base_model_name_or_path"], told["revision"]) == ("X-Omni/X-Omni-En", "4f2c")

@@ -16,7 +16,8 @@ from test_decode import some
 
 
 @pytest.mark.parametrize("name, content, word", [
-    ("p.txt", b"\n \n", "no prompts"), ("p.csv", b"a\n", "neither"), ("p.txt", b"\xff\xfe\x00", "UTF-8"),
+    ("p.txt", b"\n \n", "no prompts"), ("p.tsv", b"a\n", "neither"), ("p.txt", b"\xff\xfe\x00", "UTF-8"),
+    ("p.csv", b"a\nb\n", "row 1 has no"),
     ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"), ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2"),
     ("p.jsonl", b'"a"\n', "line 1"), ("p.jsonl", b'{"prompt": " "}\n', "line 1")])
 def test_a_bad_file_is_refused_with_the_place(tmp_path, name, content, word):

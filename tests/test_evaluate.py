@@ -17,8 +17,11 @@ from PIL import Image
 
 import gvu_jax
 from conftest import one_device
-from gvu_jax import data, suite
+import toy
+from gvu_jax import data, rewards, suite
 from gvu_jax.models import vae
+from gvu_jax.sampling import How
+from gvu_jax.umm import compile_programs
 from test_decode import some
 
 
@@ -85,6 +88,24 @@ def test_reliability():
     assert honest["error"] < 0.02 and abs(boastful["error"] - (2 / 3 - 1 / 2)) < 0.02
     assert [b["count"] for b in honest["bins"]] == [2000] * 10
     assert all(abs(b["score"] - (i + 0.5) / 10) < 0.01 for i, b in enumerate(honest["bins"]))
+
+
+def test_rewards_are_read_from_what_the_run_reads():
+    """With the view "tokens" from what was drawn as it is: of the toy, whose pixels are seen with noise."""
+    umm, how, mesh = toy.Toy(), How(images_per_prompt=3), one_device()
+    programs, metas = compile_programs(umm, how, mesh), [{"prompt": text} for text in ("ab", "cd", "a", "b")]
+    params, found = toy.as_params(toy.tables(0)), {}
+    for view in ("pixels", "tokens"):
+        of_run = suite.Suite(umm, programs, metas, 2, 3, umm.lengths([meta["prompt"] for meta in metas]), 0, view=view)
+        found[view] = of_run.sample(params, params)[1]
+        for i, of_batch in enumerate((metas[:2], metas[2:])):
+            prompts = umm.encode_prompts([meta["prompt"] for meta in of_batch], of_run.lengths)
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(0), i))
+            drawn, _ = umm.sample_image(params, prompts, keys[0], how)
+            seen = umm.seen_of(drawn) if view == "tokens" else umm.see(params, umm.render(params, drawn, prompts, keys[1]))
+            reward = rewards.geometric_mean(*umm.text_logps(params, seen, prompts.repeat(3)))
+            np.testing.assert_allclose(found[view][2 * i:2 * i + 2].ravel(), reward, rtol=1e-5)
+    assert not np.allclose(found["pixels"], found["tokens"])
 
 
 def test_content_words():

@@ -128,6 +128,28 @@ def test_genevalpp_has_one_jpeg_a_line(generate):
     assert generate("p.jsonl", "--layout=genevalpp")[1:] == (files, [])
 
 
+def test_geneval2_finds_a_picture_by_its_prompt(generate, tmp_path):
+    (tmp_path / "g2.jsonl").write_text("".join(json.dumps({"prompt": prompt, "vqa_list": []}) + "\n" for prompt in PROMPTS[:2]))
+    _, files, drawn = generate("g2.jsonl", "--layout=geneval2")
+    assert list(files) == ["00000.png", "00001.png", "images.json"] and drawn == [0, 1]
+    named = json.loads(files["images.json"])
+    for prompt, [expected] in zip(PROMPTS, Noise().draw(PROMPTS[:2], 0, 1, None, 16)):
+        np.testing.assert_array_equal(np.asarray(Image.open(named[prompt])), expected[0])
+    assert "stand there twice" in generate("p.jsonl", "--layout=geneval2")[0]
+
+
+def test_oneig_has_a_folder_for_each_category(generate, tmp_path):
+    """A table with quoted commas and line breaks; four pictures are cut out of one, as its evaluator does."""
+    (tmp_path / "bench.csv").write_text('category,id,prompt_en\nPortrait,000,"a man, in\nred"\nText_Rendering,007,a sign\n')
+    _, files, drawn = generate("bench.csv", "--layout=oneig", "--prompt_key=prompt_en")
+    assert list(files) == ["human/gvu_jax/000.webp", "text/gvu_jax/007.webp"] and drawn == [0, 1]
+    for content, [four] in zip(files.values(), Noise().draw(PROMPTS[:2], 0, 4, None, 16)):
+        whole = pixels(content)
+        np.testing.assert_array_equal([whole[y:y + 48, x:x + 48] for y in (0, 48) for x in (0, 48)], four)
+    assert generate("bench.csv", "--layout=oneig", "--prompt_key=prompt_en")[1:] == (files, [])
+    assert "OneIG-Bench.csv" in generate("p.jsonl", "--layout=oneig")[0]
+
+
 def test_t2icompbench_finds_the_prompt_in_the_name(generate):
     _, files, _ = generate("p.txt", "--layout=t2icompbench", "--images_per_prompt=2")
     names = sorted(os.listdir("out/samples"), key=lambda name: int(name.split("_")[-1].split(".")[0]))

@@ -132,7 +132,7 @@ def test_a_name_is_fetched_as_far_as_it_is_needed_and_converted(server, command,
     convert.convert(server.repositories["tiny/Janus-Pro"], tmp_path / "by_hand")
     same_models(tmp_path / "model", tmp_path / "by_hand")
     told = json.loads((tmp_path / "model/source/manifest.json").read_text())
-    assert told["source"] == "tiny/Janus-Pro", "what an exported adapter calls its base"
+    assert (told["source"], told["revision"]) == ("tiny/Janus-Pro", SHA), "what an exported adapter calls its base"
     count = len(server.sent)
     assert command("convert", "--src=hf:tiny/Janus-Pro@v2", f"--dst={tmp_path}/again") is None
     assert len(server.sent) == count, "the same files of another revision"

@@ -1,4 +1,4 @@
-"""Both notebooks run from the first cell to the last, as small as they get, and are kept without their outputs."""
+"""The notebooks run from the first cell to the last, as small as they get, and are kept without their outputs."""
 import json
 import os
 
@@ -44,6 +44,16 @@ def test_xomni_tpu(tmp_path, monkeypatch):
     shown = run("xomni_tpu", {"MODEL": str(tmp_path / "model"), "WORKDIR": str(tmp_path / "run")}, monkeypatch)
     assert [pictures for _, pictures in shown] == [0, 0, 0, 0, 1, 1, 0, 2]
     assert "bytes of parameters" in shown[3][0]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 1, 2, 2] and (tmp_path / "run/report.html").exists()
+
+
+def test_janus_pro(tmp_path, monkeypatch):
+    small = {"gvu.prompts": 2, "gvu.group": 2, "gvu.micro_batches": 1, "gvu.waves": 1}
+    shown = run("janus_pro", {"NAME": None, "WORKDIR": str(tmp_path / "run"), "STEPS": 2, "TRAINING_PROMPTS": 22,
+                              "SETTINGS": small}, monkeypatch)
+    assert [pictures for _, pictures in shown] == [0, 0, 0, 1, 1, 0, 0, 1]
+    assert "janus: draws 48 x 48" in shown[2][0] and "22 prompts" in shown[5][0] and "'after'" in shown[7][0]
     steps = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 1, 2, 2] and (tmp_path / "run/report.html").exists()
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from conftest import ROOT, TINY, one_device, tiny_config
-from gvu_jax import alarms, optim, sharding
+from gvu_jax import alarms, checkpoint, optim, sharding
 from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_json, read_metrics
@@ -21,9 +21,12 @@ from gvu_jax.train import table, train
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """(config, workdir) of a finished run of four steps."""
-    return run_of(tiny_config(), tmp_path_factory)
+def run(tiny, tmp_path_factory):
+    """(config, workdir) of a finished run of four steps, with a judge."""
+    config, judge = tiny_config(), tmp_path_factory.mktemp("judge") / "model"
+    checkpoint.save_model(judge, *tiny[1:])
+    config.eval.judge = str(judge)
+    return run_of(config, tmp_path_factory)
 
 
 def run_of(config, tmp_path_factory):
@@ -37,6 +40,16 @@ def run_of_each(request, tmp_path_factory):
     """`run` of every family."""
     return request.getfixturevalue("run") if request.param == TINY[0] else (
         run_of(tiny_config(family=request.param), tmp_path_factory))
+
+
+def test_a_judge_is_asked_at_each_evaluation(run):
+    lines = [line for line in read_metrics(run[1] / "metrics.jsonl") if "eval/overall" in line]
+    assert all(0 < line["judge/soft_overall"] < 1 and 0 <= line["judge/hard_position"] <= 1 for line in lines)
+    summary = read_json(run[1] / "summary.json")
+    for moment, line in (("before", lines[0]), ("after", lines[-1])):
+        told = {name.removeprefix("judge/"): value for name, value in line.items() if name.startswith("judge/")}
+        assert summary[f"judge_{moment}"] == pytest.approx(told, rel=1e-4)
+    assert "judge soft_overall" in table(summary)
 
 
 def method_of(tiny, **changes):

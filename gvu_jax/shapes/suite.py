@@ -12,6 +12,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from gvu_jax.questions import Atom
 from gvu_jax.shapes import checker, sentences, world
 from gvu_jax.suite import Suite
 
@@ -30,7 +31,7 @@ def place_of(umm):
     return world.World(side, min(len(world.NUMBERS), side * side))
 
 
-def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed):
+def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed, view="pixels"):
     """The suite for prompts `metas`, with `choices` questions in each test; four_way mentions nothing `forbidden`."""
     rng, place = np.random.default_rng(seed), place_of(umm)
     tests = {"four_way": four_way(rng, world.sample_scenes(rng, 4096, place), choices, forbidden)}
@@ -38,7 +39,7 @@ def build(umm, programs, metas, batch, group, choices, lengths, forbidden, seed)
     tests = {name: (world.render(np.stack([choice.scene for choice in test]), rng),
                     [tuple(meta["prompt"] for meta in choice.prompts) for choice in test])
              for name, test in tests.items()}
-    return Suite(umm, programs, metas, batch, group, lengths, seed, checker.judge, tests)
+    return Suite(umm, programs, metas, batch, group, lengths, seed, checker.judge, tests, view)
 
 
 # ---- tests of understanding --------------------------------------------------------------------------------------
@@ -111,6 +112,88 @@ def hard_pairs(rng, kind, count, place=world.World()):
             if not world.judge_scene(scene, false):
                 pairs.append(Choice(scene, (world.write(spec), false)))
     return pairs
+
+
+# ---- questions about a picture of a prompt -----------------------------------------------------------------------
+
+def atoms_of(meta):
+    """What is asked about the picture of a prompt of this world: a list of questions.Atom.
+
+    Its models were taught few questions and read captions best. So an atom gives them the prompt and captions that
+    differ from it in one point, and asks which one describes the picture; the question is their instruction. Captions
+    tell all there is (see sentences.py): among those that differ in objects are some for pictures with more or fewer.
+    """
+    spec = world.read(meta)
+    things, shapes = spec.things, [shape for shape, _ in spec.things]
+    say = lambda specs: [world.write(other)["prompt"] for other in specs]
+    of_kind = lambda tag, things, link=None: world.Spec(spec.lead_in, tag, tuple(things), link)
+    one = lambda thing: of_kind("colors" if thing[1] else "single_object", [thing])
+    others = {"object": [sentences.change(spec, i, (shape, color)) for i, (_, color) in enumerate(things)
+                         for shape in world.SHAPES if shape not in shapes]}
+    if spec.tag != "counting":                     # of two only one, of one more; and more than anything asks for
+        others["object"] += list(map(one, things)) if len(things) == 2 else [
+            of_kind("two_object", [(shapes[0], None), (shape, None)]) for shape in world.SHAPES if shape != shapes[0]]
+        others["object"] += [of_kind("counting", [(shape, None)], 2) for shape in shapes]
+        others["object"] += [of_kind("counting", [(world.ANY, None)], 3)]
+    else:
+        others["object"] += [of_kind("counting", [(world.ANY, None)], spec.link)] * (spec.link > 2)
+        others["count"] = [one(things[0])] + [spec._replace(link=number) for number in range(2, len(world.NUMBERS) + 1)
+                                              if number != spec.link]
+    if any(color for _, color in things):
+        colors = [color for _, color in things]
+        others["color"] = [sentences.change(spec, i, (shape, color)) for i, (shape, own) in enumerate(things) if own
+                           for color in world.COLORS if color not in colors]
+        if spec.tag == "color_attr":
+            others["color"].append(sentences.near_miss(spec, None))                                  # exchanged
+    if spec.tag == "position":
+        others["position"] = [spec._replace(link=world.INVERSE[spec.link])]
+    return [Atom(skill, None, tuple((text,) for text in (meta["prompt"], *say(of_skill))), 0, end=True)
+            for skill, of_skill in others.items()]
+
+
+def damaged(spec, kind, rng):
+    """A scene [9 cells] that does not show a Spec, and nothing much else: one of its words is another one ("word"), or
+    the point that its category is about ("point"), or an object is "added" or "missing". None where nothing is found.
+    """
+    for _ in range(sentences.TRIES):
+        if kind in ("word", "point"):
+            scene = shown(sentences.slip(spec, rng) if kind == "word" else sentences.near_miss(spec, rng), rng)
+        else:
+            scene = shown(spec, rng)
+            empty, taken = np.flatnonzero(scene == 0), np.flatnonzero(scene)
+            if kind == "added":
+                scene[rng.choice(empty)] = rng.integers(1, 1 + len(world.SHAPES) * len(world.COLORS))
+            elif len(taken) > 1:
+                scene[rng.choice(taken)] = 0
+        if not world.exact_scene(scene, world.write(spec)):
+            return scene
+    return None
+
+
+DAMAGES = "word", "point", "added", "missing"
+
+
+def shown(spec, rng):
+    """A random scene, int8 [9], that shows what a Spec says and nothing else."""
+    things = spec.things * (spec.link if spec.tag == "counting" else 1)
+    while True:
+        scene = np.zeros(9, np.int8)
+        for cell, (shape, color) in zip(rng.permutation(9), things):
+            color = color or sentences.pick(rng, world.COLORS)
+            scene[cell] = 1 + world.SHAPES.index(shape) * len(world.COLORS) + world.COLORS.index(color)
+        if world.exact_scene(scene, world.write(spec)):
+            return scene
+
+
+def renderings(metas, rng):
+    """Two pictures of each prompt, uint8 [prompts, 2, 48, 48, 3]: of a scene that shows it and nothing else, and of a
+    damaged one, the kinds of damage in turn."""
+    scenes = []
+    for i, spec in enumerate(map(world.read, metas)):
+        kinds = np.roll(DAMAGES, -i)
+        scenes += [shown(spec, rng), next(scene for kind in kinds if (scene := damaged(spec, kind, rng)) is not None)]
+    pixels = np.round(world.render(np.stack(scenes), rng) * 255).astype(np.uint8)
+    return pixels.reshape(len(metas), 2, *pixels.shape[1:])
 
 
 # ---- picture -> caption -> picture -------------------------------------------------------------------------------
