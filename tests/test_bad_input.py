@@ -269,6 +269,8 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
     ("shapes", "family=janus --config.model.vq.codebook_size=8", "codebook_size is 8, but there are 26 things"),
     ("shapes", "family=janus --config.model.vq.multipliers=(1,1)", "a code is 2 pixels wide, but a cell 16"),
     ("shapes", "family=janus --config.model.vision.heads=3", "no model has these sizes"),
+    ("shapes", "family=qwen_sd35 --config.model.vae.patch_size=8", "model.vae.patch_size 8, but a cell is 16"),
+    ("shapes", "family=qwen_sd35 --config.model.vision.heads=3", "3 heads no width"),
     ("xomni", "steps=1", "python -m gvu_jax.convert"),
     ("xomni", "model.checkpoint=..", "no prompt file prompts/train.jsonl")])
 def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting, message):

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import one_device, tiny_config
+from conftest import TINY, one_device, tiny_config
 
 from gvu_jax import checkpoint
 from gvu_jax.families import janus_tiny, xomni_tiny
@@ -65,6 +65,7 @@ def test_nothing_held_out_is_ever_written_for_pretraining(tiny):
     assert told(frozenset())[1] > 100, "the search would find them"
 
 
+@pytest.mark.parametrize("each", TINY[:2], indirect=True)              # of the third a question stands before the picture
 def test_a_question_among_the_words_is_read_as_before_them(each):
     """The same answers have the same probabilities, whether each question is asked of a picture of its own or six share
     one; and nothing but the answers is learned."""
@@ -191,3 +192,11 @@ def test_an_untrained_model_scores_at_chance(tiny):
     assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and verdicts.right.shape == (12, 2)
     understanding = shapes.understand(params)
     assert understanding["four_way"] < 0.5 and 0.25 < understanding["relation"] < 0.75
+
+
+import test_qwen_sd35_tiny as _mine                                                   # TEMPORARY
+for _name in dir(_mine):
+    if _name == "taught":
+        globals()[_name] = _mine.taught
+    elif _name.startswith("test_") and callable(getattr(_mine, _name)):
+        globals()[_name] = pytest.mark.question(getattr(_mine, _name))
