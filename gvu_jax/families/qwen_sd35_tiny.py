@@ -21,9 +21,9 @@ from gvu_jax.shapes.tokenizer import UNKNOWN, of_words
 
 # What of config.model and config.pretrain is this family's.
 PARTS = "vision", "vae", "dit", "flow", "tower", "drawing"
-# Rows and columns have the slower angles of a head. With the published base they would hardly turn from one cell to the
-# next, and left could not be told from right.
-ROPE_THETA = 10.0
+# Columns have the slowest angles of a head. With the published base, or X-Omni's, they would hardly turn from one cell
+# to the next, and left could not be told from right; much faster ones would lose what stands twenty words away.
+ROPE_THETA = 30.0
 
 
 def tiny(config):
@@ -36,9 +36,10 @@ def tiny(config):
     tokenizer = of_words((PAD, UNKNOWN, TURN, STOP, BEGIN, PICTURE, END), silent="\n", pad_token=PAD, eos_token=STOP)
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     half, width = model.ar.hidden_size // model.ar.num_attention_heads // 2, model.dit.joint_attention_dim
+    places = (half - 2) // 2                                     # angles of rows, and of columns; the rest are of time
     ar = qwen25_vl.Config(
         **{name: model.ar[name] for name in shared}, vocab_size=len(tokenizer), tie_word_embeddings=False,
-        mrope_section=(half - 2 * (half // 3), half // 3, half // 3), rms_norm_eps=1e-6, rope_theta=ROPE_THETA,
+        mrope_section=(half - 2 * places, places, places), rms_norm_eps=1e-6, rope_theta=ROPE_THETA,
         projected=(width, width), remat=model.get("remat", "nothing"))
     vision = qwen25_vl.VisionConfig(
         depth=model.vision.layers, hidden_size=model.vision.width, intermediate_size=model.vision.mlp_hidden,
