@@ -40,7 +40,6 @@ def one_device():
 
 
 def pytest_configure(config):
-    config.option.maxfail = 0  # TEMPORARY
     """One empty cache for all processes of this session: a program, or a base, is made once and not in every test."""
     if not hasattr(config, "workerinput"):
         os.environ["GVU_CACHE"] = config.gvu_cache = tempfile.mkdtemp(prefix="gvu_tests_")

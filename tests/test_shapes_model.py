@@ -192,11 +192,3 @@ def test_an_untrained_model_scores_at_chance(tiny):
     assert scores["overall"] < 0.5 and pictures.shape == (12, 2, 48, 48, 3) and verdicts.right.shape == (12, 2)
     understanding = shapes.understand(params)
     assert understanding["four_way"] < 0.5 and 0.25 < understanding["relation"] < 0.75
-
-
-import test_qwen_sd35_tiny as _mine                                                   # TEMPORARY
-for _name in dir(_mine):
-    if _name == "taught":
-        globals()[_name] = _mine.taught
-    elif _name.startswith("test_") and callable(getattr(_mine, _name)):
-        globals()[_name] = pytest.mark.question(getattr(_mine, _name))
