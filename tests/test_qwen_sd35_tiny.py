@@ -117,8 +117,8 @@ def test_a_guided_step_divided_three_ways_is_a_step_on_one_device():
     leaves, structure = jax.tree.flatten(params["ar"]["dit"])
     moved = [x + 0.1 * jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(leaves)]
     divisible = config, umm, params | {"ar": params["ar"] | {"dit": jax.tree.unflatten(structure, moved)}}
-    changes = {"sampling.guidance": 2.0, "gvu.anchor": 1.0, "gvu.micro_batches": 2}
-    ours, theirs = (a_step(divisible, mesh, **changes)[0] for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
+    ours, theirs = (a_step(divisible, mesh, **{"sampling.guidance": 2.0, "gvu.anchor": 0.0})[0]
+                    for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours["tokens"], theirs["tokens"])
     apart = np.abs(ours["pixels"] - theirs["pixels"])
     assert apart.max() < 1.01 / 255 and (apart > 0).mean() < 1e-2
