@@ -16,24 +16,25 @@ def get_config(preset="sft"):
     del config.gvu, config.flow
     config.sampling.flow.noise = 0.0         # of a flow's step: whole pictures are learned from, drawn by the ODE
     config.method = "internal_gap"
-    config.steps = 900 if preset.endswith("sft") else 450
+    config.steps = 600 if preset.endswith("sft") else 450
     # yes: as in the paper the model is asked "Does this image describe ..?", and what it answers with yes rather than
     # no is accepted. The prompt's words judge as well: geometric, with a threshold of eval.words.
     config.reward.mean = "yes"
-    # objective: sft or dpo. pool: prompts of the first round. prompts: prompts of a call that draws. group: candidates
-    # of each prompt. waves: parts of a call. threshold: a score above it is accepted. keep: most accepted candidates of
-    # a prompt that SFT learns from. batch: rows of an update. micro_batches: parts that an update is computed in. beta:
-    # DPO's. nll: weight of the accepted picture's own likelihood in DPO. draws: where a family cannot compute a
-    # picture's likelihood exactly, DPO takes the mean of so many estimates of it. anchor: weight of a KL that holds
-    # reading to the base's. replay: the step at which discarded prompts are drawn again; 0: never. probe: steps between
-    # looks whether it is time for the replay, 0: none; replay is then the latest.
-    config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=1,
-                               batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=1.0, replay=0, probe=0)
+    # objective: sft or dpo. pool: prompts of the first round. prompts: prompts of a call that draws. group:
+    # candidates of each prompt. waves: parts of a call. threshold: a score above it is accepted. keep: most accepted
+    # candidates of a prompt that SFT learns from; of one alone it learns that picture by heart. batch: rows of an
+    # update. micro_batches: parts that an update is computed in. beta: DPO's. nll: weight of the accepted picture's
+    # own likelihood in DPO. draws: where a family cannot compute a picture's likelihood exactly, DPO takes the mean
+    # of so many estimates of it. anchor: weight of a KL that holds reading to the base's. replay: the step at which
+    # discarded prompts are drawn again; 0: never. probe: steps between looks whether it is time for the replay, 0:
+    # none; replay is then the latest.
+    config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=4,
+                               batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=10.0, replay=0, probe=0)
     config.trains = "backbone"                           # what learns: a name of the family's `trains`
     # Learning rate of AdamW. A pair says more than a picture, and moves the policy further.
     config.optim.update(lr=1e-3 if preset.endswith("sft") else 2e-4)
     # group: pictures of each held-out prompt.
-    config.eval.update(every=config.steps // 3, group=12)
+    config.eval.update(every=config.steps // 2, group=12)
     config.checkpoint_every = 100
     if preset.startswith("c"):
         config.internal_gap.replay = config.steps // 2

@@ -126,6 +126,20 @@ def check_texts(texts):
             raise ValueError(f"prompt {i} is empty: every prompt needs at least one word")
 
 
+def ids_of_words(umm, texts, questions, most):
+    """The ids of B texts as answers to `questions`, lists of rows. Raises ValueError for a text that is empty, is no
+    Unicode, or has more than `most` tokens, and for one, or a question, that would steer the model."""
+    check_texts(texts)
+    check_plain(umm.tokenizer, texts, "prompt {}")
+    check_plain(umm.tokenizer, list(dict.fromkeys(questions)), "question {}")
+    words = umm.tokenizer([umm.said(text) for text in texts], add_special_tokens=False)["input_ids"]
+    for text, ids in zip(texts, words):
+        if len(ids) > most:
+            raise ValueError(f"the prompt {text[:40]!r}... has {len(ids)} tokens, but the model reads at most {most}: "
+                             f"shorten it")
+    return words
+
+
 def pad_prompts(texts, parts, lengths, pad, head=(), left=(True, True, False)):
     """Prompts of int32 / bool numpy arrays from the ids of B texts: prompts, questions and words, lists of rows.
 

@@ -22,7 +22,7 @@ from ml_collections import config_flags
 from PIL import Image
 
 import gvu_jax
-from conftest import ROOT, load_config, one_device, tiny_config
+from conftest import ROOT, least_size, load_config, one_device, tiny_config
 from gvu_jax import checkpoint, cli, convert, data, decode, optim, tensor_files
 from gvu_jax.families import xomni
 from gvu_jax.methods.gvu import GvU
@@ -586,8 +586,7 @@ def test_pretraining_does_not_begin_where_it_cannot_end(tiny, disk, monkeypatch)
 
 def test_convert_on_a_disk_that_refuses(fixtures, converted, disk, monkeypatch):
     """It says how much it needs; where the space goes while it works, it ends in one line and can go on later."""
-    size = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"]
-    target = disk.path / "model"
+    size, target = least_size(fixtures), disk.path / "model"
     with pytest.raises(OSError, match="no space left .* bytes are needed"):
         convert.convert(fixtures / "xomni", target, image_size=size)
     with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import one_device
+from conftest import copied, least_size, one_device
 from flax import traverse_util
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -69,7 +69,7 @@ def other_size(fixtures):
     """(pixels, grid) of a picture that the golden model can draw, but not by default."""
     vision = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]
     step, long_size = vision["decoder"]["upscale_factor"], vision["transform"]["long_size"]
-    side = 576 if long_size >= 576 else vision["transform"]["short_size"]
+    side = 576 if long_size >= 576 else least_size(fixtures)
     side = side + step if side + step <= long_size else side - step
     return side, (side // step,) * 2
 
@@ -78,7 +78,7 @@ def other_size(fixtures):
 def golden_copy(fixtures, tmp_path):
     """The golden checkpoint as a directory of its own, to be damaged: the model directory in it."""
     for name in ("xomni", "siglip_vq", "flux"):
-        shutil.copytree(fixtures / name, tmp_path / name, copy_function=shutil.copyfile)
+        copied(fixtures / name, tmp_path / name)
     return tmp_path / "xomni"
 
 
@@ -87,9 +87,9 @@ def published(fixtures, tmp_path_factory):
     """A directory as it is published: all parts inside, the backbone in bfloat16 and in shards. -> (source, model)"""
     root = tmp_path_factory.mktemp("published")
     source = root / "X-Omni"
-    shutil.copytree(fixtures / "xomni", source, ignore=shutil.ignore_patterns("expected", "model.safetensors"))
-    shutil.copytree(fixtures / "siglip_vq", source / "vit", ignore=shutil.ignore_patterns("expected*", "images"))
-    shutil.copytree(fixtures / "flux/decoder_transformer", source / "decoder")
+    copied(fixtures / "xomni", source, "expected", "model.safetensors")
+    copied(fixtures / "siglip_vq", source / "vit", "expected*", "images")
+    copied(fixtures / "flux/decoder_transformer", source / "decoder")
     edit(source / "config.json", vision_config__decoder__model_path="decoder",
          vision_config__encoder__siglip_path="vit/siglip_vit.pt",
          vision_config__encoder__projector_path="vit/vq_projector.pt")
@@ -221,7 +221,7 @@ def test_export_of_a_model_that_was_never_converted(converted, tmp_path):
 # ------------------------------------------------------------------ interruptions
 
 def test_an_interrupted_conversion_goes_on(fixtures, converted, tmp_path, monkeypatch):
-    writes, write, room = [], ParameterStore.write, [100]
+    writes, write, room = [], ParameterStore.write, [40]
 
     def failing(self, path, row, values):
         if room and len(writes) == room[0]:
@@ -557,11 +557,10 @@ def test_safetensors_headers_are_checked(tmp_path):
             TensorFile(path)
 
 
-def test_the_command_line_fails_in_one_line(tmp_path):
+def test_the_command_line_fails_in_one_line(command, tmp_path):
     (tmp_path / "empty").mkdir()
-    done = subprocess.run([sys.executable, "-m", "gvu_jax.convert", f"--src={tmp_path}/empty", f"--dst={tmp_path}/x"],
-                          capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.strip() == f"error: there is no {tmp_path}/empty/config.json"
+    end = command("convert", f"--src={tmp_path}/empty", f"--dst={tmp_path}/x")
+    assert end == f"error: there is no {tmp_path}/empty/config.json"
 
 
 # ------------------------------------------------------------------ adapters
@@ -665,7 +664,7 @@ def test_golden_adapters_come_in_and_go_out(fixtures, converted, tmp_path, name)
 
 
 def test_adapters_that_do_not_fit_are_named(fixtures, converted, tmp_path):
-    shutil.copytree(fixtures / "grpo/lora_adapter", tmp_path / "adapter")
+    copied(fixtures / "grpo/lora_adapter", tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_model.safetensors"
     umm = checkpoint.read_metadata(converted)
     tensors = load_file(file)

@@ -61,7 +61,7 @@ def test_velocity_equals_diffusers(config, grid, batch, text_tokens):
     theirs, tensors = torch_model(config)
     inputs = random_inputs(config, grid, batch, text_tokens)
     params = flux.from_torch(tensors, config)
-    ours = flux.FluxTransformer(config).apply({"params": params}, *inputs, grid)
+    ours = bound(config, params, grid)(*inputs)
     latents, _, context, pooled, sigma, guidance = (None if x is None else torch.from_numpy(x) for x in inputs)
     image_ids = torch.tensor([[0, row, col] for row in range(grid[0]) for col in range(grid[1])], dtype=torch.float32)
     with torch.no_grad():
@@ -139,6 +139,10 @@ def grid_of(expected):
     return tuple(int(last) + 1 for last in expected["vel_img_ids"][-1, 1:])
 
 
+def drawn_grid(call):
+    return call["height"] // call["upscale_factor"], call["width"] // call["upscale_factor"]
+
+
 def text_of(expected, vectors=None):
     """(context, pooled) of the prompt and of the empty prompt, each with batch 1."""
     return [(expected[f"t5_out_{which}"][:, :vectors], expected[f"clip_pooled_{which}"])
@@ -203,7 +207,7 @@ def test_guided_loop(golden, fixtures):
     np.testing.assert_allclose(levels, expected["loop_sigmas"], atol=1e-6)
     np.testing.assert_allclose(levels[:-1] * 1000, expected["loop_timesteps"], rtol=1e-6)
 
-    velocity, scale = bound(config, params, grid_of(expected)), call["true_cfg_scale"]
+    velocity, scale = bound(config, params, drawn_grid(call)), call["true_cfg_scale"]
     (context, pooled), negative = text_of(expected)
     latents = np.concatenate([noise[None], expected["loop_step_latents"]])                          # [steps+1, 1, N, C]
     for i in range(steps):
@@ -215,7 +219,7 @@ def test_guided_loop(golden, fixtures):
 
     final = flux.sample(velocity, noise, siglip, context, pooled, steps, scale, negative, schedule)
     np.testing.assert_allclose(final, expected["loop_final_latents"], atol=5e-4)
-    unpacked = np.moveaxis(np.asarray(flux.unpack(final, grid_of(expected))), -1, 1)
+    unpacked = np.moveaxis(np.asarray(flux.unpack(final, drawn_grid(call))), -1, 1)
     np.testing.assert_allclose(unpacked, expected["loop_unpacked"], atol=5e-4)
 
 
@@ -229,7 +233,8 @@ def tokenizer_latents(folder, grid):
                                      torch.load(folder / file, weights_only=True).items()}
                                     for file in ("siglip_vit.pt", "vq_projector.pt")), config)
     tokens = np.load(folder / "expected.npz")["grid_tokens"].reshape(1, -1)
-    latents = siglip_vq.SiglipVQ(config).apply({"params": params}, tokens, grid, method="decode")
+    latents = jax.jit(lambda tokens: siglip_vq.SiglipVQ(config).apply(
+        {"params": params}, tokens, grid, method="decode"))(tokens)
     return latents.reshape(1, tokens.shape[1], -1)
 
 
@@ -240,14 +245,14 @@ def test_from_tokens_to_the_picture(golden, fixtures):
     vae_config = vae.Config(**{name: tuple(described[name]) if isinstance(described[name], list) else described[name]
                                for name in vae.Config.__dataclass_fields__})
     vae_params = vae.from_torch(load_file(fixtures / "flux/base/vae/diffusion_pytorch_model.safetensors"), vae_config)
-    grid = (call["height"] // call["upscale_factor"], call["width"] // call["upscale_factor"])
+    grid = drawn_grid(call)
     (context, pooled), negative = text_of(expected)
     siglip = tokenizer_latents(fixtures / "siglip_vq", grid)
     np.testing.assert_allclose(siglip, expected["loop_siglip"], atol=5e-4)
     final = flux.sample(bound(config, params, grid), expected["loop_init_latents"], siglip, context, pooled,
                         call["num_inference_steps"], call["true_cfg_scale"], negative, schedule_of(fixtures))
-    raw = vae.AutoencoderKL(vae_config).apply({"params": vae_params}, method="decode",
-                                              latents=vae.from_latents(flux.unpack(final, grid), vae_config))
+    raw = jax.jit(lambda final: vae.AutoencoderKL(vae_config).apply(
+        {"params": vae_params}, vae.from_latents(flux.unpack(final, grid), vae_config), method="decode"))(final)
     pixels = np.asarray(vae.to_pixels(raw))
     np.testing.assert_allclose(pixels, expected["image_float"], atol=5e-4)
     assert_same_picture(pixels[0], expected)
@@ -334,7 +339,7 @@ def test_bfloat16_in_bfloat16_out(random_params):
         dtypes.append(out.dtype)
         return out
 
-    final = flux.sample(velocity, latents, siglip, half(context), half(pooled), 2)
+    final = jax.eval_shape(lambda *x: flux.sample(velocity, *x, 2), latents, siglip, half(context), half(pooled))
     assert final.dtype == jnp.float32 and set(dtypes) == {jnp.dtype(jnp.bfloat16)}
 
 

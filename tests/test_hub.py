@@ -4,7 +4,6 @@ import hashlib
 import http.server
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 
 import gvu_jax
-from conftest import ROOT, load_config, one_device
+from conftest import ROOT, copied, load_config, one_device
 from gvu_jax import checkpoint, convert, hub, train
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -79,18 +78,18 @@ def digest(file):
 def published(fixtures, tmp_path):
     """Folders as the hub has them: Janus-Pro with things that nobody needs, and an X-Omni whose FLUX.1-dev is another's."""
     janus, xomni, flux = (tmp_path / "repositories" / name for name in ("janus", "xomni", "flux"))
-    shutil.copytree(fixtures / "janus", janus, ignore=shutil.ignore_patterns("expected", "images", "README*"))
+    copied(fixtures / "janus", janus, "expected", "images", "README*")
     (janus / "janus_pro_teaser1.png").write_bytes(b"a picture")
     (janus / "modeling.py").write_text("print('never run')")
     assert (janus / "pytorch_model.bin").exists() and (janus / "model.safetensors").exists()
-    shutil.copytree(fixtures / "xomni", xomni, ignore=shutil.ignore_patterns("expected"))
-    shutil.copytree(fixtures / "siglip_vq", xomni / "vit", ignore=shutil.ignore_patterns("expected*", "images"))
-    shutil.copytree(fixtures / "flux/decoder_transformer", xomni / "decoder")
+    copied(fixtures / "xomni", xomni, "expected")
+    copied(fixtures / "siglip_vq", xomni / "vit", "expected*", "images")
+    copied(fixtures / "flux/decoder_transformer", xomni / "decoder")
     config = json.loads((xomni / "config.json").read_text())
     config["vision_config"]["decoder"]["model_path"] = "decoder"
     config["vision_config"]["encoder"] |= {"siglip_path": "vit/siglip_vit.pt", "projector_path": "vit/vq_projector.pt"}
     (xomni / "config.json").write_text(json.dumps(config))
-    shutil.copytree(fixtures / "flux/base", flux)
+    copied(fixtures / "flux/base", flux)
     (flux / "flux1-dev.safetensors").write_bytes(b"24 GB")
     return {"tiny/Janus-Pro": janus, "tiny/X-Omni": xomni, "black-forest-labs/FLUX.1-dev": flux}
 

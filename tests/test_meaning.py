@@ -204,15 +204,17 @@ def test_internal_gap_draws_its_pool_and_what_was_discarded(tmp_path, threshold)
 
 @pytest.mark.parametrize("objective", ["sft", "dpo"])
 def test_a_step_of_internal_gap(tmp_path, objective):
-    """Two micro-batches, the anchor within each, and rows of which the base drew some."""
-    built, base, state = gap(tmp_path, objective=objective)
-    rng = np.random.default_rng(5)
-    chosen, rejected = rng.integers(0, toy.CODES, (2, 8, toy.N))
-    logp, by_base = rng.standard_normal(8).astype(np.float32), np.array([1, 0, 1, 1, 1, 0, 1, 1], bool)
-    of = lambda theta, tokens: toy.drawn(theta, TEXTS, tokens)
+    """Two micro-batches, the anchor within each, on accepted and rejected pictures, and rows of which the base drew
+    some."""
+    built, base, state = gap(tmp_path, objective=objective, batch=16)
+    rng, texts, slices = np.random.default_rng(5), np.tile(TEXTS, 2), (slice(0, 8), slice(8, 16))
+    chosen, rejected = rng.integers(0, toy.CODES, (2, 16, toy.N))
+    logp, by_base = rng.standard_normal(16).astype(np.float32), np.array([1, 0, 1, 1, 1, 0, 1, 1] * 2, bool)
+    of = lambda theta, tokens: toy.drawn(theta, texts, tokens)
+    either = np.where(np.arange(16)[:, None] % 8 < 4, chosen, rejected)
 
     def held(theta):
-        return np.mean([read_kl(theta, chosen[rows], TEXTS[rows], 1) for rows in (slice(0, 4), slice(4, 8))])
+        return np.mean([read_kl(theta, either[rows], texts[rows], 1) for rows in slices])
 
     def margin(theta):
         return (of(theta, chosen) - of(BASE, chosen) - of(theta, rejected) + of(BASE, rejected)).sum(axis=1)
@@ -223,8 +225,8 @@ def test_a_step_of_internal_gap(tmp_path, objective):
             return -likely + 2.0 * held(theta)
         return np.log1p(np.exp(-0.4 * margin(theta))).mean() - 0.3 * likely + 2.0 * held(theta)
 
-    asked = anchor.questions(UMM, TEXTS, UMM.lengths(TEXTS), one_device())
-    batch = UMM.encode_prompts(TEXTS), asked, chosen, rejected, logp, by_base, {"data/prompts": np.float32(5)}, KEY
+    asked = anchor.questions(UMM, texts.tolist(), UMM.lengths(TEXTS), one_device())
+    batch = UMM.encode_prompts(texts.tolist()), asked, chosen, rejected, logp, by_base, {"data/prompts": np.float32(5)}, KEY
     after, metrics = built.update(jax.tree.map(jnp.copy, state), base, *batch)
     expected, norm = toy.descend(POLICY, loss, 0.5)
     assert_moved(after, expected)
@@ -232,7 +234,7 @@ def test_a_step_of_internal_gap(tmp_path, objective):
     gaps = np.abs(of(BASE, chosen).sum(axis=1) - logp) / toy.N
     told = {"loss": loss(POLICY), "grad_norm": norm, "read_kl": held(POLICY), "data/prompts": 5,
             "kl": (np.exp(away) - away - 1).mean(), "entropy": -of(POLICY, chosen).mean(),
-            "logp_gap": np.mean([gaps[rows][by_base[rows]].mean() for rows in (slice(0, 4), slice(4, 8))])}
+            "logp_gap": np.mean([gaps[rows][by_base[rows]].mean() for rows in slices])}
     if objective == "dpo":
         told |= {"margin": margin(POLICY).mean(), "preferred": (margin(POLICY) > 0).mean()}
         assert 0 < told["preferred"] < 1

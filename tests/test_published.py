@@ -3,8 +3,6 @@ import dataclasses
 import functools
 import json
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,7 @@ from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
 import gvu_jax
-from conftest import assert_same_picture, load_config, one_device
+from conftest import assert_same_picture, least_size, load_config, one_device
 from gvu_jax import adapters, checkpoint, lora, objectives, rewards, sharding
 from gvu_jax.methods import grpo
 from gvu_jax.models import flux, torch_keys, vae, xomni
@@ -55,14 +53,15 @@ def grid_of(config):
 def test_rewards_of_the_golden_cases(fixtures, model):
     umm, params = model
     cases = json.loads((fixtures / "reward/cases.json").read_text())
-    golden = np.load(fixtures / "reward/expected.npz")
+    golden, read = np.load(fixtures / "reward/expected.npz"), jax.jit(umm.text_logps)
+    lengths = umm.lengths([case["prompt"] for case in cases])
     for i, case in enumerate(cases):
         seen = jnp.array(case["image_tokens"]).reshape(1, *case["grid"])
-        prompts = umm.encode_prompts([case["prompt"]])
+        prompts = umm.encode_prompts([case["prompt"]], lengths)
         asked, _ = umm._asked(seen, prompts)
         assert asked[0].tolist() == case["context_ids"]
         assert prompts.words[0][prompts.words_mask[0]].tolist() == case["target_ids"]
-        logps, mask = jax.jit(umm.text_logps)(params, seen, prompts)
+        logps, mask = read(params, seen, prompts)
         n = int(golden["token_count"][i])
         np.testing.assert_allclose(logps[mask], golden["token_logprobs"][i, :n], atol=2e-4)
         np.testing.assert_allclose(rewards.geometric_mean(logps, mask), [case["score"]], rtol=1e-4)
@@ -153,7 +152,7 @@ def test_the_whole_picture_from_recorded_noise(fixtures, model):
     ids = umm._head_ids([call["prompt"], call["negative_prompt"]])
     np.testing.assert_array_equal(ids[0], np.concatenate([golden["t5_ids_prompt"], golden["t5_ids_empty"]]))
     np.testing.assert_array_equal(ids[1], np.concatenate([golden["clip_ids_prompt"], golden["clip_ids_empty"]]))
-    context, pooled = umm._head_text(params, *ids)
+    context, pooled = jax.jit(umm._head_text)(params, *ids)
     np.testing.assert_allclose(context[:1], golden["t5_out_prompt"], atol=5e-4)
     np.testing.assert_allclose(pooled[:1], golden["clip_pooled_prompt"], atol=5e-4)
     grid = tuple(side // call["upscale_factor"] for side in (call["height"], call["width"]))
@@ -161,11 +160,13 @@ def test_the_whole_picture_from_recorded_noise(fixtures, model):
     def velocity(*inputs):
         return flux.FluxTransformer(umm.flux).apply({"params": params["flux"]}, *inputs, grid=grid)
 
-    packed = flux.sample(velocity, golden["loop_init_latents"], golden["loop_siglip"], context[:1], pooled[:1],
-                         call["num_inference_steps"], call["true_cfg_scale"], (context[1:], pooled[1:]), umm.schedule)
-    latents = vae.from_latents(flux.unpack(packed, grid), umm.vae)
-    pixels = vae.to_pixels(vae.module(umm.vae).apply({"params": params["vae"]}, latents, method="decode"))
-    assert_same_picture(pixels[0], golden)
+    @jax.jit
+    def draw(noise, siglip, context, pooled):
+        packed = flux.sample(velocity, noise, siglip, context[:1], pooled[:1], call["num_inference_steps"],
+                             call["true_cfg_scale"], (context[1:], pooled[1:]), umm.schedule)
+        latents = vae.from_latents(flux.unpack(packed, grid), umm.vae)
+        return vae.to_pixels(vae.module(umm.vae).apply({"params": params["vae"]}, latents, method="decode"))
+    assert_same_picture(draw(golden["loop_init_latents"], golden["loop_siglip"], context, pooled)[0], golden)
 
 
 def test_a_prompts_text_is_encoded_once_for_its_pictures(model, key):
@@ -191,15 +192,13 @@ def test_the_facade_reads_pictures_of_any_size(fixtures, converted):
     assert len(model.answer([small, large], "What is this?")) == 2
 
 
-def test_convert_generate_and_score_from_the_command_line(fixtures, tmp_path):
+def test_convert_generate_and_score_from_the_command_line(fixtures, command, tmp_path, capsys):
     def run(module, *flags):
-        done = subprocess.run([sys.executable, "-m", f"gvu_jax.{module}", *flags], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        assert command(module, *flags) is None
+        return capsys.readouterr().out
 
     (tmp_path / "prompts.txt").write_text("a red cube\ntwo dogs\n")
-    size = json.loads((fixtures / "xomni/config.json").read_text())["vision_config"]["transform"]["short_size"]
-    run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={size}")
+    run("convert", f"--src={fixtures / 'xomni'}", f"--dst={tmp_path / 'model'}", f"--image_size={least_size(fixtures)}")
     run("generate", f"--checkpoint={tmp_path / 'model'}", f"--prompts={tmp_path / 'prompts.txt'}",
         f"--out={tmp_path / 'out'}", "--images_per_prompt=1")
     picture = tmp_path / "out/00000_0.png"

@@ -104,7 +104,7 @@ def test_a_chat_about_pictures_equals_transformers(pair, left):
         [row[0] for row in rows], [row[1] for row in rows], [[1] * len(row[1]) for row in rows]))
     pixels = [rng.random((1, h * vision.multiple, w * vision.multiple, 3), np.float32)
               for pictures in shown for h, w in pictures]
-    found = [np.asarray(vl.VisionTower(vision).apply({"params": of_tower}, x, method="see")[0]) for x in pixels]
+    found = [np.asarray(apply(vl.VisionTower(vision), of_tower, x, method="see")[0]) for x in pixels]
     M = max(len(found[0]), len(found[1]) + len(found[2]))
     seen = np.zeros((3, M, config.hidden_size), np.float32)
     seen[0, :len(found[0])] = found[0]
@@ -147,7 +147,7 @@ def test_pictures_are_resized_as_transformers_does(size):
 
 
 @pytest.mark.parametrize("size, limits", [((100, 150), (3136, 10976)), ((20, 37), (3136, 65536)),
-                                          ((56, 84), (3136, 65536))])
+                                          ((56, 84), (3136, 65536)), ((280, 56), (3136, 6000))])
 def test_pictures_are_fitted_in_a_program_as_on_the_host(size, limits):
     levels = np.random.default_rng(0).integers(0, 256, (2, *size, 3), np.uint8)
     limits = vl.Transform(*limits)

@@ -18,7 +18,7 @@ from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
 from gvu_jax.models import clip, torch_keys
 from gvu_jax.sampling import How
-from gvu_jax.tensor_files import Spec, TensorFile
+from gvu_jax.tensor_files import Spec
 from gvu_jax.train import train
 from gvu_jax.umm import gather_logps
 
@@ -27,7 +27,8 @@ from gvu_jax.umm import gather_logps
 
 @pytest.fixture(scope="module")
 def uae(fixtures, tmp_path_factory):
-    """The golden folders, what they say, and the model that becomes of them: umm, base, policy (both in float32)."""
+    """The golden folders, what they say, two of their prompts, and the model that becomes of them: umm, base, policy
+    (both in float32)."""
     folder = fixtures / "uae/uae"
     told = json.loads((folder / "config.json").read_text())
     where = lambda name: (folder / told[name]).resolve()
@@ -36,14 +37,16 @@ def uae(fixtures, tmp_path_factory):
     convert.convert(where("llm"), model, image_size=step, sd3=where("SD3"), dit=where("dit"),
                     processor=where("llm_processor"))
     umm, params = checkpoint.load_model(model)
-    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step))
+    expected = json.loads((folder / "expected.json").read_text())
+    umm = dataclasses.replace(umm, grid=(told["height"] // step, told["width"] // step),
+                              negative=expected["negative_prompt"])
     base = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf), jnp.float32), params)
     laid, adapter = family.read_adapters(umm, where("llm_lora"), where("dit_lora"),
                                          told["llm_lora_alpha"] / told["llm_lora_rank"])
     widened = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (laid, adapter))
     return types.SimpleNamespace(
         folder=folder, told=told, where=where, model=model, umm=umm, base=base,
-        policy=family.laid_over(base, *widened), expected=json.loads((folder / "expected.json").read_text()),
+        policy=family.laid_over(base, *widened), expected=expected, texts=list(expected["prompts"].values())[:2],
         arrays=lambda name: dict(np.load(folder / f"{name}.npz")))
 
 
@@ -60,8 +63,8 @@ def channels_first(x):
 def test_golden_chats(uae):
     """The ids of a prompt's chat and of the negative one's; and the constant pooled vector."""
     expected, umm = uae.arrays("embeds"), uae.umm
-    assert umm.negative == uae.expected["negative_prompt"] and family.QUESTION == uae.expected[
-        "published_caption_question"]
+    assert family.NEGATIVE == uae.expected["negative_prompt"]
+    assert family.QUESTION == uae.expected["published_caption_question"]
     for name, text in uae.expected["prompts"].items():
         ids, mask = expected[f"{name}_input_ids"], expected[f"{name}_attention_mask"].astype(bool)
         prompts = umm.encode_prompts([text])
@@ -121,7 +124,7 @@ HOWS = [How(2, guidance=3.0, flow=flow.Flow(4, 0.7)), How(2, flow=flow.Flow(4, 0
 @pytest.mark.parametrize("how", HOWS, ids=["guided", "window"])
 def test_what_was_drawn_has_the_samplers_log_probs(uae, how):
     """Of a policy with an adapter over both halves; in groups, cut into micro-batches, and prompt by prompt."""
-    umm, texts = uae.umm, list(uae.expected["prompts"].values())
+    umm, texts = uae.umm, uae.texts
     prompts = umm.encode_prompts(texts)
     drawn, logps = jax.jit(umm.sample_image, static_argnums=3)(uae.policy, prompts, jax.random.key(0), how)
     assert logps.shape == (4, how.flow.trained)
@@ -254,7 +257,7 @@ def test_golden_diffusion_loss(uae):
 
 def test_flow_matching_is_the_diffusion_loss(uae):
     """With the levels' weights 1 and the target the velocity; its noise and level are the key's, row by row."""
-    umm, prompts = uae.umm, uae.umm.encode_prompts(list(uae.expected["prompts"].values()))
+    umm, prompts = uae.umm, uae.umm.encode_prompts(uae.texts)
     pixels = np.random.default_rng(0).integers(0, 256, (2, *umm.picture_size, 3)).astype(np.float32) / 255
     target = jax.jit(umm.image_target)(uae.policy, pixels)
     nll = jax.jit(umm.image_nll)
@@ -273,9 +276,9 @@ def test_flow_matching_is_the_diffusion_loss(uae):
     np.testing.assert_allclose(first[:, 0], ((velocity(uae.policy) - noise + target) ** 2).mean((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["published", "rescaled"])
-def test_golden_cold_start(uae, name):
-    """Picture, question and answer -> contexts -> ten steps -> picture -> CLIP, and back through all of it."""
+def test_golden_cold_start(uae):
+    """Picture, question and answer -> contexts -> ten steps -> picture -> CLIP, and back through all of it: with the
+    published slip of what CLIP is shown, and without."""
     from test_clip_vision import read
     expected, umm, told = uae.arrays("losses"), uae.umm, uae.told
     tower, of_tower = read(uae.folder / "bench/clip")
@@ -299,24 +302,27 @@ def test_golden_cold_start(uae, name):
         seen = family.Seen(cells, tuple(n // umm.vision.spatial_merge_size for n in grid))
         pixels = umm.reconstruction(policy, seen, asked, channels_last(expected["rec_init_latents"]),
                                     told["rec_num_inference_steps"], told["rec_guidance_scale"])
-        value, alike = family.unlike(tower, of_tower, pixels, originals, name == "published")
-        return value, (alike, pixels, umm.answer_states(policy, seen, asked))
-    (value, (alike, pixels, (positive, negative))), (adapters, projector) = jax.jit(
-        jax.value_and_grad(loss, has_aux=True))(start[:2])
+        both = {name: family.unlike(tower, of_tower, pixels, originals, name == "published")
+                for name in ("published", "rescaled")}
+        values = {name: value for name, (value, _) in both.items()}
+        return values, (both, pixels, umm.answer_states(policy, seen, asked))
+    slopes, (both, pixels, (positive, negative)) = jax.jit(jax.jacrev(loss, has_aux=True))(start[:2])
     np.testing.assert_allclose(positive, expected["rec_context"], atol=2e-4)
     np.testing.assert_allclose(negative, expected["rec_context_negative"], atol=2e-4)
     np.testing.assert_allclose(channels_first(pixels), expected["rec_images"], atol=2e-3)
-    np.testing.assert_allclose(alike, expected[f"rec_similarity_{name}"], atol=1e-4)
-    np.testing.assert_allclose(value, expected[f"rec_loss_{name}"], rtol=1e-3)
-    assert_projector(projector, expected, f"rec_grad_{name}")
-    found = {"projector": norm(projector), "llm_lora": norm(adapters["llm"]), "dit_lora": norm(adapters["dit"])}
-    for part, recorded in uae.expected["rec_grad_norms"][name].items():
-        np.testing.assert_allclose(found[part], recorded, rtol=1e-2, err_msg=part)
+    for name, (value, alike) in both.items():
+        np.testing.assert_allclose(alike, expected[f"rec_similarity_{name}"], atol=1e-4)
+        np.testing.assert_allclose(value, expected[f"rec_loss_{name}"], rtol=1e-3)
+        adapters, projector = slopes[name]
+        assert_projector(projector, expected, f"rec_grad_{name}")
+        found = {"projector": norm(projector), "llm_lora": norm(adapters["llm"]), "dit_lora": norm(adapters["dit"])}
+        for part, recorded in uae.expected["rec_grad_norms"][name].items():
+            np.testing.assert_allclose(found[part], recorded, rtol=1e-2, err_msg=f"{name} {part}")
 
 
-@pytest.mark.parametrize("name", ["onpolicy", "offpolicy"])
-def test_golden_captioner_grpo(uae, name):
-    """Four captions of one picture: log-probabilities of policy and reference, KL, advantages, loss and gradients."""
+def test_golden_captioner_grpo(uae):
+    """Four captions of one picture: log-probabilities of policy and reference, KL, advantages, loss and gradients; said
+    by the policy itself, and by an older one."""
     from gvu_jax import objectives
     expected, umm, told = uae.arrays("captioner_grpo"), uae.umm, uae.expected["captioner_grpo"]
     policy_of, start = parts_of(uae)
@@ -344,23 +350,24 @@ def test_golden_captioner_grpo(uae, name):
 
     def loss(llm):
         logps = logps_of(policy_of(start[0] | {"llm": llm}, *start[1:]))
-        old = jax.lax.stop_gradient(logps) if name == "onpolicy" else expected["old_logps"]
-        value, _ = objectives.clipped_policy_loss(logps, old, reference, advantages, told["epsilon"], told["beta"],
-                                                  mask)
-        return value, logps
-    (value, logps), slope = jax.jit(jax.value_and_grad(loss, has_aux=True))(start[0]["llm"])
+        values = {name: objectives.clipped_policy_loss(
+            logps, old, reference, advantages, told["epsilon"], told["beta"], mask)[0]
+            for name, old in (("onpolicy", jax.lax.stop_gradient(logps)), ("offpolicy", expected["old_logps"]))}
+        return values, (values, logps)
+    slopes, (values, logps) = jax.jit(jax.jacrev(loss, has_aux=True))(start[0]["llm"])
     np.testing.assert_allclose(np.where(mask, logps, 0), expected["policy_logps"], atol=2e-4)
     np.testing.assert_allclose(np.where(mask, objectives.k3(logps, reference), 0), expected["per_token_kl"],
                                rtol=2e-3, atol=2e-5)
-    np.testing.assert_allclose(value, expected[f"loss_{name}"], atol=2e-5)
-    np.testing.assert_allclose(norm(slope), told[f"lora_grad_norm_{name}"], rtol=2e-3)
-    slope = lora.to_peft(slope, family.qwen25_vl.RULES["published"])
-    names = [key for key in expected if key.startswith(f"grad_{name}/")]
-    for key in names:
-        found = slope[key.removeprefix(f"grad_{name}/model.").replace(".default.", ".").replace(
-            "base_model.model.layers", "base_model.model.model.layers")]
-        np.testing.assert_allclose(found, expected[key], rtol=0, atol=2e-3 * np.abs(expected[key]).max())
-    assert names
+    for name, slope in slopes.items():
+        np.testing.assert_allclose(values[name], expected[f"loss_{name}"], atol=2e-5)
+        np.testing.assert_allclose(norm(slope), told[f"lora_grad_norm_{name}"], rtol=2e-3)
+        slope = lora.to_peft(slope, family.qwen25_vl.RULES["published"])
+        names = [key for key in expected if key.startswith(f"grad_{name}/")]
+        for key in names:
+            found = slope[key.removeprefix(f"grad_{name}/model.").replace(".default.", ".").replace(
+                "base_model.model.layers", "base_model.model.model.layers")]
+            np.testing.assert_allclose(found, expected[key], rtol=0, atol=2e-3 * np.abs(expected[key]).max())
+        assert names
 
 
 # ------------------------------------------------------------------ folders
@@ -383,6 +390,11 @@ def test_an_adapter_that_does_not_fit_is_refused(uae, tmp_path):
         family.read_adapters(uae.umm, tmp_path)
 
 
+def patch_of(uae):
+    """The smallest picture that the drawer draws, in pixels of a side."""
+    return uae.umm.dit.patch_size * uae.umm.vae.downscale
+
+
 def edited(src, dst, change, file="config.json"):
     dst.mkdir()
     for path in src.iterdir():
@@ -396,11 +408,12 @@ def edited(src, dst, change, file="config.json"):
 
 @pytest.mark.parametrize("which, file, change, said", [
     ("llm", "config.json", lambda c: c.update(rope_scaling=None), "mrope_section"),
-    ("llm", "config.json", lambda c: c.update(num_hidden_layers=1), "unknown keys"),
+    ("llm", "config.json", lambda c: c.update(num_hidden_layers=c["num_hidden_layers"] + 1), "missing keys .'model"),
     ("llm", "config.json", lambda c: c.update(use_sliding_window=True), "use_sliding_window"),
     ("llm", "config.json", lambda c: c.update(model_type="qwen3_vl"), "implemented is"),
     ("dit", "config.json", lambda c: c.update(qk_norm=None), "qk_norm"),
-    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[0]), "missing keys .*attn2"),
+    ("dit", "config.json", lambda c: c.update(dual_attention_layers=[] if c["dual_attention_layers"] else [0]),
+     "keys .*attn2"),
     ("dit", "config.json", lambda c: c.update(joint_attention_dim=7), "context_embedder|projector and drawer"),
     ("llm_processor", "preprocessor_config.json", lambda c: c.update(image_std=[1, 1, 1]), "image_std")])
 def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file, change, said):
@@ -408,7 +421,7 @@ def test_folders_that_are_not_implemented_are_refused(uae, tmp_path, which, file
     folders[which] = edited(folders[which], tmp_path / which, change, file)
     with pytest.raises((ValueError, OSError), match=said):
         convert.convert(folders["llm"], tmp_path / "model", sd3=uae.where("SD3"), dit=folders["dit"],
-                        processor=folders["llm_processor"], image_size=8)
+                        processor=folders["llm_processor"], image_size=patch_of(uae))
     assert not (tmp_path / "model").exists()
 
 
@@ -416,8 +429,9 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
     src = edited(uae.where("llm"), tmp_path / "llm", lambda c: None)
     with pytest.raises(FileNotFoundError, match="no Stable Diffusion 3.5 folder .*--sd3"):
         convert.convert(src, tmp_path / "model")
-    with pytest.raises(ValueError, match="--image_size=10: it must be a multiple of"):
-        convert.convert(uae.where("llm"), tmp_path / "model", image_size=10, sd3=uae.where("SD3"),
+    wrong = patch_of(uae) + 1
+    with pytest.raises(ValueError, match=f"--image_size={wrong}: it must be a multiple of"):
+        convert.convert(uae.where("llm"), tmp_path / "model", image_size=wrong, sd3=uae.where("SD3"),
                         processor=uae.where("llm_processor"))
 
 
@@ -425,7 +439,7 @@ def test_folders_that_are_not_there_are_named(uae, tmp_path):
 
 def smallest(config, uae, folder):
     """The config with every budget cut to what a test can pay, on the golden model."""
-    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.expected["prompts"].values())
+    texts = "\n".join(json.dumps({"prompt": text}) for text in uae.texts)
     (folder / "prompts.jsonl").write_text(texts)
     config.data.update(prompts=str(folder / "prompts.jsonl"), held_out=str(folder / "prompts.jsonl"))
     config.model.checkpoint, config.model.override.grid = str(uae.model), list(uae.umm.grid)
@@ -512,7 +526,7 @@ def test_pairs_meet_the_same_noise(uae, tmp_path):
     method = InternalGap(umm, config, how, None, sharding.make_mesh({}, jax.devices()[:1]))
     shapes, rng = umm.drawn_shapes(2, how), np.random.default_rng(0)
     pictures = [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes) for _ in range(2)]
-    prompts = umm.encode_prompts(list(uae.expected["prompts"].values()))
+    prompts = umm.encode_prompts(uae.texts)
     trainable = {"adapter": lora.init(jax.random.key(0), uae.base["ar"], 2, config.lora.targets)}
 
     def loss(trainable, key):

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from conftest import CHROMIUM
+from gvu_jax import report
 from gvu_jax.metrics import MetricsWriter
 from gvu_jax.pictures import (
     BORDER, GAP, MIDDLE_COLOR, RIGHT_COLOR, WRONG_COLOR, image_grid, probability_color, text_color, word_heatmap)
@@ -328,23 +329,25 @@ def test_pictures_of_an_unfinished_run(tmp_path):
     assert text.index("Before") < text.index("Step 100") < text.index("6 of 10 grids")
 
 
-def test_command(tmp_path):
-    def run(workdir: Path) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "gvu_jax.report", str(workdir)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+def test_command(tmp_path, monkeypatch):
+    def end(workdir: Path) -> str:
+        monkeypatch.setattr(sys, "argv", ["report", str(workdir)])
+        with pytest.raises(SystemExit) as ended:
+            report.main()
+        return ended.value.code
 
-    missing = run(tmp_path / "nowhere")
-    assert missing.returncode == 1 and "is not a run's workdir" in missing.stderr
-    assert missing.stderr.count("\n") == 1
+    missing = end(tmp_path / "nowhere")
+    assert "is not a run's workdir" in missing and "\n" not in missing
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
     (tmp_path / "config.json").write_text("{")
-    broken = run(tmp_path)
-    assert broken.returncode == 1 and "config.json is not valid JSON" in broken.stderr
-    assert broken.stderr.count("\n") == 1
+    broken = end(tmp_path)
+    assert "config.json is not valid JSON" in broken and "\n" not in broken
 
     (tmp_path / "config.json").write_text("{}")
-    assert run(tmp_path).returncode == 0 and (tmp_path / "report.html").exists()
+    command = [sys.executable, "-m", "gvu_jax.report", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    assert done.returncode == 0 and (tmp_path / "report.html").exists()
 
 
 def test_image_grid_pixels():

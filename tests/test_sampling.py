@@ -44,6 +44,7 @@ def test_golden_distributions(fixtures):
     folder = fixtures / "xomni" / "expected"
     golden, settings = np.load(folder / "sampling.npz"), json.loads((folder / "sampling.json").read_text())
     suppress = tuple(np.load(folder / "generate.npz")["suppress_tokens"].tolist())
+    assert settings
     for i, s in enumerate(settings):
         how = How(temperature=s["temperature"], top_k=s["top_k_effective"], top_p=s["top_p"], min_p=s["min_p"],
                   guidance=s["guidance_scale"], suppress=suppress)

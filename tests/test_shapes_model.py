@@ -72,15 +72,16 @@ def test_a_question_among_the_words_is_read_as_before_them(each):
     _, umm, params = each
     rng = np.random.default_rng(1)
     scenes = world.sample_scenes(rng, 8)
-    seen = jax.device_get(umm.see(params, world.render(scenes, rng)))
+    seen = jax.device_get(jax.jit(umm.see)(params, world.render(scenes, rng)))
     captions = [sentences.caption(scene, rng) for scene in scenes]
     others = [meta for meta in captions if meta] * 2
     asked = [(i, *pair) for i, scene in enumerate(scenes)
              for pair in pretrain.ask_all(scene, captions[i], others[:2], rng, frozenset())]
     apart = pretrain.encode_pairs(umm, seen, asked)
     packed = pretrain.side_by_side(pretrain.put_into_words(apart), pretrain.QUESTIONS)
-    logps, mask = umm.text_logps(params, apart.seen, apart.prompts)
-    shared, _ = umm.text_logps(params, packed.seen, jax.tree.map(pretrain.flat, packed.prompts))
+    read = jax.jit(umm.text_logps)
+    logps, mask = read(params, apart.seen, apart.prompts)
+    shared, _ = read(params, packed.seen, jax.tree.map(pretrain.flat, packed.prompts))
     answer = pretrain.flat(packed.answer)
     np.testing.assert_array_equal(answer.sum(axis=1), np.sum(mask, axis=1))
     np.testing.assert_allclose(np.asarray(shared)[answer], np.asarray(logps)[np.asarray(mask)], atol=2e-5)

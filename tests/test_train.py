@@ -1,8 +1,6 @@
 """The whole loop on a model that is too small to learn: what it writes, that it resumes, that it compiles once."""
 import json
-import os
-import subprocess
-import sys
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -105,16 +103,20 @@ def test_a_run_that_learns_nothing_says_so(run, tmp_path, capfd):
     assert "Flat groups" in (tmp_path / "report.html").read_text()
 
 
-def test_giving_the_command_again_continues_a_longer_run(run_of_each):
-    """Four steps, then two more, are the six steps of an unbroken run: same metrics, no line twice."""
+def test_giving_the_command_again_continues_a_longer_run(run_of_each, tmp_path):
+    """Four steps, then two more, are the six steps of an unbroken run: same metrics, no line twice. And who stops the
+    prolonged run has no finished one any more."""
     config, work = run_of_each
     config = config.copy_and_resolve_references()
     config.steps = 6
-    train(config, work)
-    train(config, work.with_name("unbroken"))
+    shutil.copytree(work, tmp_path / "broken")
+    assert train(config, tmp_path / "broken", Nth(0)) is None
+    assert not any(name.endswith("after") for name in read_json(tmp_path / "broken/summary.json"))
+    assert "after" in train(config, tmp_path / "broken")
+    train(config, tmp_path / "unbroken")
     timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k} for line in
                              read_metrics(path / "metrics.jsonl")]
-    broken, unbroken = timeless(work), timeless(work.with_name("unbroken"))
+    broken, unbroken = timeless(tmp_path / "broken"), timeless(tmp_path / "unbroken")
     assert [line for line in broken if "loss" in line] == [line for line in unbroken if "loss" in line]
 
 
@@ -130,22 +132,17 @@ class Nth(Stop):
         return self.left < 0
 
 
-def test_who_is_asked_to_stop_does_not_evaluate_first(tmp_path):
+def test_who_is_asked_to_stop_does_not_evaluate_first(run, tmp_path):
     """The third question of a step comes between its checkpoint and its evaluation, which the next sitting makes up
-    for. And a finished run that is prolonged is not finished any more."""
-    config, unbroken = tiny_config(), tmp_path / "unbroken"
+    for."""
+    config, unbroken = run
     evaluated = lambda work: [line["step"] for line in read_metrics(work / "metrics.jsonl") if "eval/overall" in line]
-    train(config, unbroken)
     assert train(config, tmp_path / "work", Nth(4)) is None
     assert (tmp_path / "work/checkpoints/2").exists() and evaluated(tmp_path / "work") == [0]
     summary = train(config, tmp_path / "work")
     assert evaluated(tmp_path / "work") == [0, 2, 4]
     assert {k: v for k, v in summary.items() if k != "timings"} == {
         k: v for k, v in read_json(unbroken / "summary.json").items() if k != "timings"}
-    config.steps = 6
-    assert train(config, unbroken, Nth(1)) is None
-    assert not any(name.endswith("after") for name in read_json(unbroken / "summary.json"))
-    assert "after" in train(config, unbroken)
 
 
 def test_another_config_is_refused_in_the_same_workdir(run):
@@ -190,7 +187,11 @@ def test_the_same_pictures_are_read_before_and_after(run):
     assert ranks == sorted(ranks) and sum(bin["count"] for bin in after["reliability"]["overall"]["bins"]) == 24
 
 
-def test_generate_and_evaluate_from_the_command_line(run, tmp_path):
+def test_generate_and_evaluate_from_the_command_line(run, command, tmp_path, capsys):
+    def call(tool, *arguments):
+        assert command(tool, *arguments) is None
+        return capsys.readouterr().out
+
     _, work = run
     metas = [{"tag": "x", "include": [{"class": "x", "count": 1}], "prompt": f"a photo of a {x}"}
              for x in ("red circle", "cross")]
@@ -228,13 +229,6 @@ def test_a_mistake_ends_in_one_line(command, tmp_path, monkeypatch, tool, argume
     monkeypatch.chdir(tmp_path)
     assert word in command(tool, *(argument.replace("configs/", f"{ROOT}/configs/") for argument in arguments))
     assert not list(tmp_path.iterdir())
-
-
-def call(tool, *arguments):
-    done = subprocess.run([sys.executable, "-m", f"gvu_jax.{tool}", *arguments], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(ROOT)})
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_ratio_is_exactly_one_at_the_first_inner_step_and_moves_at_the_second(tiny, key):

@@ -40,13 +40,9 @@ def everything_of(janus, method, x, *more):
     return result, found
 
 
-def grid_of(janus):
-    return (janus.cases["generate"]["grid"],) * 2
-
-
 def test_golden_decode_at_every_step(janus):
-    expected, config, grid = janus.arrays("vq"), janus.configs["vq"], grid_of(janus)
-    codes = expected["decode_codes"]
+    expected, config = janus.arrays("vq"), janus.configs["vq"]
+    codes, grid = expected["decode_codes"], expected["decode_quant"].shape[2:]
     decoded, found = everything_of(janus, "decode", codes, grid)
     found["quant"] = vq.VQ(config).apply({"params": janus.params["vq"]}, codes, grid, method="vectors")
     steps = {"decode_quant": "quant", "post_quant_conv": "post_quant_conv", "decoder_conv_in": "decoder/conv_in",
@@ -60,7 +56,7 @@ def test_golden_decode_at_every_step(janus):
 
 def test_golden_encode_at_every_step(janus):
     expected, config = janus.arrays("vq"), janus.configs["vq"]
-    model, params, grid = vq.VQ(config), janus.params["vq"], grid_of(janus)
+    model, params, grid = vq.VQ(config), janus.params["vq"], expected["pre_quant"].shape[2:]
     pixels = channels_last(expected["encode_images"]) / 2 + 0.5
     projected, found = everything_of(janus, "project", pixels)
     steps = {"encoder_mid_0": "mid_block/resnets_0", "encoder_mid_1": "mid_block/attentions_0",
@@ -95,7 +91,7 @@ def test_golden_pictures(janus):
     expected = janus.arrays("generate")
     codes = np.concatenate([expected["greedy_codes_cfg5"], expected["greedy_codes_cfg5_prompt2"]])
     raw = jax.jit(lambda codes: vq.VQ(janus.configs["vq"]).apply(
-        {"params": janus.params["vq"]}, codes, grid_of(janus), method="decode"))(codes)
+        {"params": janus.params["vq"]}, codes, (janus.cases["generate"]["grid"],) * 2, method="decode"))(codes)
     np.testing.assert_allclose(channels_first(raw[:1]), expected["decoded_cfg5"], atol=5e-4)
     theirs = np.load(janus.folder.with_name("janus_hf") / "expected/outputs.npz")["decoded"]
     np.testing.assert_allclose(channels_first(raw[:1]), theirs, atol=5e-4)

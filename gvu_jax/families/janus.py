@@ -20,7 +20,7 @@ from gvu_jax.described import Described
 from gvu_jax.models import llama, siglip, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
 from gvu_jax.umm import (
-    Lengths, check_plain, check_texts, gather_logps, hidden_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
+    Lengths, gather_logps, hidden_of_words, ids_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
 
 MOST_TOKENS = 4096      # of a text: with the picture and its question, well inside the 16384 positions of the model
 
@@ -93,14 +93,7 @@ class Janus:
         return (self._id(BOS), *ids[:at], self._id(BEGIN)), (self._id(END), *ids[at + 1:])
 
     def _encode(self, texts, questions, end):
-        check_texts(texts)
-        check_plain(self.tokenizer, texts, "prompt {}")
-        check_plain(self.tokenizer, list(dict.fromkeys(questions)), "question {}")
-        words = self._ids([self.said(text) for text in texts])
-        for text, ids in zip(texts, words):
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(f"the prompt {text[:40]!r}... has {len(ids)} tokens, but the model reads at most "
-                                 f"{MOST_TOKENS}: shorten it")
+        words = ids_of_words(self, texts, questions, MOST_TOKENS)
         chats = self._ids([f"{USER}: {text.strip()}\n\n{ASSISTANT}:{BEGIN}" for text in texts])
         stop = [self.tokenizer.eos_token_id] if end else []
         return ([[self._id(BOS), *ids] for ids in chats], [list(self._around(question)[1]) for question in questions],

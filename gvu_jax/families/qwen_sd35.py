@@ -25,8 +25,8 @@ from gvu_jax.described import Described
 from gvu_jax.models import clip, clip_vision, qwen25_vl, sd3, siglip, text_encoders, torch_keys, vae
 from gvu_jax.tensor_files import Source, TensorFile, small_files, weight_files
 from gvu_jax.umm import (
-    Lengths, check_plain, check_texts, count_positions, gather_logps, hidden_of_words, lengths_of, pad_prompts,
-    prompt_shapes, until_end)
+    Lengths, count_positions, gather_logps, hidden_of_words, ids_of_words, lengths_of, pad_prompts, prompt_shapes,
+    until_end)
 
 MOST_TOKENS = 4096      # of a text: a caption has some hundred
 SYSTEM, DRAW = "You are a helpful assistant.", "generate"       # the system message; the role of what is to be drawn
@@ -130,14 +130,7 @@ class QwenSD35:
         return tuple(self._ids(self._chat(DRAW, self.negative)))
 
     def _encode(self, texts, questions, end):
-        check_texts(texts)
-        check_plain(self.tokenizer, texts, "prompt {}")
-        check_plain(self.tokenizer, list(dict.fromkeys(questions)), "question {}")
-        words = [self._ids(self.said(text)) for text in texts]
-        for text, ids in zip(texts, words):
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(f"the prompt {text[:40]!r}... has {len(ids)} tokens, but the model reads at most "
-                                 f"{MOST_TOKENS}: shorten it")
+        words = ids_of_words(self, texts, questions, MOST_TOKENS)
         stop = [self._id(STOP)] if end else []
         return ([self._ids(self._chat(DRAW, text)) for text in texts],
                 [list(self._around(question)[0]) for question in questions], [ids + stop for ids in words])

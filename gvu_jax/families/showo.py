@@ -31,10 +31,10 @@ from PIL import Image
 
 from gvu_jax import described, sampling, sharding
 from gvu_jax.described import Described
-from gvu_jax.models import clip, magvit, phi, vq
+from gvu_jax.models import clip, magvit, phi, siglip, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
 from gvu_jax.umm import (
-    Lengths, check_plain, check_texts, gather_logps, hidden_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
+    Lengths, gather_logps, hidden_of_words, ids_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
 
 MOST_TOKENS = 512       # of a text that is said about a picture: with the picture, inside the 2048 positions of Phi-1.5
 
@@ -125,14 +125,7 @@ class Showo:
             self._id(END), *self._ids(f"USER: {question.strip()} ASSISTANT:"))
 
     def _encode(self, texts, questions, end):
-        check_texts(texts)
-        check_plain(self.tokenizer, texts, "prompt {}")
-        check_plain(self.tokenizer, list(dict.fromkeys(questions)), "question {}")
-        words = self._ids([self.said(text) for text in texts])
-        for text, ids in zip(texts, words):
-            if len(ids) > MOST_TOKENS:
-                raise ValueError(f"the prompt {text[:40]!r}... has {len(ids)} tokens, but the model reads at most "
-                                 f"{MOST_TOKENS}: shorten it")
+        words = ids_of_words(self, texts, questions, MOST_TOKENS)
         stop = [self._stop] if end else []
         return ([self._head(ids) for ids in self._ids([text.strip() for text in texts])],
                 [list(self._around(question)[1][1:]) for question in questions], [ids + stop for ids in words])
@@ -416,7 +409,7 @@ class Showo:
         side, shorter = (self.picture_size[0],) * 2 if self.vision is None else (
             self.transform.crop_size, self.transform.shortest_edge)
         height, width = clip.covering(image.shape[:2], shorter)
-        image = Image.fromarray(image).convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+        image = siglip.resize(Image.fromarray(image).convert("RGB"), (height, width))
         # The published codes round what is cut off above and on the left differently: to even numbers, and down.
         half = (lambda n: round(n / 2)) if self.vision is None else (lambda n: n // 2)
         top, left = half(height - side), half(width - side)

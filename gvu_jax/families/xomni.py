@@ -600,7 +600,8 @@ def read_source(src, image_size=None, flux=None):
         raise ValueError(f"{decoder.path} says upscale_factor = {decoder['upscale_factor']}, but the decoder draws "
                          f"{upscale} pixels a token")
     if image_size is None:
-        image_size = IMAGE_SIZE if IMAGE_SIZE <= fitted.long_size else fitted.short_size
+        least = IMAGE_SIZE if IMAGE_SIZE <= fitted.long_size else fitted.short_size
+        image_size = -(-least // upscale) * upscale
     if image_size % upscale or image_size > fitted.long_size:
         raise ValueError(f"--image_size={image_size}: it must be a multiple of {upscale}, and at most "
                          f"{fitted.long_size}, the long_size that the model reads")

@@ -212,8 +212,11 @@ class InternalGap:
             chosen, ref = (-self.umm.image_nll(params, batch.prompts, batch.chosen, key) for params in (policy, base))
             loss, metrics = -jnp.mean(chosen), {}
         if gap.anchor:
+            # Half of it in rejected pictures: held in accepted ones alone, "yes" spreads to all the others.
+            half = len(batch.logp) // 2
+            both = jax.tree.map(lambda *of: jnp.concatenate([of[0][:half], of[1][half:]]), batch.chosen, batch.rejected)
             _, *held = anchor.held((), batch.prompts, batch.asked)
-            seen = anchor.seen_again(self.umm, base, batch.chosen, batch.prompts)
+            seen = anchor.seen_again(self.umm, base, both, batch.prompts)
             metrics["read_kl"] = anchor.reading_kl(self.umm, policy, base, seen, *held)
             loss = loss + gap.anchor * metrics["read_kl"]
         if self.umm.exact_likelihood:

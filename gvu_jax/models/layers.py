@@ -127,6 +127,15 @@ class Embed(nn.Module):
         return y
 
 
+def with_seen(x, place, seen):
+    """x [B, T, D] with the pictures that are read: where place [B, T] is not negative, x is that row of seen [B, N, D].
+    Where there are no pictures, seen is None."""
+    if seen is None:
+        return x
+    rows = jnp.take_along_axis(seen.astype(x.dtype), jnp.maximum(place, 0)[:, :, None], axis=1, mode="clip")
+    return jnp.where(place[:, :, None] >= 0, rows, x)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale (Zhang & Sennrich 2019); the statistics in float32, the result in the dtype of x."""
     eps: float = 1e-6

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gvu_jax.models import qwen2, torch_keys
-from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread
+from gvu_jax.models.layers import Dense, Embed, RMSNorm, spread, with_seen
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
 
 
@@ -110,10 +110,7 @@ class Llama(nn.Module):
             is_code = (tokens >= c.vocab_size) & (patch < 0)
             codes = self.embed_codes(jnp.where(is_code, tokens - c.vocab_size, 0))
             x = jnp.where(is_code[:, :, None], codes, x)
-        if seen is not None:
-            patches = jnp.take_along_axis(seen.astype(x.dtype), jnp.maximum(patch, 0)[:, :, None], axis=1, mode="clip")
-            x = jnp.where(patch[:, :, None] >= 0, patches, x)
-        x = spread(x)
+        x = spread(with_seen(x, patch, seen))
 
         readable, _ = qwen2.readable(mask, T, at, c.head_dim)
         if self.apart:

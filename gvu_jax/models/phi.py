@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gvu_jax.models import qwen2, torch_keys
-from gvu_jax.models.layers import Dense, Embed, attention, rotary, spread
+from gvu_jax.models.layers import Dense, Embed, attention, rotary, spread, with_seen
 from gvu_jax.models.llama import Projector
 from gvu_jax.models.qwen2 import Cache
 
@@ -166,11 +166,7 @@ class Phi(nn.Module):
         seen       [B, N, D] from `project`, the picture of each row that is read; None where its codes are tokens
         Returns (hidden [B, T, D] after the final norm, cache).
         """
-        x = self.embed(tokens)
-        if seen is not None:
-            patch = tokens - self.config.vocab_size
-            patches = jnp.take_along_axis(seen.astype(x.dtype), jnp.maximum(patch, 0)[:, :, None], axis=1, mode="clip")
-            x = jnp.where(patch[:, :, None] >= 0, patches, x)
+        x = with_seen(self.embed(tokens), tokens - self.config.vocab_size, seen)
         slots = jnp.arange(mask.shape[-1])
         first, end = self.picture
         may = (at + jnp.arange(tokens.shape[1]))[:, None] >= slots                                  # [T, S]

@@ -18,10 +18,10 @@ from flax import linen as nn
 from PIL import Image
 
 from gvu_jax.models import clip, qwen2, torch_keys
-from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread
+from gvu_jax.models.layers import AXES, Dense, Embed, RMSNorm, alike, attention, rotated, spread, with_seen
 from gvu_jax.models.llama import Projector
 from gvu_jax.models.qwen2 import Cache, DecoderLayer
-from gvu_jax.models.siglip import resized
+from gvu_jax.models.siglip import resize, resized
 from gvu_jax.models.splash import full_attention
 
 
@@ -73,8 +73,8 @@ def fit_image(image, transform, multiple):
         ground.paste(image, mask=image.getchannel("A"))
         image = ground
     image = image.convert("RGB")
-    for height, width in sizes(image.height, image.width, transform, multiple):
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    for size in sizes(image.height, image.width, transform, multiple):
+        image = resize(image, size)
     return np.asarray(image, np.float32) / 255
 
 
@@ -337,10 +337,7 @@ class Qwen25VL(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(T), (B, T))
         cell = tokens - c.vocab_size
         x = self.lm_embed_tokens(jnp.where(cell < 0, tokens, 0))                                    # [B, T, D]
-        if seen is not None:
-            cells = jnp.take_along_axis(seen.astype(x.dtype), jnp.maximum(cell, 0)[:, :, None], axis=1, mode="clip")
-            x = jnp.where(cell[:, :, None] >= 0, cells, x)
-        x = spread(x)
+        x = spread(with_seen(x, cell, seen))
 
         readable, _ = qwen2.readable(mask, T, at, c.head_dim)
         if self.apart:

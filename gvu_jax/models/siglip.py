@@ -163,10 +163,27 @@ def squared(pixels, transform):
     return jnp.pad(pixels, around, constant_values=BACKGROUND / 255)
 
 
+def passes(old, new):
+    """In which order PIL resizes from old (height, width) to new: axes, 0 the height. A picture is widened or narrowed
+    first, unless it loses more than twice as much in height. Between the two it is rounded, so that the order is seen;
+    before Pillow 13 it was always the width's turn first."""
+    (height, width), (to_height, to_width) = old, new
+    return (0, 1) if height - to_height > max(0, 2 * (width - to_width)) else (1, 0)
+
+
+def resize(image, size):
+    """A PIL picture brought to size (height, width), bicubic, in the order of `passes` whatever the version of PIL."""
+    for axis in passes((image.height, image.width), size):
+        sides = (size[0], image.width) if axis == 0 else (image.height, size[1])
+        image = image.resize(sides[::-1], Image.Resampling.BICUBIC)
+    return image
+
+
 def resized(pixels, size):
-    """PIL's bicubic resize to size (height, width) of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits,
-    inside a program and bit for bit: along rows and then along columns, in whole numbers."""
-    for axis, to in (2, size[1]), (1, size[0]):
+    """What `resize` makes of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits, inside a program and bit
+    for bit: along one axis and then along the other, in whole numbers."""
+    for side in passes(pixels.shape[1:3], size):
+        axis, to = side + 1, size[side]
         if pixels.shape[axis] != to:
             levels = jnp.moveaxis(jnp.round(pixels * 255).astype(jnp.int32), axis, -1)
             levels = (levels @ resizing(pixels.shape[axis], to) + (1 << BITS - 1)) >> BITS
@@ -193,8 +210,7 @@ def resizing(old, new):
 def fit_image(image, transform):
     """A PIL picture of any mode -> float32 [S, S, 3] in [0, 1]: resized, and in the middle of a grey square."""
     height, width = fitted_size(*image.size, transform)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
     side = max(height, width)
     square = Image.new("RGB", (side, side), (BACKGROUND,) * 3)
-    square.paste(resized, ((side - width) // 2, (side - height) // 2))
+    square.paste(resize(image.convert("RGB"), (height, width)), ((side - width) // 2, (side - height) // 2))
     return np.asarray(square, np.float32) / 255

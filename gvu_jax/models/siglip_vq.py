@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from PIL import Image
 
 from gvu_jax.models import siglip, torch_keys
 from gvu_jax.models.siglip import VisionTransformer, centred
@@ -164,6 +163,4 @@ def fitted_size(width, height, transform):
 
 def fit_image(image, transform):
     """A PIL picture of any mode -> float32 [H, W, 3] in [0, 1], H and W from `fitted_size` (whose errors it raises)."""
-    height, width = fitted_size(*image.size, transform)
-    resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(resized, np.float32) / 255
+    return np.asarray(siglip.resize(image.convert("RGB"), fitted_size(*image.size, transform)), np.float32) / 255
