@@ -87,7 +87,8 @@ def test_the_other_methods_train_it(name, preset, changes, steps, taught, tmp_pa
     base = jax.device_put(base, sharding.shardings(umm.partition, base, mesh))
 
     def begin(config, folder):
-        method = METHODS[config.method](umm, config, how, optim.build(config.optim, 10), mesh, umm.lengths(WORDS), folder)
+        optimizer = optim.build(config.optim, 10)
+        method = METHODS[config.method](umm, config, how, optimizer, mesh, umm.lengths(WORDS), folder)
         return method, method.init(base, jax.random.key(1))
 
     config.update_from_flattened_dict(changes)
