@@ -4,9 +4,10 @@
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
 
-Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni.
-With --config.family=janus it is a tiny Janus and with --config.family=showo a tiny Show-o, which holds for
-shapes_gap.py and shapes_uae.py as well.
+Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni; with
+--config.family=janus it is a tiny Janus, with --config.family=showo a tiny Show-o, and with --config.family=qwen_sd35 a
+tiny Qwen2.5-VL and SD3.5. X-Omni alone has been tuned and measured. The same setting holds for
+shapes_gap.py and shapes_uae.py.
 """
 import os
 
@@ -18,7 +19,7 @@ def get_config(preset="normal"):
         raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak and smoke")
     config = ConfigDict()
     config.method = "gvu"                                              # gvu, internal_gap or uae: gvu_jax/methods
-    config.family = "xomni"                                            # xomni, janus or showo: families/NAME_tiny.py
+    config.family = "xomni"                                            # a NAME of gvu_jax/families/NAME_tiny.py
     config.seed = 0                                                    # of training and evaluation, not of the base
     config.steps = 250                                                 # updates of the policy
     config.cache = os.environ.get("GVU_CACHE", "~/.cache/gvu_jax")     # where pretrained bases are kept
@@ -29,7 +30,8 @@ def get_config(preset="normal"):
     config.world = dict(side=3, max_objects=9)
 
     # ---- the model: a family's modules, tiny. One image token is one patch of 16 pixels, which is one cell. ----
-    # X-Omni is made of ar, vision, flux, vae; Janus of ar, vision (a tower alone), vq; Show-o of ar and magvit.
+    # X-Omni is made of ar, vision, flux and vae; Janus of ar, vision (a tower alone) and vq; Show-o of ar and magvit;
+    # Qwen2.5-VL with SD3.5 of ar, vision (a tower alone), dit, flow and vae.
     config.model = ConfigDict()
     # Sizes of the backbone, as transformers' Qwen2Config calls them, and X-Omni's own layers for images.
     config.model.ar = dict(hidden_size=96, intermediate_size=256, num_hidden_layers=5, num_attention_heads=4,
@@ -51,6 +53,12 @@ def get_config(preset="normal"):
                                encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
                                decoder_blocks=(2, 2, 2, 2, 2), norm_num_groups=2)
     config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
+    # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; X-Omni's and Janus' have none.
+    config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
+                            pooled_projection_dim=8)
+    # How SD3.5 draws. steps: of its flow, where sampling.flow.steps is not asked: by gvu_jax.generate. shift: how far
+    # levels of noise are moved towards noise; 1 leaves them even.
+    config.model.flow = dict(steps=16, shift=2.0)
     config.model.diffusion_steps = 2         # steps of noise to a picture
     config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
     config.model.instruction = "Describe the image."                   # what the prompt is read as the answer to
@@ -64,10 +72,14 @@ def get_config(preset="normal"):
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
     # steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.diffusion = dict(steps=3000, lr=5e-4, batch=dict(pictures=32))
-    # Janus learns to see and to paint in these two. steps: updates. lr: learning rate. pictures: pictures of a batch.
+    # Janus learns to see and to paint in these two, Qwen2.5-VL to see in the first. steps: updates. lr: learning rate.
+    # pictures: pictures of a batch.
     config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))
     # The second is Show-o's as well. steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
+    # SD3.5's last lesson, behind those of the backbone: it draws from what the reader, which stands still, says. steps:
+    # updates. lr: learning rate. prompts: pictures of a batch.
+    config.pretrain.drawing = dict(steps=2000, lr=3e-3, batch=dict(prompts=64))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things. steps: updates. lr: learning rate. positions, prompts: pictures of a batch whose
     # positions are told, or that are drawn.
@@ -80,8 +92,20 @@ def get_config(preset="normal"):
 
     # ---- GvU ----
     # temperature: 1 draws from the policy itself. top_k, top_p, min_p: leave improbable tokens out; 0, 1 and 0 leave
-    # out none. guidance: classifier-free; 1 is none.
-    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0)
+    # out none. guidance: classifier-free; 1 is none. steps: of the flow, where the family draws by one, as all that
+    # follows. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy step, sde, dance or
+    # cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all but the last are trained.
+    # between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise: the pictures of a
+    # prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is trained through
+    # as well.
+    config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
+                           flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
+                                     same_noise=False, negative_gradient=True))
+    # Flow-GRPO's, where the family draws by a flow. clip: how far the ratio of mean log-probabilities may move from 1.
+    # beta: weight of the KL to the base. spread: whose spread of rewards divides an advantage, all or group.
+    # advantage_max: advantages are cut at plus and minus this; 0: nowhere. ratio: plain, guard or guard_published. kl:
+    # gaussian or published; see gvu_jax/flow.py.
+    config.flow = dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
     # teacher: whose reading judges, the frozen base's or the policy's own. view: pixels, or tokens: read what was drawn
     # without rendering it. mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a
     # ceiling, no method). function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts) -> [S];
@@ -122,6 +146,7 @@ def get_config(preset="normal"):
         config.steps = 60
         config.pretrain.tokenizer.steps = 600
         config.pretrain.diffusion.update(steps=1200, lr=1e-3)
+        config.pretrain.drawing.steps = 600
         config.pretrain.positions.steps = 0                            # left and right take longer than a smoke run has
         config.pretrain.backbone.steps = 300
         config.pretrain.backbone.batch.update(captions=10, descriptions=1, questions=3, prompts=24)

@@ -13,7 +13,8 @@ def get_config(preset="sft"):
     if preset not in ("sft", "dpo", "csft", "cdpo"):
         raise ValueError(f"configs/shapes_gap.py has no preset {preset!r}; it has sft, dpo, csft and cdpo")
     config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"]()
-    del config.gvu
+    del config.gvu, config.flow
+    config.sampling.flow.noise = 0.0         # of a flow's step: whole pictures are learned from, drawn by the ODE
     config.method = "internal_gap"
     config.steps = 600 if preset.endswith("sft") else 450
     # yes: as in the paper the model is asked "Does this image describe ..?", and what it answers with yes rather than

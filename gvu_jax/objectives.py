@@ -35,11 +35,18 @@ def flat_groups(rewards, group):
 
 
 def equal_samples(drawn, group):
-    """Which samples of a group are the same, a tree of [S, ..] -> bool [S/G, G, G]."""
+    """Which samples of a group are the same, a tree of [S, ..] -> bool [S/G, G, G]. Latents, which are about as large
+    as 1, never repeat to the last digit: they are the same where their root mean square distance is below ALIKE."""
     def equal(x):
         grouped = x.reshape(-1, group, math.prod(x.shape[1:]))                                      # [S/G, G, N]
+        if jnp.issubdtype(x.dtype, jnp.floating):
+            square = jax.lax.map(lambda rows: jnp.mean((rows[:, None] - rows[None]) ** 2, axis=-1), grouped)
+            return square < ALIKE ** 2                                                              # [S/G, G, G]
         return jnp.all(grouped[:, :, None] == grouped[:, None, :], axis=-1)
     return functools.reduce(jnp.logical_and, map(equal, jax.tree.leaves(drawn)))
+
+
+ALIKE = 0.1
 
 
 def duplicates(drawn, group):

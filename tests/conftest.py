@@ -86,7 +86,7 @@ def load_config(name, *preset):
     return module.get_config(*preset)
 
 
-TINY = "xomni", "janus", "showo"     # the families that have a tiny version
+TINY = "xomni", "janus", "showo", "qwen_sd35"     # the families that have a tiny version
 
 
 def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
@@ -101,8 +101,10 @@ def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     config.model.magvit.update({f"{part}_multipliers": (1, 1, 1, 1, 1) for part in ("encoder", "decoder")}, bits=7,
                                encoder_channels=2, decoder_channels=2, decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=1)
     config.model.rounds = 3
+    config.model.dit.update(num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16)
+    config.sampling.flow.update(steps=3, window=2)
     config.pretrain.update(scenes=1024, crowded=512)
-    for stage in ("tokenizer", "diffusion", "tower", "codes", "positions", "backbone"):
+    for stage in ("tokenizer", "diffusion", "tower", "codes", "drawing", "positions", "backbone"):
         config.pretrain[stage].steps = 4
     config[config.method].update(prompts=6, group=4)
     config.mesh.data = 1

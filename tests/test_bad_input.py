@@ -272,6 +272,8 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
     ("shapes", "family=showo --config.model.magvit.bits=6", "bits is 6, which makes 64 codes, but .* needs 78"),
     ("shapes", "family=showo --config.model.magvit.encoder_blocks=(1,)", "as many levels"),
     ("shapes", "family=showo --config.model.rounds=0", "rounds 0 must be at least 1"),
+    ("shapes", "family=qwen_sd35 --config.model.vae.patch_size=8", "model.vae.patch_size 8, but a cell is 16"),
+    ("shapes", "family=qwen_sd35 --config.model.vision.heads=3", "3 heads no width"),
     ("xomni", "steps=1", "python -m gvu_jax.convert"),
     ("xomni", "model.checkpoint=..", "no prompt file prompts/train.jsonl")])
 def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting, message):

@@ -371,7 +371,7 @@ def recorded_rollout(golden):
 
 def test_golden_rollout(golden, network):
     """Latents of every step and their log-probabilities; and the advantages of the recorded rewards."""
-    (run_of, adapters), (how, expected, drawn) = network, recorded_rollout(golden)
+    (run_of, adapters), (how, expected, _) = network, recorded_rollout(golden)
     levels, noise = flow.levels(how, golden.told["shift"]), last(expected["noise"])
     np.testing.assert_allclose(levels, expected["sigmas"], atol=1e-6)
     found, logps = jax.jit(lambda adapter: flow.sample(

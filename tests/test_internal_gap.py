@@ -114,6 +114,8 @@ def test_a_run_killed_in_its_replay_draws_the_same_again(run, tmp_path):
     shutil.rmtree(again / "data/round_1")
     train(run[0], again)
     assert manifest(again, 1) == manifest(work, 1)
+    assert all(np.array_equal(*pair) for pair in zip(*(internal_gap.read_drawn(
+        folder / "data/round_1/drawn.npz") for folder in (again, work))))
     timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k} for line in
                              read_metrics(path / "metrics.jsonl")]
     assert timeless(again) == timeless(work)
@@ -141,6 +143,12 @@ def test_a_later_sitting_needs_the_data_it_trained_on(run, tiny, tmp_path):
     lines, prompt = path.read_text(), manifest(work, 1)[0]["prompt"]
     for broken in (lines[:-30], lines.replace(prompt, "a photo of a car")):
         path.write_text(broken)
+        with pytest.raises(ValueError, match="round_1/manifest.jsonl is not what this run wrote"):
+            Method(tiny, config, tmp_path).rollout(3)
+    path.write_text(lines)
+    kept = path.with_name("drawn.npz")
+    for broken in (kept.read_bytes()[:-30], (work / "data/round_0/drawn.npz").read_bytes()):
+        kept.write_bytes(broken)
         with pytest.raises(ValueError, match="round_1/manifest.jsonl is not what this run wrote"):
             Method(tiny, config, tmp_path).rollout(3)
 

@@ -186,14 +186,16 @@ def test_internal_gap_draws_its_pool_and_what_was_discarded(tmp_path, threshold)
     built.rollout(state.replace(trainable=toy.as_params(REFERENCE)), base, 2, STREAM, later, NoClock())
     lines = [[json.loads(line) for line in (tmp_path / f"data/round_{i}/manifest.jsonl").read_text().splitlines()]
              for i in (0, 1)]
+    codes = [np.load(tmp_path / f"data/round_{i}/drawn.npz")["arr_0"].reshape(len(lines[i]), -1) for i in (0, 1)]
     texts, discarded = TEXTS[:6], []
-    for found, pool, key, drawer in ((lines[0], texts, KEY, POLICY), (lines[1], discarded, later, REFERENCE)):
+    for found, kept, pool, key, drawer in ((lines[0], codes[0], texts, KEY, POLICY),
+                                           (lines[1], codes[1], discarded, later, REFERENCE)):
         assert len(found) == 3 * len(pool) > 0
         for call in range(-(-len(pool) // 4)):
             some = [pool[i % len(pool)] for i in range(4 * call, 4 * call + 4)]       # the last call is filled up
             tokens, logp, score = judged(some, jax.random.fold_in(key, call), drawer)
-            for line, *expected in zip(found[12 * call:], tokens, logp, score):
-                assert line["drawn"] == [expected[0].tolist()]
+            for line, row, *expected in zip(found[12 * call:], kept[12 * call:], tokens, logp, score):
+                np.testing.assert_array_equal(row, expected[0])
                 np.testing.assert_allclose([line["logp"], line["score"]], expected[1:], rtol=1e-4)
         discarded += [text for i, text in enumerate(texts) if found is lines[0]
                       and max(line["score"] for line in found[3 * i:3 * i + 3]) <= threshold]

@@ -156,3 +156,11 @@ def test_equal_samples_share_their_reward():
     tokens = jnp.array([[1, 2], [3, 4], [1, 2], [5, 6], [1, 2], [1, 2]])
     rewards = jnp.array([0.0, 1.0, 4.0, 2.0, 3.0, 7.0])
     np.testing.assert_allclose(objectives.pool_equal(rewards, tokens, 3), [2.0, 1.0, 2.0, 2.0, 5.0, 5.0])
+
+
+def test_latents_that_hardly_differ_are_the_same():
+    near, far = 0.9 * objectives.ALIKE, 1.1 * objectives.ALIKE                           # all entries lie so far apart
+    x = np.random.default_rng(0).standard_normal((1, 6, 6, 4)).astype(np.float32)
+    drawn = np.concatenate([x, x + near, x + far + near, -x, x, x])
+    np.testing.assert_allclose(objectives.duplicates(drawn, 3), (1 + 1) / 6)
+    np.testing.assert_allclose(objectives.duplicates({"x": drawn, "n": np.arange(6)}, 3), 0)

@@ -211,7 +211,7 @@ def test_golden_sizes(golden):
 
 def test_golden_tower(golden):
     """Patches of the PNGs, their angles, windows, every block, and what the language model reads."""
-    expected, c, at, window, cells_before = golden.arrays("vision"), golden.vision, 0, [], 0
+    expected, c, window, cells_before = golden.arrays("vision"), golden.vision, [], 0
     bounds, blocks, embeds, first_patches, turned = [0], [], [], [], []
     for i, (grid, pixels) in enumerate(zip(grids_of(expected), pictures_of(golden))):
         found = np.asarray(vl.patches(pixels[None], c))[0]

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import one_device, tiny_config
+from conftest import TINY, one_device, tiny_config
 
-from gvu_jax import checkpoint
 from gvu_jax.families import janus_tiny, showo_tiny, xomni_tiny
 from gvu_jax.models import flux, magvit, vae
 from gvu_jax.shapes import learn, pretrain, sentences, suite, world
@@ -66,6 +65,7 @@ def test_nothing_held_out_is_ever_written_for_pretraining(tiny):
     assert told(frozenset())[1] > 100, "the search would find them"
 
 
+@pytest.mark.parametrize("each", [name for name in TINY if name != "qwen_sd35"], indirect=True)     # which asks first
 def test_a_question_among_the_words_is_read_as_before_them(each):
     """The same answers have the same probabilities, whether each question is asked of a picture of its own or six share
     one; and nothing but the answers is learned."""

@@ -54,7 +54,7 @@ class QwenSD35:
     ar: qwen25_vl.Config
     vision: qwen25_vl.VisionConfig
     dit: sd3.Config
-    vae: vae.Config
+    vae: vae.Config | vae.PatchConfig
     flow: flow.Flow                                     # how pictures are drawn where sampling.flow is not set
     tokenizer: Any
     grid: tuple[int, int]                               # rows, columns of the drawer's patches in a picture
@@ -68,7 +68,7 @@ class QwenSD35:
 
     kind = "qwen_sd35"
     exact_likelihood = False                            # of a picture nobody knows more than a bound
-    of_shapes = False
+    asks_first = True                                   # a question stands before the picture, see shapes/pretrain.py
     loads = None                                        # no class of transformers has both halves
     trains = {"backbone": r"^(llm/(layers|norm)|dit/blocks_\d+)/", "all": r"",
               "backbone+projector": r"^(llm/(layers|norm|projector)|dit/(blocks_\d+|context_embedder))/"}
@@ -83,6 +83,11 @@ class QwenSD35:
             raise ValueError(f"layout is {self.layout!r}; it must be {' or '.join(qwen25_vl.RULES)}")
 
     # ---- text, on the host -------------------------------------------------------------------------------------
+
+    @property
+    def of_shapes(self):
+        """Whether this is a model of the shapes world."""
+        return isinstance(self.vae, vae.PatchConfig)
 
     @property
     def latents_size(self):
@@ -110,7 +115,8 @@ class QwenSD35:
         return text.strip()
 
     def _chat(self, role, text):
-        return f"{TURN}system\n{SYSTEM}{STOP}\n{TURN}{role}\n{text}{STOP}\n{TURN}assistant\n"
+        system = "" if self.of_shapes else f"{TURN}system\n{SYSTEM}{STOP}\n"      # words that world does not know
+        return f"{system}{TURN}{role}\n{text}{STOP}\n{TURN}assistant\n"
 
     @functools.lru_cache(maxsize=4096)
     def _around(self, question):
@@ -290,7 +296,7 @@ class QwenSD35:
 
     def decode(self, params, latents):
         """Latents [S, h, w, C] -> pixels [S, H, W, 3] float32 in [0, 1]."""
-        dtype = params["vae"]["decoder"]["conv_in"]["kernel"].dtype
+        dtype = jax.tree.leaves(params["vae"])[0].dtype
         raw = vae.module(self.vae).apply({"params": params["vae"]}, vae.from_latents(latents, self.vae).astype(dtype),
                                          method="decode")
         return vae.to_pixels(raw.astype(jnp.float32))

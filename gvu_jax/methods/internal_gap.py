@@ -11,15 +11,16 @@ such pictures is its non-unification; what it accepts and what it rejects are da
                  them again, and what passes joins the data (the curriculum: C-SFT, C-DPO)
 
 WORKDIR/data/round_0 (the pool) and round_1 (the replay) hold what was drawn: manifest.jsonl, a line for each candidate
-with its prompt, score, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted), logp (nats, when
-it was drawn) and what was drawn, the leaves of its tree (of image tokens, one); pictures.png, some prompts' candidates
-from the most accepted to the most rejected one, framed green or red. Until a round is whole, its calls stand in parts/:
-a run that is killed goes on with the next one.
+with its prompt, score, verdict ("accepted" | "rejected" | "discarded": its prompt has none accepted) and logp (nats,
+when it was drawn); drawn.npz, what was drawn, each leaf of its tree [P, N, ..] (of image tokens, one); pictures.png,
+some prompts' candidates from the most accepted to the most rejected one, framed green or red. Until a round is whole,
+its calls stand in parts/: a run that is killed goes on with the next one.
 """
 import functools
 import itertools
 import json
 import shutil
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, grpo
-from gvu_jax.metrics import read_json, replace_file
+from gvu_jax.metrics import read_json, replace_file, replacing
 from gvu_jax.policy import State, check_trainable, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import check_shared, compile_programs
@@ -139,6 +140,7 @@ class InternalGap:
         """Adds the round of `texts`, which begins at step `begins`: drawn now, or read where that was done before.
         False where clock.stopped() cut it short."""
         gap, folder, size = self.settings, self.folder / f"round_{len(self.rounds)}", self.settings.prompts
+        shapes = self.umm.drawn_shapes(1)
         if not sharding.first_says((folder / "manifest.jsonl").exists()):
             if step != begins:
                 raise ValueError(f"{folder} has no manifest.jsonl, which this run has trained on since step {begins}: "
@@ -153,12 +155,17 @@ class InternalGap:
                 if jax.process_index() == 0:
                     if i == 0:
                         write_picture(folder / "pictures.png", picture(some, drawn[2], pixels, gap.threshold))
-                    replace_file(parts[i], lines(some, *drawn, gap.threshold, rows=len(texts) - i * size))
+                    rows = slice(0, len(texts) - i * size)
+                    write_drawn(parts[i].with_suffix(".npz"), [x[rows] for x in jax.tree.leaves(drawn[0])])
+                    replace_file(parts[i], lines(some[rows], *drawn[1:], gap.threshold))
             if jax.process_index() == 0:
+                none = [np.zeros((0, gap.group, *like.shape[1:]), like.dtype) for like in jax.tree.leaves(shapes)]
+                calls = [none, *(read_drawn(part.with_suffix(".npz")) for part in parts)]
+                write_drawn(folder / "drawn.npz", [np.concatenate(leaves) for leaves in zip(*calls)])
                 replace_file(folder / "manifest.jsonl", "".join(part.read_text() for part in parts))
                 shutil.rmtree(folder / "parts")
         sharding.wait_for_all("the data of a round")
-        self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, self.umm.drawn_shapes(1), begins))
+        self.rounds.append(read_round(folder / "manifest.jsonl", texts, gap.group, shapes, begins))
         self.pairs = choose_pairs(self.rounds, gap)
         self.facts = facts(self.rounds, self.pairs, gap, self.umm.picture_of)
         if jax.process_index() == 0:
@@ -268,33 +275,41 @@ class Round(NamedTuple):
                 f"{len(self.prompts) - kept} are discarded")
 
 
-def lines(texts, drawn, logp, score, threshold, rows):
-    """The manifest's lines of the first `rows` prompts of a call."""
+def lines(texts, logp, score, threshold):
+    """The manifest's lines of the first prompts of a call, as many as there are texts."""
     found = []
-    for i, (text, *candidates) in enumerate(zip(texts[:rows], logp.tolist(), score.tolist())):
+    for text, *candidates in zip(texts, logp.tolist(), score.tolist()):
         any_accepted = max(candidates[1]) > threshold
         for n, (nats, p) in enumerate(zip(*candidates)):
-            leaves = [x[i, n].tolist() for x in jax.tree.leaves(drawn)]
             verdict = "accepted" if p > threshold else "rejected" if any_accepted else "discarded"
-            found.append(json.dumps({"prompt": text, "candidate": n, "score": p, "verdict": verdict, "logp": nats,
-                                     "drawn": leaves}) + "\n")
-    return "".join(found)
+            found.append({"prompt": text, "candidate": n, "score": p, "verdict": verdict, "logp": nats})
+    return "".join(json.dumps(line) + "\n" for line in found)
+
+
+def write_drawn(path, leaves):
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, *leaves)
+
+
+def read_drawn(path):
+    """The leaves of what was drawn, in order."""
+    with np.load(path) as found:
+        return [found[f"arr_{k}"] for k in range(len(found.files))]
 
 
 def read_round(path, texts, group, shapes, begins):
-    """A manifest -> Round. Raises ValueError where it is not that of `texts`, `group` candidates each, drawn as in
-    `shapes` [1, ..]."""
+    """A manifest, with drawn.npz beside it -> Round. Raises ValueError where it is not that of `texts`, `group`
+    candidates each, drawn as in `shapes` [1, ..]."""
     try:
         found = [json.loads(line) for line in path.read_text().splitlines()]
         if [line["prompt"] for line in found] != [text for text in texts for _ in range(group)]:
             raise ValueError("its prompts are others")
-        column = lambda values, dtype=np.float32, shape=(): np.array(values, dtype).reshape(len(texts), group, *shape)
-        leaves, structure = jax.tree.flatten(shapes)
-        drawn = [column([line["drawn"][k] for line in found], leaf.dtype, leaf.shape[1:])
-                 for k, leaf in enumerate(leaves)]
-        return Round(begins, list(texts), jax.tree.unflatten(structure, drawn),
-                     *(column([line[name] for line in found]) for name in ("logp", "score")))
-    except (ValueError, LookupError, TypeError) as error:
+        drawn, (leaves, structure) = read_drawn(path.with_name("drawn.npz")), jax.tree.flatten(shapes)
+        if [x.shape for x in drawn] != [(len(texts), group, *like.shape[1:]) for like in leaves]:
+            raise ValueError("what was drawn has other shapes")
+        column = lambda name: np.array([line[name] for line in found], np.float32).reshape(len(texts), group)
+        return Round(begins, list(texts), jax.tree.unflatten(structure, drawn), column("logp"), column("score"))
+    except (ValueError, LookupError, TypeError, OSError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not what this run wrote ({error}): put that back, or give another "
                          f"--workdir") from error
 

@@ -35,9 +35,10 @@ class Transform:
     """How large pictures are read, in pixels: each of them lies between the two after resizing."""
     min_pixels: int
     max_pixels: int
+    twice: bool = True                     # as the published tools do it
 
 
-FIRST = Transform(3136, 12845056)          # the published tools resize twice, and this is the first time
+FIRST = Transform(3136, 12845056)          # of the two times, this is the first
 
 
 def fitted_size(height, width, transform, multiple, least=0):
@@ -59,6 +60,8 @@ def fitted_size(height, width, transform, multiple, least=0):
 
 def sizes(height, width, transform, multiple):
     """Those a picture is brought to, one after the other."""
+    if not transform.twice:
+        return fitted_size(height, width, transform, multiple),
     first = fitted_size(height, width, FIRST, multiple, least=multiple)
     return first, fitted_size(*first, transform, multiple)
 

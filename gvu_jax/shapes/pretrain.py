@@ -72,7 +72,8 @@ def pretrain(config):
     key = jax.random.key(settings.seed + 1)
     crowded = world.crowded_scenes(rng, settings.crowded, place)
     params = tiny.learn_pictures(umm, params, crowded, settings, rng, key)
-    return umm, train_backbone(umm, params, tiny.begin(params, rng), place, settings, rng, key)
+    ar, draw = tiny.begin(params, rng), getattr(tiny, "learn_drawing", None)
+    return umm, train_backbone(umm, params, ar, place, settings, rng, key, draw)
 
 
 # ---- backbone --- -------------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ class Pairs:
     answer: object = None
 
 
-def train_backbone(umm, params, ar, place, settings, rng, key):
+def train_backbone(umm, params, ar, place, settings, rng, key, draw=None):
     """Next-token prediction both ways, through the very calls that GvU uses, in two lessons.
 
     Which of two objects stands left of the other is learned last among many things to learn, and soon where there is
@@ -95,7 +96,7 @@ def train_backbone(umm, params, ar, place, settings, rng, key):
     quarter of the captions in the second. What had never been drawn rightly would earn no reward. Of drawing a share
     `mismatched` is taught with pictures of other prompts: that decides how weak it starts.
 
-    ar: the backbone as it begins.
+    ar: the backbone as it begins. draw: a family's last lesson, learn_drawing.
     """
     see, target, forbidden = jax.jit(umm.see), jax.jit(umm.image_target), world.compositions(world.split_prompts()[1])
 
@@ -115,7 +116,10 @@ def train_backbone(umm, params, ar, place, settings, rng, key):
                 logps = -umm.image_nll(trained, prompts, part.seen, key)
                 losses["drawing"] = objectives.cross_entropy(logps, jnp.ones_like(logps, bool))
             else:
-                logps, mask = umm.text_logps(trained, part.seen, prompts)
+                seen = part.seen
+                if name == "questions" and asks_first(umm):
+                    seen = jax.tree.map(lambda x: jnp.repeat(x, QUESTIONS, axis=0), seen)
+                logps, mask = umm.text_logps(trained, seen, prompts)
                 losses[name] = objectives.cross_entropy(logps, mask if part.answer is None else flat(part.answer))
         return sum(losses.values()) + (EMPHASIS - 1) * losses.get("drawing", 0.0), losses
 
@@ -137,7 +141,8 @@ def train_backbone(umm, params, ar, place, settings, rng, key):
     descriptions = [(i, sentences.INSTRUCTIONS[1], sentences.describe(scene)) for i, scene in enumerate(crowds)]
     data = {"captions": captions, "descriptions": encode_pairs(umm, *look(crowds, see), descriptions),
             "questions": write_questions(umm, seen, scenes, rng, forbidden), "prompts": drawing}
-    return {**params, "ar": fit("backbone", loss, ar, data, lesson, jax.random.fold_in(key, 1), muon)}
+    params = {**params, "ar": fit("backbone", loss, ar, data, lesson, jax.random.fold_in(key, 1), muon)}
+    return draw(umm, params, drawing, settings, jax.random.fold_in(key, 2)) if draw else params
 
 
 def to_draw(told, mismatched, rng):
@@ -174,7 +179,13 @@ def write_questions(umm, seen, scenes, rng, forbidden):
     others = [meta for meta in captions if meta]
     asked = [(i, *pair) for i, (scene, own) in enumerate(zip(scenes, captions))
              for pair in ask_all(scene, own, [sentences.pick(rng, others) for _ in range(2)], rng, forbidden)]
-    return side_by_side(put_into_words(encode_pairs(umm, seen, asked)), QUESTIONS)
+    pairs = encode_pairs(umm, seen, asked)
+    return side_by_side(pairs if asks_first(umm) else put_into_words(pairs), QUESTIONS)
+
+
+def asks_first(umm):
+    """Whether a family's question stands before the picture, which then has to be read for each question anew."""
+    return getattr(umm, "asks_first", False)
 
 
 QUESTIONS = 6       # of one picture: two for yes or no, four of detail
