@@ -110,8 +110,9 @@ def test_a_guided_step_divided_three_ways_is_a_step_on_one_device(family, view):
     divisible = divisible_of(family)
     together, alone = (a_step(divisible, mesh, **{"sampling.guidance": 3.0, "gvu.anchor": 1.0, "reward.view": view})[0]
                        for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
-    apart = np.abs(together["pixels"] - alone["pixels"])
-    assert apart.max() < 1.01 / 255 and (apart > 0).mean() < 1e-3
+    if view == "pixels":                                                          # else nothing is painted
+        apart = np.abs(together["pixels"] - alone["pixels"])
+        assert apart.max() < 1.01 / 255 and (apart > 0).mean() < 1e-3
     assert_same_step(together | {"pixels": alone["pixels"]}, alone, slack=100)
 
 
