@@ -28,7 +28,7 @@ def test_every_arm_can_be_configured(monkeypatch):
         if not any(key.startswith("pretrain.") for key in arm):
             assert pretrain.base_folder(config) == pretrain.base_folder(tiny_config())
         assert (config.eval.batches, config.eval.choices) == (1, 6)
-    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 27
+    assert experiments.ARMS["all"][0] == {} and len(experiments.ARMS["all"]) == 28
 
 
 def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
