@@ -106,9 +106,9 @@ def test_ghosts_and_foreign_colors_are_unreadable():
     assert checker.read_pixels(half, 1) == -1
 
 
-def random_false(scene, rng):
-    """Any prompt that is false of a scene."""
-    return next(meta for _ in iter(int, 1) for meta in [s.pick(rng, w.all_prompts())] if not w.judge_scene(scene, meta))
+def random_false(scene, prompts, rng):
+    """Any of the prompts that is false of a scene."""
+    return next(meta for _ in iter(int, 1) for meta in [s.pick(rng, prompts)] if not w.judge_scene(scene, meta))
 
 
 def test_a_clear_object_beside_a_faint_foreign_color_is_unreadable():
@@ -120,9 +120,9 @@ def test_a_clear_object_beside_a_faint_foreign_color_is_unreadable():
 
 
 def test_judge_follows_the_scene(scenes, pictures):
-    rng = np.random.default_rng(0)
+    rng, prompts = np.random.default_rng(0), w.all_prompts()
     true = [s.true_prompt(scene, rng) for scene in scenes]
-    false = [random_false(scene, rng) for scene in scenes]
+    false = [random_false(scene, prompts, rng) for scene in scenes]
     verdicts = checker.judge(pictures, true)
     assert verdicts.right.all() and verdicts.right.dtype == verdicts.exact.dtype == bool
     assert not checker.judge(pictures, false).right.any()
