@@ -6,8 +6,8 @@
 
 Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni; with
 --config.family=janus it is a tiny Janus, with --config.family=showo a tiny Show-o, and with --config.family=qwen_sd35 a
-tiny Qwen2.5-VL and SD3.5. X-Omni alone has been tuned and measured. The same setting holds for
-shapes_gap.py and shapes_uae.py.
+tiny Qwen2.5-VL and SD3.5. X-Omni alone has been tuned and measured. The same setting holds for shapes_gap.py and
+shapes_uae.py.
 """
 import os
 
@@ -53,7 +53,7 @@ def get_config(preset="normal"):
                                encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
                                decoder_blocks=(2, 2, 2, 2, 2), norm_num_groups=2)
     config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
-    # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; X-Omni's and Janus' have none.
+    # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; no other family has one.
     config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
                             pooled_projection_dim=8)
     # How SD3.5 draws. steps: of its flow, where sampling.flow.steps is not asked: by gvu_jax.generate. shift: how far

@@ -46,7 +46,7 @@ def equal_samples(drawn, group):
     return functools.reduce(jnp.logical_and, map(equal, jax.tree.leaves(drawn)))
 
 
-ALIKE = 0.1
+ALIKE = 0.1                # of latents of size 1; chosen, not measured
 
 
 def duplicates(drawn, group):

@@ -212,7 +212,8 @@ class InternalGap:
             chosen, ref = (-self.umm.image_nll(params, batch.prompts, batch.chosen, key) for params in (policy, base))
             loss, metrics = -jnp.mean(chosen), {}
         if gap.anchor:
-            # Half of it in rejected pictures: held in accepted ones alone, "yes" spreads to all the others.
+            # Half of it in rejected pictures: held in accepted ones alone, "yes" spreads to all the others. (A
+            # micro-batch of fewer than 8 rows holds one picture, an accepted one.)
             half = len(batch.logp) // 2
             both = jax.tree.map(lambda *of: jnp.concatenate([of[0][:half], of[1][half:]]), batch.chosen, batch.rejected)
             _, *held = anchor.held((), batch.prompts, batch.asked)
