@@ -45,13 +45,14 @@ def get_config(preset="normal"):
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
     # Sizes of the autoencoder between pixels and the diffusion head's latents.
     config.model.vae = dict(latent_channels=4, patch_size=16)
-    # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder.
-    config.model.vq = dict(codebook_size=96, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
+    # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder. There are 26 things to draw;
+    # with 96 codes, which say no more, one of them would be chosen by chance (1.9 nats a code), which is hard to learn.
+    config.model.vq = dict(codebook_size=32, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
     # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code.
     config.model.magvit = dict(bits=9, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
                                encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
-                               decoder_blocks=(2, 2, 2, 2, 2), norm_num_groups=2)
+                               decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=2)
     config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
     # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; no other family has one.
     config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
@@ -67,7 +68,7 @@ def get_config(preset="normal"):
     config.pretrain = ConfigDict()
     config.pretrain.seed = 0                 # the seed of the base
     config.pretrain.scenes = 8192            # pictures that it is taught with
-    config.pretrain.crowded = 8192           # and fuller ones, for the parts that see cells and not scenes
+    config.pretrain.crowded = 8192           # fuller pictures, for the parts that see cells and not scenes
     # X-Omni learns to see and to paint in these two. steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.tokenizer = dict(steps=1200, lr=2e-3, batch=dict(pictures=32))
     # steps: updates. lr: learning rate. pictures: pictures of a batch.
@@ -76,7 +77,7 @@ def get_config(preset="normal"):
     # pictures: pictures of a batch.
     config.pretrain.tower = dict(steps=800, lr=2e-3, batch=dict(pictures=32))
     # The second is Show-o's as well. steps: updates. lr: learning rate. pictures: pictures of a batch.
-    config.pretrain.codes = dict(steps=2000, lr=3e-3, batch=dict(pictures=8))
+    config.pretrain.codes = dict(steps=2500, lr=3e-3, batch=dict(pictures=8))
     # SD3.5's last lesson, behind those of the backbone: it draws from what the reader, which stands still, says. steps:
     # updates. lr: learning rate. prompts: pictures of a batch.
     config.pretrain.drawing = dict(steps=2000, lr=3e-3, batch=dict(prompts=64))
@@ -90,14 +91,14 @@ def get_config(preset="normal"):
     config.pretrain.backbone = dict(steps=1200, lr=3e-3, mismatched=0.2,
                                     batch=dict(captions=17, descriptions=2, questions=7, prompts=32))
 
-    # ---- GvU ----
-    # temperature: 1 draws from the policy itself. top_k, top_p, min_p: leave improbable tokens out; 0, 1 and 0 leave
-    # out none. guidance: classifier-free; 1 is none. steps: of the flow, where the family draws by one, as all that
-    # follows. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy step, sde, dance or
+    # ---- GvU ---- temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p:
+    # the share of probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the
+    # most probable one; 0: none. guidance: classifier-free; 1 is none. steps: of the flow, of families that draw by
+    # one. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy step, sde, dance or
     # cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all but the last are trained.
-    # between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise: the pictures of a
-    # prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is trained through
-    # as well.
+    # between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise: the pictures of
+    # a prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is trained
+    # through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
                            flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
@@ -106,10 +107,10 @@ def get_config(preset="normal"):
     # advantage_max: advantages are cut at plus and minus this; 0: nowhere. ratio: plain, guard or guard_published. kl:
     # gaussian or published; see gvu_jax/flow.py.
     config.flow = dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
-    # teacher: whose reading judges, the frozen base's or the policy's own. view: pixels, or tokens: read what was drawn
-    # without rendering it. mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the checker: a
-    # ceiling, no method). function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts) -> [S];
-    # own: the share that the model's reward has beside it.
+    # teacher: whose reading judges, the frozen base's or the policy's own. view: pixels, or tokens: read what was
+    # drawn without rendering it. mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the
+    # checker: a ceiling, no method). function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3],
+    # prompts) -> [S]; own: weight of the model's reward beside that function's.
     config.reward = dict(teacher="base", view="pixels", mean="geometric", function="", own=0.0)
     # prompts: prompts of a step. group: pictures of each prompt, which are compared. clip: how far the probability
     # ratio may move from 1. beta: weight of the KL to the base. anchor: weight of a second KL, which holds reading to
@@ -123,19 +124,19 @@ def get_config(preset="normal"):
     # modules that have one, a regular expression. An adapter on what only drawing runs (lora.rank=32
     # lora.targets=mm_head) leaves understanding what it was bit for bit.
     config.lora = dict(rank=0, alpha=32, targets=r"_proj")
-    # lr: learning rate of AdamW. warmup: steps until it is reached. schedule: constant, or cosine, to 0 at the end. b2:
-    # AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of a gradient.
-    # At a rate that stays high the last steps add noise, from which reading suffers first.
+    # lr: learning rate of AdamW. warmup: steps until the learning rate is reached. schedule: constant, or cosine, to
+    # 0 at the end. b2: AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of
+    # a gradient. At a rate that stays high the last steps add noise, from which reading suffers first.
     config.optim = dict(lr=5e-4, warmup=10, schedule="cosine", b2=0.99, weight_decay=0.0, clip_norm=1.0)
 
     # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. choices:
     # questions of each test of understanding. words: least mean of a prompt's words in a picture that is accepted by
     # them. judge: another model, a folder or a name, that is asked about the pictures of each evaluation.
     config.eval = dict(every=125, batches=4, choices=1152, words=0.45, judge="")
-    # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
-    # duplicates: more than this share of a group's pictures are the same. objects: pictures hold so many more, above
-    # what is asked, than before, which is spam. stop: end the run instead of warning. skipped: how many steps in a row
-    # may be skipped as not finite.
+    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the
+    # policy's, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
+    # the same. objects: pictures hold so many more, above what is asked, than before, which is spam. stop: end the
+    # run instead of warning. skipped: how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, objects=0.5, stop=False, skipped=10)
     config.log_every = 5                                               # steps between lines of metrics.jsonl
     config.checkpoint_every = 50                                       # steps between saved states

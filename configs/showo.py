@@ -33,7 +33,7 @@ def get_config(size="256"):
     config.family = "showo"
     config.mesh.tensor = 1                               # over how many devices the 32 heads are divided
     config.model.size = size                                             # for a plan without the checkpoint
-    # A folder that gvu_jax.convert has written. A name on the Hub is not enough: the parts have pages of their own.
+    # A folder that gvu_jax.convert has written, or hf:OWNER/NAME; the model with CLIP has to be converted with --clip.
     config.model.checkpoint = f"checkpoints/showo_{size}"
     del config.model.override
     # Over what the checkpoint says. rounds: how many a picture is drawn in, mask by mask. text_length: longer prompts

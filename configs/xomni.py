@@ -38,14 +38,15 @@ def get_config():
     # "meta/prompt" is the prompt in its meta.
     config.data = dict(prompts="prompts/train.jsonl", held_out="prompts/held_out.jsonl", prompt_key="prompt")
 
-    # temperature: 1 draws from the policy itself. top_k, top_p, min_p: leave improbable tokens out; 0, 1 and 0 leave
-    # out none. guidance: classifier-free; 1 is none. The published sampler adds top-k 50 unseen (a default of its
+    # temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p: the share of
+    # probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the most probable
+    # one; 0: none. guidance: classifier-free; 1 is none. The published sampler adds top-k 50 unseen (a default of its
     # library) and trains on unfiltered log-probabilities.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.03, guidance=1.0)
-    # teacher: whose reading judges, the frozen base's or the policy's own; the published code means the base but leaves
-    # the adapter on. view: pixels, or tokens: read what was drawn without rendering it. mean: geometric, or product,
-    # minimum, yes. function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts)
-    # -> [S]; own: the share that the model's reward has beside it.
+    # teacher: whose reading judges, the frozen base's or the policy's own; the published code means the base but
+    # leaves the adapter on. view: pixels, or tokens: read what was drawn without rendering it. mean: geometric, or
+    # product, minimum, yes. function: FILE.py:NAME, a reward of one's own, (pixels uint8 [S, H, W, 3], prompts) ->
+    # [S]; own: weight of the model's reward beside that function's.
     config.reward = dict(teacher="base", view="pixels", mean="geometric", function="", own=0.0)
     # prompts: prompts of a step. group: pictures of each prompt, which are compared. clip: how far the probability
     # ratio may move from 1. beta: weight of the KL to the base. anchor: weight of a second KL, which holds reading to
@@ -57,17 +58,18 @@ def get_config():
     # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the
     # modules that have one, a regular expression; the published list adapts every matrix.
     config.lora = dict(rank=8, alpha=32, targets=r"_proj")
-    # lr: learning rate of AdamW. warmup: steps until it is reached. schedule: constant, or cosine, to 0 at the end. b2:
-    # AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of a gradient.
+    # lr: learning rate of AdamW. warmup: steps until the learning rate is reached. schedule: constant, or cosine, to
+    # 0 at the end. b2: AdamW's second moment's decay. weight_decay: AdamW's, of matrices. clip_norm: greatest norm of
+    # a gradient.
     config.optim = dict(lr=1e-6, warmup=0, schedule="constant", b2=0.999, weight_decay=0.0, clip_norm=1.0)
 
     config.steps = PROMPTS * EPOCHS // config.gvu.prompts                # updates of the policy
     # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. judge: another
     # model, a folder or a name, that is asked about the pictures of each evaluation.
     config.eval = dict(every=250, batches=4, judge="")
-    # Signs that the policy collapses. kl: the KL to the base is above this. entropy: it is below this, in nats a token.
-    # duplicates: more than this share of a group's pictures are the same. stop: end the run instead of warning.
-    # skipped: how many steps in a row may be skipped as not finite.
+    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the
+    # policy's, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
+    # the same. stop: end the run instead of warning. skipped: how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=2.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
     config.log_every = 1                                                 # steps between lines of metrics.jsonl
     config.checkpoint_every = 50                                         # steps between saved states

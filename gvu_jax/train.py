@@ -272,13 +272,13 @@ def alone(workdir):
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
 
-    A longer run may continue a shorter one, and another mesh may do so: `steps` and `mesh` may differ. Raises
-    ValueError naming the other settings that do.
+    A longer run may continue a shorter one, on another mesh, and save its state more often: `steps`, `mesh` and
+    `checkpoint_every` may differ. Raises ValueError naming the other settings that do.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     path, ours = workdir / "config.json", json.loads(config.to_json())
     if path.exists() and any((workdir / name).exists() for name in ("base", "checkpoints", "metrics.jsonl")):
-        ignored = ("steps", "cache", "mesh.data", "mesh.fsdp", "mesh.tensor")
+        ignored = ("steps", "cache", "checkpoint_every", "mesh.data", "mesh.fsdp", "mesh.tensor")
         if differ := [name for name in cli.differing(ours, read_json(path)) if name not in ignored]:
             raise ValueError(f"{workdir} holds a run with other settings ({', '.join(differ[:5])}): "
                              f"give another --workdir, or the settings of {path}")

@@ -6,6 +6,7 @@
 #   tpu.sh run ARGS...      on every worker: python -m gvu_jax.train --hosts=auto ARGS..., in the background
 #   tpu.sh status           the state of the slice, and of the run on each worker
 #   tpu.sh watch [WORKER]   follow what worker 0 (or another) prints
+#   tpu.sh stop             have the run save its state and end; the slice stays, and is billed
 #   tpu.sh loop ARGS...     all of it until the run has finished, over preemptions, and then delete
 #   tpu.sh fetch RUN DIR    copy report, metrics and pictures of the bucket's folder RUN to DIR
 #   tpu.sh delete           give the slice back: the bill stops
@@ -89,6 +90,10 @@ status() {
 
 watch() {
   on "${1:-0}" "sudo journalctl --unit=gvu_jax --output=cat --lines=100 --follow"
+}
+
+stop() {                       # a signal to one worker: all of them save the same step and end with status 75
+  on 0 "sudo systemctl kill --signal=TERM gvu_jax"
 }
 
 fetch() {
@@ -185,10 +190,10 @@ case ${1:-} in
   create) need ZONE TYPE; need_runtime ;;
   setup) need ZONE BUCKET ;;
   run) need ZONE; need_workdir "${@:2}" ;;
-  status | watch | delete) need ZONE ;;
+  status | watch | stop | delete) need ZONE ;;
   loop) need ZONE TYPE BUCKET; need_runtime; need_workdir "${@:2}" ;;
   fetch) need BUCKET; [[ $# == 3 ]] || die "give the run and a folder for it: tpu.sh fetch runs/xomni results" ;;
-  *) die "unknown subcommand '${1:-}': create, setup, run, status, watch, loop, fetch or delete" ;;
+  *) die "unknown subcommand '${1:-}': create, setup, run, status, watch, stop, loop, fetch or delete" ;;
 esac
 [[ $DRY_RUN ]] || command -v gcloud >/dev/null || die "gcloud is missing: install the Google Cloud CLI from" \
   "https://cloud.google.com/sdk/docs/install"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import gvu_jax
-from conftest import ROOT, one_device, tiny_config
+from conftest import ROOT, one_device, put_untrained, tiny_config
 from gvu_jax import convert
 from gvu_jax.metrics import read_metrics
 from gvu_jax.train import train
@@ -20,6 +20,7 @@ def run(tmp_path_factory):
     config.lora.update(rank=2, alpha=6, targets="^layers/.*(q|down)_proj")
     config.update(steps=2)
     config.optim.lr = 0.05
+    put_untrained(config)
     train(config, folder / "run")
     convert.export_peft(folder / "run", folder / "adapter", base="some/base")
     return config, folder / "run", folder / "adapter"

@@ -8,7 +8,7 @@ import pytest
 from flax import traverse_util
 
 import gvu_jax
-from conftest import ROOT, one_device, tiny_config
+from conftest import ROOT, one_device, put_untrained, tiny_config
 from gvu_jax import experiments, report, train
 from gvu_jax.shapes import pretrain, suite
 from gvu_jax.suite import Verdicts
@@ -35,6 +35,7 @@ def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
     config, written = tiny_config(), []
     config.update(steps=1)
     config.eval.update(every=1)
+    put_untrained(config)
     monkeypatch.setitem(experiments.ARMS, "oracle", [{"reward.mean": "oracle"}])
     monkeypatch.setattr(report, "write_comparison", lambda folder: written.append(folder) or folder / "report.html",
                         raising=False)

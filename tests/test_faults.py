@@ -1,6 +1,6 @@
 """What happens to a run from outside: killed, told to stop, its files damaged. The same command must go on from there.
 
-    python -m pytest tests/test_faults.py --faults=100         # as many kills; the default is a few
+    python -m pytest tests/test_faults.py --faults=100         # as many kills, and stops; the default is one
 """
 import random
 import shutil
@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import ROOT, one_device, tiny_config
+from conftest import ROOT, one_device, put_untrained, tiny_config
 from gvu_jax import alarms, checkpoint, optim
 from gvu_jax.metrics import read_metrics
 from gvu_jax.stop import STOPPED
@@ -38,6 +38,7 @@ def run(tmp_path_factory):
     config = tiny_config()
     config.update(steps=8, checkpoint_every=1, log_every=2)
     config.eval.every = 4
+    put_untrained(config)
     assert start(config, folder / "whole").wait() == 0
     began = time.time()
     assert start(config, folder / "again").wait() == 0
@@ -54,36 +55,26 @@ def timeless(work):
             for line in read_metrics(work / "metrics.jsonl")]
 
 
-def disturbed(run, name, times, number):
-    """Sends a signal at random moments to `times` sittings of one run, then lets it end. How each sitting ended; those
-    that end before their signal comes do not count."""
-    config, _, seconds, folder = run
-    work, moments, ends = folder / name, random.Random(number), []
-    while len(ends) - ends.count(0) < times:
+def test_a_disturbed_run_goes_on_as_if_nothing_had_happened(run, faults):
+    """Killed at any moment, saving included, or told to stop, when it ends with the documented status, in turn: the
+    metrics at the end are the undisturbed run's, bit for bit. Sittings that end before their signal do not count."""
+    config, whole, seconds, folder = run
+    work, moments, ends = folder / "disturbed", random.Random(0), []
+    while len(ends) - ends.count(0) < 2 * faults:
         if (work / "summary.json").exists() and '"after"' in (work / "summary.json").read_text():
             shutil.rmtree(work)                                       # it came to its end: disturb another one
+        number = signal.SIGTERM if len(ends) % 2 else signal.SIGKILL
         process = start(config, work)
         try:
             ends.append(process.wait(timeout=moments.uniform(0.1, 1.1) * seconds))
         except subprocess.TimeoutExpired:
             process.send_signal(number)
             ends.append(process.wait(timeout=120))
-    last = start(config, work)
-    assert last.wait(timeout=600) == 0, (folder / f"{name}.log").read_text()[-3000:]
-    return ends, timeless(work)
-
-
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(run, faults):
-    """SIGKILL at any moment, saving included: the metrics at the end are the undisturbed run's, bit for bit."""
-    ends, metrics = disturbed(run, "killed", faults, signal.SIGKILL)
-    assert set(ends) <= {0, -signal.SIGKILL} and metrics == run[1]
-    print(f"{ends.count(-signal.SIGKILL)} sittings killed, {ends.count(0)} ended before")
-
-
-def test_a_run_that_is_told_to_stop_ends_in_time_with_the_documented_status(run, faults):
-    ends, metrics = disturbed(run, "stopped", faults, signal.SIGTERM)
-    # Before Python has loaded the package, nothing listens yet and the signal ends it as it ends any program.
-    assert set(ends) <= {0, STOPPED, -signal.SIGTERM} and metrics == run[1]
+        # Before Python has loaded the package, nothing listens yet and the signal ends it as it ends any program.
+        assert ends[-1] in ({0, STOPPED, -number} if number == signal.SIGTERM else {0, -number})
+    assert start(config, work).wait(timeout=600) == 0, (folder / "disturbed.log").read_text()[-3000:]
+    assert timeless(work) == whole
+    print(f"{ends.count(-signal.SIGKILL)} sittings killed, {ends.count(STOPPED)} stopped, {ends.count(0)} ended before")
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):

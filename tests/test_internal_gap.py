@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from conftest import load_config, one_device, tiny_config
+from conftest import load_config, one_device, put_untrained, tiny_config
 from gvu_jax import data, optim, sharding
 from gvu_jax.methods import internal_gap
 from gvu_jax.methods.internal_gap import InternalGap, Round
@@ -62,6 +62,7 @@ class Method:
 def run(tmp_path_factory, threshold):
     """(config, workdir) of a finished run: replay after two of four steps."""
     config, folder = gap_config(**{"internal_gap.threshold": threshold}), tmp_path_factory.mktemp("gap")
+    put_untrained(config)
     train(config, folder / "work")
     return config, folder / "work"
 

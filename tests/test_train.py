@@ -22,8 +22,10 @@ from gvu_jax.train import table, train
 
 @pytest.fixture(scope="module")
 def run(tiny, tmp_path_factory):
-    """(config, workdir) of a finished run of four steps, with a judge."""
+    """(config, workdir) of a finished run of four steps, with a judge. Its base is no other test's, so that it is also
+    pretrained, as those of the other families are."""
     config, judge = tiny_config(), tmp_path_factory.mktemp("judge") / "model"
+    config.pretrain.seed = 1
     checkpoint.save_model(judge, *tiny[1:])
     config.eval.judge = str(judge)
     return run_of(config, tmp_path_factory)
@@ -116,10 +118,23 @@ def test_a_run_that_learns_nothing_says_so(run, tmp_path, capfd):
     assert "Flat groups" in (tmp_path / "report.html").read_text()
 
 
-def test_giving_the_command_again_continues_a_longer_run(run_of_each, tmp_path):
+def timeless(work):
+    return [{k: v for k, v in line.items() if "second" not in k} for line in read_metrics(work / "metrics.jsonl")]
+
+
+def test_giving_the_command_again_goes_on_where_it_ended(run_of_each, tmp_path):
+    """Its last two steps lost, a run writes them again, to the last digit."""
+    config, work = run_of_each
+    shutil.copytree(work, tmp_path / "broken")
+    shutil.rmtree(tmp_path / "broken/checkpoints/4")
+    train(config, tmp_path / "broken")
+    assert timeless(tmp_path / "broken") == timeless(work)
+
+
+def test_giving_the_command_again_continues_a_longer_run(run, tmp_path):
     """Four steps, then two more, are the six steps of an unbroken run: same metrics, no line twice. And who stops the
     prolonged run has no finished one any more."""
-    config, work = run_of_each
+    config, work = run
     config = config.copy_and_resolve_references()
     config.steps = 6
     shutil.copytree(work, tmp_path / "broken")
@@ -127,10 +142,8 @@ def test_giving_the_command_again_continues_a_longer_run(run_of_each, tmp_path):
     assert not any(name.endswith("after") for name in read_json(tmp_path / "broken/summary.json"))
     assert "after" in train(config, tmp_path / "broken")
     train(config, tmp_path / "unbroken")
-    timeless = lambda path: [{k: v for k, v in line.items() if "second" not in k} for line in
-                             read_metrics(path / "metrics.jsonl")]
-    broken, unbroken = timeless(tmp_path / "broken"), timeless(tmp_path / "unbroken")
-    assert [line for line in broken if "loss" in line] == [line for line in unbroken if "loss" in line]
+    broken, unbroken = ([line for line in timeless(tmp_path / name) if "loss" in line] for name in ("broken", "unbroken"))
+    assert broken == unbroken
 
 
 class Nth(Stop):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import load_config, one_device, tiny_config
+from conftest import load_config, one_device, put_untrained, tiny_config
 from gvu_jax import checkpoint, data, objectives, optim, sharding
 from gvu_jax.methods import uae
 from gvu_jax.metrics import read_metrics
@@ -199,6 +199,7 @@ def test_a_mistake_ends_in_one_line(changes, said, tmp_path):
 def test_a_run_goes_on_where_it_was_killed(tmp_path, command, monkeypatch):
     """Its last two steps lost, a run writes them again, to the last digit; and its report, its table and the suite."""
     config, work = uae_config(), tmp_path / "work"
+    put_untrained(config)
     summary = train(config, work)
     timeless = lambda: [{k: v for k, v in line.items() if "second" not in k} for line in
                         read_metrics(work / "metrics.jsonl")]

@@ -95,4 +95,4 @@ def train_codes(umm, params, scenes, settings, rng, key):
     return {**params, "vq": fit("codes", loss, {"vq": params["vq"], **heads}, data, settings, key)["vq"]}
 
 
-BLUR, PAINTING = 0.5, 10       # noise beside channels that training drives away from zero; weight of the picture
+BLUR, PAINTING = 0.5, 20       # noise beside channels that training drives away from zero; weight of the picture
