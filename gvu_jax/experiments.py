@@ -130,7 +130,7 @@ def configure(config, overrides):
         if not Path(path).exists():
             raise ValueError(f"there is no {path} here: start the experiments where the folder configs is")
         other = runpy.run_path(path)["get_config"](*[preset] * bool(preset))
-        other.update({name: config[name] for name in ("cache", "mesh", "model", "world", "pretrain")})
+        other.update({name: config[name] for name in ("cache", "mesh", "family", "model", "world", "pretrain")})
         other.eval.update(batches=config.eval.batches, choices=config.eval.choices)
         config = other
     config = config.copy_and_resolve_references()

@@ -19,6 +19,7 @@ def test_every_arm_can_be_configured(monkeypatch):
     for arm in experiments.ARMS["all"]:
         config = experiments.configure(tiny_config(), arm)
         train.method_of(config).check(config)
+        assert experiments.configure(tiny_config(family="janus"), arm).family == "janus"
         known = traverse_util.flatten_dict(experiments.configure(
             tiny_config(), {key: value for key, value in arm.items() if key == "config"}).to_dict(), sep=".")
         assert arm.keys() <= known.keys() | {
