@@ -45,15 +45,18 @@ def get_config(preset="normal"):
                              guidance_embeds=False, axes_dims_rope=(4, 6, 6), siglip_channels=32)
     # Sizes of the autoencoder between pixels and the diffusion head's latents.
     config.model.vae = dict(latent_channels=4, patch_size=16)
-    # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder. There are 26 things to draw;
-    # with 96 codes, which say no more, one of them would be chosen by chance (1.9 nats a code), which is hard to learn.
+    # Sizes of the tokenizer that Janus draws with: VQ-16's encoder, codebook and decoder. codebook_size: a few more
+    # than the 26 things to draw; with many codes for the same thing it is chance which one a picture has, and chance
+    # is hard to learn.
     config.model.vq = dict(codebook_size=32, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
     # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code.
     config.model.magvit = dict(bits=9, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
                                encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
                                decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=2)
-    config.model.rounds = 6                  # in how many Show-o draws a picture, mask by mask
+    # rounds: in how many Show-o draws a picture, mask by mask. heat: how much chance there is in what the first round
+    # takes back; the published 1 keeps what the model is surest of, which are empty cells.
+    config.model.update(rounds=6, heat=10.0)
     # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; no other family has one.
     config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
                             pooled_projection_dim=8)
@@ -91,14 +94,15 @@ def get_config(preset="normal"):
     config.pretrain.backbone = dict(steps=1200, lr=3e-3, mismatched=0.2,
                                     batch=dict(captions=17, descriptions=2, questions=7, prompts=32))
 
-    # ---- GvU ---- temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p:
-    # the share of probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the
-    # most probable one; 0: none. guidance: classifier-free; 1 is none. steps: of the flow, of families that draw by
-    # one. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy step, sde, dance or
-    # cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all but the last are trained.
-    # between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise: the pictures of
-    # a prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is trained
-    # through as well.
+    # ---- GvU ----
+    # temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p: the share of
+    # probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the most probable
+    # one; 0: none. guidance: classifier-free; 1 is none. steps: steps of the flow, in families that draw by one, as
+    # are the settings that follow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy
+    # step, sde, dance or cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all but the
+    # last are trained. between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise:
+    # the pictures of a prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is
+    # trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
                            flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
@@ -133,10 +137,10 @@ def get_config(preset="normal"):
     # questions of each test of understanding. words: least mean of a prompt's words in a picture that is accepted by
     # them. judge: another model, a folder or a name, that is asked about the pictures of each evaluation.
     config.eval = dict(every=125, batches=4, choices=1152, words=0.45, judge="")
-    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the
-    # policy's, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
-    # the same. objects: pictures hold so many more, above what is asked, than before, which is spam. stop: end the
-    # run instead of warning. skipped: how many steps in a row may be skipped as not finite.
+    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the policy's
+    # entropy, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
+    # the same. objects: warn when pictures hold so many more objects than before, above what is asked, which is spam.
+    # stop: end the run instead of warning. skipped: how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=5.0, entropy=0.01, duplicates=0.9, objects=0.5, stop=False, skipped=10)
     config.log_every = 5                                               # steps between lines of metrics.jsonl
     config.checkpoint_every = 50                                       # steps between saved states

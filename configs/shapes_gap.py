@@ -30,7 +30,7 @@ def get_config(preset="sft"):
     # none; replay is then the latest.
     config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=4,
                                batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=10.0, replay=0, probe=0)
-    config.trains = "backbone"                           # what learns: the layers of the language model, or all
+    config.trains = "backbone"              # what learns: backbone (its layers), backbone+projector, or all
     # Learning rate of AdamW. A pair says more than a picture, and moves the policy further.
     config.optim.update(lr=1e-3 if preset.endswith("sft") else 2e-4)
     # group: pictures of each held-out prompt.

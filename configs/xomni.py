@@ -67,8 +67,8 @@ def get_config():
     # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. judge: another
     # model, a folder or a name, that is asked about the pictures of each evaluation.
     config.eval = dict(every=250, batches=4, judge="")
-    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the
-    # policy's, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
+    # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the policy's
+    # entropy, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
     # the same. stop: end the run instead of warning. skipped: how many steps in a row may be skipped as not finite.
     config.alarm = dict(kl=2.0, entropy=0.01, duplicates=0.9, stop=False, skipped=10)
     config.log_every = 1                                                 # steps between lines of metrics.jsonl

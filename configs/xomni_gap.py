@@ -28,7 +28,7 @@ def get_config(preset="csft"):
     # looks whether it is time for the replay, 0: none; replay is then the latest.
     config.internal_gap = dict(objective=preset[-3:], pool=6400, prompts=16, group=10, waves=1, threshold=0.5, keep=1,
                                batch=64, micro_batches=4, beta=0.1, nll=1.0, draws=1, anchor=0.0, replay=0, probe=0)
-    config.trains = "backbone"                           # what learns: the layers of the language model, or all
+    config.trains = "backbone"              # what learns: backbone (its layers), backbone+projector, or all
     epoch = config.internal_gap.pool // config.internal_gap.batch
     config.steps = EPOCHS * epoch
     if preset.startswith("c"):

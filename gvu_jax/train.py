@@ -272,7 +272,7 @@ def alone(workdir):
 def claim(workdir, config):
     """Makes `workdir` this run's: writes config.json, or checks that the one there is the same.
 
-    A longer run may continue a shorter one, on another mesh, and save its state more often: `steps`, `mesh` and
+    A longer run may continue a shorter one, on another mesh, and save its state more or less often: `steps`, `mesh` and
     `checkpoint_every` may differ. Raises ValueError naming the other settings that do.
     """
     workdir.mkdir(parents=True, exist_ok=True)

@@ -92,8 +92,8 @@ watch() {
   on "${1:-0}" "sudo journalctl --unit=gvu_jax --output=cat --lines=100 --follow"
 }
 
-stop() {                       # a signal to one worker: all of them save the same step and end with status 75
-  on 0 "sudo systemctl kill --signal=TERM gvu_jax"
+stop() {                       # a signal to every worker, as a preemption gives: what is unsaved is saved first
+  on all "sudo systemctl kill --signal=TERM gvu_jax"
 }
 
 fetch() {

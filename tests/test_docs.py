@@ -142,6 +142,7 @@ def test_every_setting_has_a_meaning():
     for config in WRITER["CONFIGS"]:
         silent = [name for name in WRITER["values"](config) if not known[config].get(name)]
         assert not silent, f"configs/{config}.py does not say what {', '.join(silent)} mean"
+    assert known["shapes"]["sampling.temperature"] == "1 draws from the policy itself", "each has its own"
 
 
 @pytest.mark.parametrize("config, preset", [

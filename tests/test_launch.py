@@ -100,7 +100,7 @@ QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
     (["status"], ["ACTIVE", "READY", ""], None),
     (["watch", "3"], [], [[*SSH, "--worker=3",
                            "--command=sudo journalctl --unit=gvu_jax --output=cat --lines=100 --follow"]]),
-    (["stop"], [], [[*SSH, "--worker=0", "--command=sudo systemctl kill --signal=TERM gvu_jax"]]),
+    (["stop"], [], [[*SSH, "--worker=all", "--command=sudo systemctl kill --signal=TERM gvu_jax"]]),
     (["fetch", "/gcs/runs/xomni", "my results"], [], [
         ["gcloud", "storage", "rsync", "gs://pictures/runs/xomni", "my results", "--recursive",
          "--exclude=(base|checkpoints)/"]]),

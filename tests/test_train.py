@@ -136,7 +136,7 @@ def test_giving_the_command_again_continues_a_longer_run(run, tmp_path):
     prolonged run has no finished one any more."""
     config, work = run
     config = config.copy_and_resolve_references()
-    config.steps = 6
+    config.update(steps=6, checkpoint_every=1)
     shutil.copytree(work, tmp_path / "broken")
     assert train(config, tmp_path / "broken", Nth(0)) is None
     assert not any(name.endswith("after") for name in read_json(tmp_path / "broken/summary.json"))
