@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from conftest import ROOT, TINY, one_device, tiny_config
+from conftest import ROOT, TINY, one_device, put_untrained, tiny_config
 from gvu_jax import alarms, checkpoint, families, optim, sharding
 from gvu_jax.closeup import _from_png
 from gvu_jax.methods import gvu
@@ -102,9 +102,10 @@ def test_it_writes_what_its_contract_says(run_of_each):
     assert all(line["logp_gap"] < 1e-4 for line in training)
 
 
-def test_a_run_that_learns_nothing_says_so(run, tmp_path, capfd):
+def test_a_run_that_learns_nothing_says_so(tmp_path, capfd):
     """The checker calls all that an untrained model draws wrong: every group is flat, and nothing moves."""
-    config = run[0].copy_and_resolve_references()
+    config = tiny_config()
+    put_untrained(config)
     config.reward.mean = "oracle"
     config.gvu.update(anchor=0.0, beta=0.0)
     config.update(steps=alarms.PATIENCE + 1, checkpoint_every=100)
