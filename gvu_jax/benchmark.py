@@ -75,7 +75,7 @@ class Bench:
             reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),
             optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
         self.optimizer = optim.build(self.config.optim, steps=1)
-        self.how = sampling.How(images_per_prompt=group)
+        self.how = sampling.How(images_per_prompt=group, guidance=self.umm.guidance)
         self.mesh = sharding.make_mesh({}, jax.devices()[:1])
         self.method = gvu.GvU(self.umm, self.config, self.how, self.optimizer, self.mesh)
         self.key = jax.random.key(seed + 1)
@@ -90,11 +90,18 @@ class Bench:
         self.grouped = self.prompts.repeat(group)
         self.codes = jax.random.randint(self.key, (self.samples, tokens), 0, self.umm.ar.image_vocab_size)
         self.rewards = jax.random.uniform(self.key, (self.samples,))
+        self.pixels = jax.random.uniform(self.key, (self.samples, *self.umm.picture_size, 3))
+
+    @functools.cached_property
+    def seen(self):
+        """What a reading begins from: what was drawn, or where that means nothing to it, what it sees of `pixels`."""
+        drawn = self.umm.seen_of(self.codes)
+        return self.method.programs.see.jitted(self.params, self.pixels) if drawn is None else drawn
 
     @functools.cached_property
     def backbone(self):
         adapter = lora.to_peft(self.adapter, self.umm.adapter_rules)
-        return self.peers.Backbone(self.umm.ar, self.params["ar"], adapter, self.config.lora, self.config.optim)
+        return self.peers.Backbone(self.umm, self.params, adapter, self.config.lora, self.config.optim)
 
     @functools.cached_property
     def pictures(self):
@@ -126,11 +133,13 @@ class Bench:
             with torch.inference_mode():
                 told = peer.image_logps(peer.base, prompts.repeat_interleave(group, 0), self.peers.tensor(codes))
             assert_equal("log-probabilities of our samples", logps, told)
-            told = jax.jit(umm.image_logps)(self.params, self.grouped, jnp.asarray(peer_codes.numpy(), jnp.int32))
+            told = jax.jit(umm.image_logps, static_argnums=3)(
+                self.params, self.grouped, jnp.asarray(peer_codes.numpy(), jnp.int32), self.how)
             assert_equal("log-probabilities of the peer's samples", told, peer_logps)
 
         ar, P = umm.ar, self.prompts.tokens.shape[1]
-        slots = sum(P + t for t in range(N)) * self.samples                   # cache slots read in all
+        contexts = 1 if self.how.guidance == 1.0 else 2                       # with the prompt, and without
+        slots = sum(P + t for t in range(N)) * self.samples * contexts        # cache slots read in all
         weights = nbytes(self.params["ar"]["layers"]) + ar.hidden_size * ar.image_vocab_size * 4
         cache = slots * ar.num_hidden_layers * 2 * ar.num_key_value_heads * ar.head_dim * 4
         return Phase(ready(ours), {"transformers generate": lambda: peer.sample(peer.base, prompts, group, N)}, check,
@@ -147,26 +156,27 @@ class Bench:
             if apart.max() > 1.01 or np.mean(apart > 0.5) > 0.01:
                 raise ValueError(f"pixels differ by up to {apart.max():.1f} of 255")
 
-        return Phase(ready(ours), {"diffusers": theirs}, check, flops(ours), self.pictures.bytes_of["render"])
+        return Phase(ready(ours), {self.peers.NAMES["render"]: theirs}, check, flops(ours), self.pictures.bytes_of["render"])
 
     def see(self):
-        """Pixels to the tokens that the understanding branch reads."""
-        pixels = jax.random.uniform(self.key, (self.samples, *self.umm.picture_size, 3))
-        ours = functools.partial(self.method.programs.see.jitted, self.params, pixels)
-        theirs = functools.partial(self.pictures.see, channels_first(pixels))
+        """Pixels to the tokens or features that the understanding branch reads."""
+        ours = functools.partial(self.method.programs.see.jitted, self.params, self.pixels)
+        theirs = functools.partial(self.pictures.see, channels_first(self.pixels))
 
         def check():                                               # a code whose rival is as near may fall either way
-            differ = np.mean(np.asarray(ours()).reshape(self.samples, -1) != theirs().numpy())
+            found, told = np.asarray(ours()), theirs().numpy()
+            if np.issubdtype(found.dtype, np.floating):
+                return assert_equal("features", found, told)
+            differ = np.mean(found.reshape(told.shape) != told)
             if differ > 1e-3:
                 raise ValueError(f"{differ:.1%} of the image tokens differ")
 
-        return Phase(ready(ours), {"torch": theirs}, check, flops(ours), self.pictures.bytes_of["see"])
+        return Phase(ready(ours), {self.peers.NAMES["see"]: theirs}, check, flops(ours), self.pictures.bytes_of["see"])
 
     def reward(self):
         """The probability of every word of the prompt given the picture."""
-        seen = self.umm.seen_of(self.codes)
-        ours = functools.partial(self.method.programs.read.jitted, self.params, seen, self.grouped)
-        asked, words = self.asked(self.codes), self.peers.tensor(self.grouped.words)
+        ours = functools.partial(self.method.programs.read.jitted, self.params, self.seen, self.grouped)
+        asked, words = self.backbone.asked(self.seen, self.grouped), self.peers.tensor(self.grouped.words)
         theirs = {"one uncached forward per word": functools.partial(self.backbone.read_in_loop, asked, words),
                   "one torch forward": functools.partial(self.backbone.read, asked, words)}
 
@@ -180,7 +190,7 @@ class Bench:
         """Reference, policy and its gradient, one AdamW step of a rank-8 adapter."""
         g, state, peer = self.config.gvu, self.state(), self.backbone
         inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards,
-                  self.umm.seen_of(self.codes))
+                  self.seen)
 
         def ours():
             nonlocal state
@@ -197,7 +207,7 @@ class Bench:
                          [loss, kl, norm])
             moments = next(s for s in jax.tree.leaves(after.opt_state, is_leaf=lambda s: hasattr(s, "mu"))
                            if hasattr(s, "mu")).mu["adapter"]
-            told = peer.first_moments()
+            told = peer.adapted.first_moments()
             for name, moment in lora.to_peft(moments, self.umm.adapter_rules).items():
                 assert_equal(f"gradient of {name}", moment, told[name])
 
@@ -214,7 +224,7 @@ class Bench:
         def theirs(read):
             codes = peer.sample(peer.policy, prompts, g.group, umm.image_tokens).clone()
             seen = pictures.see(pictures.render(codes, noise))
-            rewards = read(self.asked(seen.numpy()), words).mean(1).exp()
+            rewards = read(peer.asked(seen.numpy(), self.grouped), words).mean(1).exp()
             advantages = self.peers.tensor(objectives.group_advantages(
                 jnp.asarray(rewards.numpy()), g.group, g.advantage_eps))
             return peer.update(grouped, codes, advantages, g.clip, g.beta)
@@ -238,13 +248,6 @@ class Bench:
             return metrics
 
         return ready(step)
-
-    # ---- inputs of several phases ----
-
-    def asked(self, codes):
-        """The chat before the answer, in the peer's ids [S, C]."""
-        seen = self.umm.seen_of(jnp.asarray(codes, jnp.int32))
-        return self.backbone.ids(self.umm._asked(seen, self.grouped)[0])
 
 
 def phases_of(peers):

@@ -8,31 +8,35 @@ import pytest
 import torch
 
 from gvu_jax import benchmark, report
-from gvu_jax.families import xomni_peers as peers
+from gvu_jax.families import janus_peers, xomni_peers
 
+AR = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 NANO = dict(
-    ar=dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1),
+    ar=AR,
     vision=dict(width=16, layers=1, heads=2, mlp_hidden=16, codebook_size=16, codebook_dim=8, z_channels=8, groups=2),
     flux=dict(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
               axes_dims_rope=(4, 2, 2)),
     vae=dict(latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=2))
+NANO_JANUS = dict(
+    ar=AR, vision=dict(width=16, layers=1, heads=2, mlp_hidden=16),
+    vq=dict(codebook_size=16, codebook_dim=8, z_channels=8, channels=32, multipliers=(1, 1), res_blocks=1))
 
 
-@pytest.fixture(scope="module")
-def bench():
+@pytest.fixture(scope="module", params=[(xomni_peers, NANO), (janus_peers, NANO_JANUS)], ids=["xomni", "janus"])
+def bench(request):
     torch.set_num_threads(1)                               # more would wait for each other beside the other tests
-    return benchmark.Bench(peers, NANO, tokens=4, prompts=2, group=2)
+    return benchmark.Bench(*request.param, tokens=4, prompts=2, group=2)
 
 
 @pytest.fixture(scope="module")
 def lines(bench):
     """The table of everything: each phase compared, then timed."""
-    return benchmark.measure(bench, benchmark.phases_of(peers), 3, benchmark.Machine("here", 1e9, 1e9))
+    return benchmark.measure(bench, benchmark.phases_of(bench.peers), 3, benchmark.Machine("here", 1e9, 1e9))
 
 
-def test_every_phase_equals_its_peers_and_gets_its_lines(lines):
+def test_every_phase_equals_its_peers_and_gets_its_lines(bench, lines):
     assert [line["phase"] for line in lines] == [
-        "sample", "denoise", "decode", "render", "see", "reward", "reward", "update", "step", "step"]
+        "sample", *bench.peers.PARTS, "render", "see", "reward", "reward", "update", "step", "step"]
     for line in lines:
         assert line["ratio"] == np.median(np.divide(line["theirs"], line["ours"]))
         assert benchmark.row(line).count("|") == benchmark.HEADER.split("\n")[0].count("|")
@@ -44,10 +48,12 @@ def test_one_forward_beats_one_forward_per_word(lines):
 
 
 @pytest.mark.parametrize("phase, part, leaf", [
-    ("sample", "ar", ("layers", "layer", "self_attn", "q_proj", "bias")), ("reward", "ar", ("lm_head", "kernel")),
-    ("see", "vision", ("codebook",))])
+    ("sample", "ar", ("layers", "layer", "mlp", "up_proj", "kernel")), ("reward", "ar", ("lm_head", "kernel")),
+    ("see", "vision", None)])
 def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase, part, leaf):
-    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if tuple(p.key for p in path) == leaf else x
+    """leaf: the parameter that is moved; None: every one of the part."""
+    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if leaf in (
+        None, tuple(p.key for p in path)) else x
     other = {**bench.params, part: jax.tree_util.tree_map_with_path(shift, bench.params[part])}
     monkeypatch.setattr(bench, "params", other)                       # the peers hold the weights from before
     with pytest.raises(ValueError, match="differ"):
@@ -79,7 +85,7 @@ def test_the_exponent_of_the_cost(monkeypatch, power):
 
     monkeypatch.setattr(benchmark, "Bench", Costly)
     monkeypatch.setattr(benchmark, "seconds", lambda run: run())
-    for line in benchmark.linear(peers, NANO, 4, 3, 2, times=(1, 2, 4)).values():
+    for line in benchmark.linear(xomni_peers, NANO, 4, 3, 2, times=(1, 2, 4)).values():
         assert line["pictures"] == [2, 4, 8] and line["exponent"] == pytest.approx(power)
 
 
@@ -95,7 +101,7 @@ def test_the_page_has_the_table_and_the_plot(lines, tmp_path):
 
 def test_a_size_that_is_no_square_is_refused():
     with pytest.raises(ValueError, match="no square number"):
-        peers.build(NANO, 250)
+        xomni_peers.build(NANO, 250)
 
 
 def test_rounding_passes_and_nothing_else():

@@ -31,8 +31,7 @@ def tiny(config):
     if codes.downscale != world.CELL:
         raise ValueError(f"model.vq.multipliers has {len(codes.multipliers)} levels, so that a code is "
                          f"{codes.downscale} pixels wide, but a cell {world.CELL}")
-    tokenizer = of_words((PAD, UNKNOWN, BOS, END_OF_TEXT, USER, ASSISTANT, PICTURE, BEGIN, END), silent=":\n",
-                         pad_token=PAD, eos_token=END_OF_TEXT, bos_token=BOS)
+    tokenizer = words_of_shapes()
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "rope_theta")
     ar = llama.Config(**{name: model.ar[name] for name in shared}, vocab_size=len(tokenizer),
@@ -44,6 +43,12 @@ def tiny(config):
     pixels = side * world.CELL
     return Janus(ar=ar, vision=vision, vq=codes, tokenizer=tokenizer, grid=(side, side), instruction=model.instruction,
                  transform=siglip.Transform(image_size=pixels, min_size=world.CELL), guidance=1.0, of_shapes=True)
+
+
+def words_of_shapes():
+    """The tokenizer: the world's words, and what stands around them."""
+    return of_words((PAD, UNKNOWN, BOS, END_OF_TEXT, USER, ASSISTANT, PICTURE, BEGIN, END), silent=":\n",
+                    pad_token=PAD, eos_token=END_OF_TEXT, bos_token=BOS)
 
 
 def learn_pictures(umm, params, scenes, settings, rng, key):

@@ -11,7 +11,6 @@ its head is cut to the half that a phase asks for. With that, both sides do the 
 Weights pass through the key rules of the models, so a rule that is wrong ends here as an error or as other outputs.
 """
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +18,14 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
-from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import nn
 from torch.nn import functional as F
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 
 from gvu_jax import sampling
 from gvu_jax.families.xomni import XOmni
-from gvu_jax.models import flux, siglip_vq, torch_keys, vae, xomni
+from gvu_jax.models import flux, siglip_vq, vae, xomni
+from gvu_jax.peers import Adapted, picked, side_of, tensor, tensors
 from gvu_jax.shapes.tokenizer import build_tokenizer
 
 SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M
@@ -56,6 +55,7 @@ SIZES = {                                              # parameters of the backb
         vae=dict(latent_channels=16, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)),
 }
 PARTS = "denoise", "decode"                             # of render
+NAMES = {"render": "diffusers", "see": "torch"}
 
 SIGLIP_RULES = siglip_vq.RULES + (                     # from the checkpoint's names to those of TransformerEncoderLayer
     (r"patch_embed\.proj", "patch_embed"), (r"attn/qkv/kernel", "self_attn/in_proj_weight"),
@@ -64,10 +64,7 @@ SIGLIP_RULES = siglip_vq.RULES + (                     # from the checkpoint's n
 
 def build(sizes, tokens):
     """An XOmni of one of SIZES, without multimodal layers (Qwen2 has none), that draws `tokens` image tokens."""
-    side = math.isqrt(tokens)
-    if side * side != tokens or not side:
-        raise ValueError(f"--tokens={tokens} is no square number; 256 (16 x 16) and 1296 (36 x 36) are")
-    tokenizer = build_tokenizer(sizes["vision"]["codebook_size"])
+    side, tokenizer = side_of(tokens), build_tokenizer(sizes["vision"]["codebook_size"])
     text_ids, pixels = tokenizer.convert_tokens_to_ids("<MM-Token-0>"), vae.Config(
         **sizes["vae"], scaling_factor=0.3611, shift_factor=0.1159)
     ar = dict(vocab_size=text_ids, mm_vocab_size=len(tokenizer) - text_ids, num_mm_adap_layers=0, num_mm_head_layers=0,
@@ -85,25 +82,11 @@ def alike(params):
     return {**params, "ar": {**params["ar"], "mm_norm": params["ar"]["lm_norm"]}}
 
 
-def tensor(array):
-    """A JAX or numpy array as a torch tensor of its own; ids become int64, which is what torch indexes with."""
-    copy = torch.from_numpy(np.array(array))
-    return copy.long() if copy.dtype == torch.int32 else copy
-
-
-def tensors(params, rules):
-    return {name: tensor(array) for name, array in torch_keys.to_torch(params, rules).items()}
-
-
-def picked(logits, ids):
-    """log-softmax of logits [B, T, V] at ids [B, T] -> [B, T]."""
-    return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
 class Backbone:
     """Qwen2 with the weights of an X-Omni backbone that has no multimodal layers; LoRA on it is `policy`."""
 
-    def __init__(self, config, params, adapter, lora_config, optim):
+    def __init__(self, umm, params, adapter, lora_config, optim):
+        self.umm, config, params = umm, umm.ar, params["ar"]
         if config.num_mm_adap_layers or config.num_mm_head_layers:
             raise ValueError("Qwen2 has no multimodal layers: compare a config without them")
         if not np.array_equal(params["lm_norm"]["scale"], params["mm_norm"]["scale"]):
@@ -126,14 +109,8 @@ class Backbone:
             return model
 
         self.base = qwen2()
-        self.policy = get_peft_model(qwen2(), LoraConfig(
-            r=lora_config.rank, lora_alpha=lora_config.alpha, target_modules=f".*({lora_config.targets}).*"))
-        set_peft_model_state_dict(self.policy, {k: tensor(v) for k, v in adapter.items()})
-        self.trained = {name.replace(".default", ""): p for name, p in self.policy.named_parameters()
-                        if p.requires_grad}
-        self.clip_norm = optim.clip_norm
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=optim.lr, betas=(0.9, optim.b2), eps=1e-8,
-                                           weight_decay=optim.weight_decay)
+        self.adapted = Adapted(qwen2(), adapter, f".*({lora_config.targets}).*", lora_config, optim)
+        self.policy = self.adapted.model
 
     def ids(self, ours):
         """Our ids, text first, -> the peer's, multimodal first."""
@@ -161,6 +138,11 @@ class Backbone:
         logits = self.logits(model, "image", torch.cat([prompts, codes[:, :-1]], dim=1), codes.shape[1])
         return picked(logits, codes)
 
+    def asked(self, seen, prompts):
+        """The chat before the answer about each picture's codes, in the peer's ids [S, C]."""
+        seen = self.umm.seen_of(jnp.asarray(np.asarray(seen), jnp.int32).reshape(len(seen), -1))
+        return self.ids(self.umm._asked(seen, prompts)[0])
+
     @torch.inference_mode()
     def read(self, asked, words):
         """log p(word_j | picture, question, word_<j) in one forward: [S, L]. words: ids of the text half."""
@@ -178,19 +160,8 @@ class Backbone:
         """One GRPO step of the adapter: loss, KL (nats a token), gradient norm."""
         with torch.no_grad():
             reference = self.image_logps(self.base, prompts, codes)
-        logps, A = self.image_logps(self.policy, prompts, codes), advantages[:, None]
-        ratio, d = (logps - logps.detach()).exp(), reference - logps
-        kl = d.exp() - d - 1
-        loss = -(torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A) - beta * kl).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.clip_norm)
-        self.optimizer.step()
-        return loss.item(), kl.mean().item(), norm.item()
-
-    def first_moments(self):
-        """Adam's running mean of the gradients, under peft's names: what one step leaves of the clipped gradient."""
-        return {name: self.optimizer.state[p]["exp_avg"].numpy() for name, p in self.trained.items()}
+        logps = self.image_logps(self.policy, prompts, codes)
+        return self.adapted.update(logps, reference, advantages, clip, beta)
 
 
 def head_of(weight):
