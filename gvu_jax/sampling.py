@@ -17,6 +17,7 @@ import numpy as np
 
 from gvu_jax import described
 from gvu_jax.flow import Flow
+from gvu_jax.models.layers import beside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +114,13 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         raise ValueError("guidance needs a negative context")
     rows = tokens.shape[0] * how.images_per_prompt
     text_only = head == "text_logits"
-    logits_of = lambda hidden: model.apply(variables, hidden, method=head)                          # [B, V]
+    unguided = how.guidance == 1.0
+    contexts = 1 if unguided else 2                                           # of a sample, which stand side by side
 
-    def prefill(tokens, mask, positions=None, **pictures):
-        B, P = tokens.shape
+    def prefill(tokens, mask, P, positions=None, **pictures):
+        """-> the last hidden state [rows, D], the cache, and mask and positions [rows, P + steps]."""
+        B, missing = len(tokens), P - tokens.shape[1]
+        tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))                 # [B, P]
         mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                # [B, P + steps]
@@ -128,23 +132,23 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         repeat = lambda x: jnp.repeat(x, times, axis=0)
         return repeat(hidden[:, -1]), cache.repeat(times), repeat(mask), repeat(positions)
 
-    def advance(context, drawn, t):
-        """Feeds the tokens drawn at step t and returns the context that step t + 1 reads."""
-        _, cache, mask, positions = context
+    def advance(cache, drawn, t):
+        """Feeds the tokens drawn at step t; returns what the head reads and the cache."""
+        tokens = jnp.repeat(drawn + offset, contexts)[:, None]
         at = mask.shape[1] - steps + t
-        hidden, cache = stepper.apply(weights, (drawn + offset)[:, None], mask,
-                                      jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at,
-                                      text_only=text_only)
-        return hidden[:, 0], cache, mask, positions
+        hidden, cache = stepper.apply(weights, tokens, mask, jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1),
+                                      cache, at, text_only=text_only)
+        return hidden[:, 0], cache
 
-    def draw(contexts, key, done):
-        logits = [logits_of(context[0]) for context in contexts]
+    def draw(hidden, key, done):
+        logits = model.apply(variables, hidden, method=head).reshape(rows, contexts, -1)
+        logits = [logits[:, i] for i in range(contexts)]
         scores = filter_logits(logits[0], how, logits[-1])
         if how.temperature == 0.0:
             drawn = jnp.argmax(scores, axis=-1)
         else:
             drawn = jax.vmap(jax.random.categorical)(key, scores)
-        policy = logits[0] if len(logits) == 1 else guided(*logits, how.guidance)
+        policy = logits[0] if unguided else guided(*logits, how.guidance)
         logp = jnp.take_along_axis(jax.nn.log_softmax(policy), drawn[:, None], axis=-1)[:, 0]
         if stop is not None:
             drawn, logp = jnp.where(done, stop, drawn), jnp.where(done, 0.0, logp)
@@ -152,21 +156,27 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         return drawn.astype(jnp.int32), logp, done
 
     def step(carry, t):
-        contexts, done = carry
-        drawn, logp, done = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), done)
-        return (tuple(advance(context, drawn, t) for context in contexts), done), (drawn, logp)
+        hidden, cache, done = carry
+        drawn, logp, done = draw(hidden, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), done)
+        return (*advance(cache, drawn, t), done), (drawn, logp)
 
     keys = sample_keys(key, jnp.arange(rows) if index is None else index)
-    contexts = (prefill(tokens, mask, positions, **({} if seen is None else {"seen": seen})),)
-    if how.guidance != 1.0:
-        unprompted = (negative, mask) if negative.ndim == 2 else (negative[None], jnp.ones((1, len(negative)), bool))
-        contexts += (prefill(*unprompted),)
-    stepper, weights, caches = model.for_steps(variables, [context[1] for context in contexts])
-    contexts = tuple((hidden, cache, *rest) for (hidden, _, *rest), cache in zip(contexts, caches))
+    pictures = {} if seen is None else {"seen": seen}
+    if unguided:
+        hidden, cache, mask, positions = prefill(tokens, mask, tokens.shape[1], positions, **pictures)
+    else:
+        # Both contexts of a sample are neighbours in one batch, so that a step reads the weights once; and whatever
+        # divides the samples among devices leaves the two together.
+        without = (negative, mask) if negative.ndim == 2 else (negative[None], jnp.ones((1, len(negative)), bool))
+        P = max(tokens.shape[1], without[0].shape[1])
+        one, other = prefill(tokens, mask, P, **pictures), prefill(*without, P)
+        cache = one[1].beside(other[1])
+        hidden, mask, positions = (beside(one[i], other[i]) for i in (0, 2, 3))
+    stepper, weights, cache = model.for_steps(variables, cache)
     # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.
-    (contexts, done), (drawn, logps) = jax.lax.scan(
-        step, (contexts, jnp.zeros(rows, bool)), jnp.arange(steps - 1))
-    last, last_logp, _ = draw(contexts, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, steps - 1), done)
+    (hidden, _, done), (drawn, logps) = jax.lax.scan(
+        step, (hidden, cache, jnp.zeros(rows, bool)), jnp.arange(steps - 1))
+    last, last_logp, _ = draw(hidden, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, steps - 1), done)
     return (jnp.concatenate([drawn, last[None]]).T, jnp.concatenate([logps, last_logp[None]]).T)
 
 

@@ -146,7 +146,7 @@ def test_token_after_token_is_what_all_at_once_find(key):
     def steps(params):
         model, variables = phi.Phi(TINY), {"params": params}
         cache = model.empty_cache(2, 4, jnp.float32)
-        stepper, weights, (apart,) = model.for_steps(variables, [cache])
+        stepper, weights, apart = model.for_steps(variables, cache)
         assert stepper.apart
         for t in range(4):
             at = text[:, t:t + 1], real, jnp.full((2, 1), t)

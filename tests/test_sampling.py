@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import struct
 
+from gvu_jax.models.layers import beside
 from gvu_jax.sampling import How, decode, filter_logits
 
 
@@ -71,6 +72,9 @@ class Sum:
     def repeat(self, times):
         return Sum(jnp.repeat(self.read, times, axis=0))
 
+    def beside(self, other):
+        return Sum(beside(self.read, other.read))
+
 
 class Memory:
     """A model whose state is the sum of what it has read, each id's row of a table times its position, and whose logits
@@ -82,8 +86,8 @@ class Memory:
     def empty_cache(self, rows, slots, dtype):
         return Sum(jnp.zeros((rows, self.D), dtype))
 
-    def for_steps(self, variables, caches):
-        return self, variables, caches
+    def for_steps(self, variables, cache):
+        return self, variables, cache
 
     def apply(self, variables, ids, mask=None, positions=None, cache=None, at=0, text_only=False, method=None):
         if method:

@@ -177,6 +177,11 @@ def alike(kinds):
     return [(run[0], len(run), kinds[run[0]]) for run in runs]
 
 
+def beside(one, other, axis=0):
+    """The rows of two arrays [.., B, ..] of one shape, the i-th of each as neighbours: [.., 2B, ..]."""
+    return jnp.stack([one, other], axis=axis + 1).reshape(*one.shape[:axis], -1, *one.shape[axis + 1:])
+
+
 def attention(q, k, v, mask=None, causal=False):
     """softmax(q k^T / sqrt(E)) v with grouped heads: every H/K query heads share one key/value head.
 

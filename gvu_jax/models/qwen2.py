@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from gvu_jax.models import splash
-from gvu_jax.models.layers import Dense, RMSNorm, attention, platform, rotary, spread
+from gvu_jax.models.layers import Dense, RMSNorm, attention, beside, platform, rotary, spread
 
 # What of a layer is computed again in the backward pass: "nothing", "all", or all but the results of its matrix
 # products ("elementwise").
@@ -41,6 +41,10 @@ class Cache:
     def repeat(self, times):
         """Each row `times` times, neighbours together: one prompt's prefill serves all samples of its group."""
         return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), "tensor", axis=1), self)
+
+    def beside(self, other):
+        """The rows of both caches, the i-th of each as neighbours."""
+        return jax.tree.map(lambda one, other: beside(one, other, axis=1), self, other)
 
     def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
         def put(slots, new):
@@ -139,8 +143,8 @@ def readable(mask, T, at, head_dim, window=None):
     return (ago >= 0) & (mask if mask.ndim == 3 else mask[:, None, :]), near                        # [B, T, S]
 
 
-def for_steps(model, variables, caches, stacks):
-    """(model, variables, caches) that read one token after the other: what this one gave, as every step reads it.
+def for_steps(model, variables, cache, stacks):
+    """(model, variables, cache) that read one token after the other: what this one gave, as every step reads it.
 
     A loop over tokens around a loop over layers makes XLA copy each layer's weights and slots out of their stacks
     before it multiplies with them, three times the traffic of a step that does little else; so each layer is then
@@ -150,7 +154,7 @@ def for_steps(model, variables, caches, stacks):
     `layers_0`, `layers_1`, .. and takes a list of caches.
     """
     if platform() == "tpu":
-        return model, variables, caches
+        return model, variables, cache
 
     def each_layer(tree):
         whole = {name: part for name, part in tree.items() if name not in stacks}
@@ -159,6 +163,6 @@ def for_steps(model, variables, caches, stacks):
                 whole[f"layers_{first + i}"] = jax.tree.map(lambda x: x[i], tree[name])
         return whole
 
-    slots = lambda cache: [jax.tree.map(lambda x: x[i], cache) for i in range(model.config.num_hidden_layers)]
+    slots = [jax.tree.map(lambda x: x[i], cache) for i in range(model.config.num_hidden_layers)]
     weights = {name: each_layer(tree) for name, tree in variables.items()}
-    return model.clone(apart=True), weights, [slots(cache) for cache in caches]
+    return model.clone(apart=True), weights, slots

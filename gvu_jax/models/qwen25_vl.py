@@ -367,9 +367,9 @@ class Qwen25VL(nn.Module):
         return Cache.empty(self.config, batch, slots, dtype)
 
     @nn.nowrap
-    def for_steps(self, variables, caches):
+    def for_steps(self, variables, cache):
         """What reads one token after the other: see qwen2.for_steps."""
-        return qwen2.for_steps(self, variables, caches, {"layers": 0})
+        return qwen2.for_steps(self, variables, cache, {"layers": 0})
 
 
 # ------------------------------------------------------------------ parameters

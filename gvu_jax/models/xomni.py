@@ -138,10 +138,10 @@ class XOmni(nn.Module):
         return Cache.empty(self.config, batch, slots, dtype)
 
     @nn.nowrap
-    def for_steps(self, variables, caches):
+    def for_steps(self, variables, cache):
         """What reads one token after the other: see qwen2.for_steps."""
         cut = self.config.num_hidden_layers - self.config.num_mm_head_layers
-        return qwen2.for_steps(self, variables, caches, {"layers": 0, "mm_head_layers": cut})
+        return qwen2.for_steps(self, variables, cache, {"layers": 0, "mm_head_layers": cut})
 
 
 def init(config, key):
