@@ -6,8 +6,8 @@
 
 Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni; with
 --config.family=janus it is a tiny Janus, with --config.family=showo a tiny Show-o, and with --config.family=qwen_sd35 a
-tiny Qwen2.5-VL and SD3.5. The settings are tuned for X-Omni; it and Janus have been measured. The same setting holds
-for shapes_gap.py and shapes_uae.py.
+tiny Qwen2.5-VL and SD3.5. The settings are tuned for X-Omni; docs/evidence.md says what has been measured. The same
+setting holds for shapes_gap.py and shapes_uae.py.
 """
 import os
 
