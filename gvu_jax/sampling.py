@@ -17,7 +17,7 @@ import numpy as np
 
 from gvu_jax import described
 from gvu_jax.flow import Flow
-from gvu_jax.models.layers import beside
+from gvu_jax.models.layers import beside, repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +118,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     contexts = 1 if unguided else 2                                           # of a sample, which stand side by side
 
     def prefill(tokens, mask, P, positions=None, **pictures):
-        """-> the last hidden state [rows, D], the cache, and mask and positions [rows, P + steps]."""
+        """-> the last hidden state [B, D], the cache, and mask and positions [B, P + steps]."""
         B, missing = len(tokens), P - tokens.shape[1]
         tokens, mask = (jnp.pad(x, ((0, 0), (missing, 0))) for x in (tokens, mask))                 # [B, P]
         mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
@@ -128,9 +128,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         cache = model.empty_cache(B, P + steps, dtype)
         hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only,
                                     **pictures)
-        times = rows // B
-        repeat = lambda x: jnp.repeat(x, times, axis=0)
-        return repeat(hidden[:, -1]), cache.repeat(times), repeat(mask), repeat(positions)
+        return hidden[:, -1], cache, mask, positions
 
     def advance(cache, drawn, t):
         """Feeds the tokens drawn at step t; returns what the head reads and the cache."""
@@ -163,15 +161,19 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     keys = sample_keys(key, jnp.arange(rows) if index is None else index)
     pictures = {} if seen is None else {"seen": seen}
     if unguided:
-        hidden, cache, mask, positions = prefill(tokens, mask, tokens.shape[1], positions, **pictures)
+        read = prefill(tokens, mask, tokens.shape[1], positions, **pictures)
     else:
         # Both contexts of a sample are neighbours in one batch, so that a step reads the weights once; and whatever
         # divides the samples among devices leaves the two together.
         without = (negative, mask) if negative.ndim == 2 else (negative[None], jnp.ones((1, len(negative)), bool))
         P = max(tokens.shape[1], without[0].shape[1])
         one, other = prefill(tokens, mask, P, **pictures), prefill(*without, P)
-        cache = one[1].beside(other[1])
-        hidden, mask, positions = (beside(one[i], other[i]) for i in (0, 2, 3))
+        times = len(tokens) // len(without[0])
+        hidden, mask, positions = (beside(one[i], repeat(other[i], times)) for i in (0, 2, 3))
+        read = hidden, one[1].beside(other[1].repeat(times)), mask, positions
+    # Only now once for each sample: what is read before is the same for all of a prompt.
+    hidden, mask, positions = (repeat(read[i], how.images_per_prompt, contexts) for i in (0, 2, 3))
+    cache = read[1].repeat(how.images_per_prompt, contexts)
     stepper, weights, cache = model.for_steps(variables, cache)
     # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.
     (hidden, _, done), (drawn, logps) = jax.lax.scan(

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from gvu_jax.models.layers import beside
+from gvu_jax.models.layers import beside, repeat
 from gvu_jax.sampling import How, decode, filter_logits
 
 
@@ -69,8 +69,8 @@ class Sum:
     """The cache of `Memory`."""
     read: jax.Array                                                                                     # [B, D]
 
-    def repeat(self, times):
-        return Sum(jnp.repeat(self.read, times, axis=0))
+    def repeat(self, times, rows=1):
+        return Sum(repeat(self.read, times, rows))
 
     def beside(self, other):
         return Sum(beside(self.read, other.read))

@@ -177,6 +177,12 @@ def alike(kinds):
     return [(run[0], len(run), kinds[run[0]]) for run in runs]
 
 
+def repeat(x, times, rows=1, axis=0):
+    """Each `rows` neighbouring rows of [.., B, ..] `times` times, the copies behind each other: [.., times B, ..]."""
+    blocks = x.reshape(*x.shape[:axis], -1, rows, *x.shape[axis + 1:])
+    return jnp.repeat(blocks, times, axis=axis).reshape(*x.shape[:axis], -1, *x.shape[axis + 1:])
+
+
 def beside(one, other, axis=0):
     """The rows of two arrays [.., B, ..] of one shape, the i-th of each as neighbours: [.., 2B, ..]."""
     return jnp.stack([one, other], axis=axis + 1).reshape(*one.shape[:axis], -1, *one.shape[axis + 1:])

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from gvu_jax.models import splash
-from gvu_jax.models.layers import Dense, RMSNorm, attention, beside, platform, rotary, spread
+from gvu_jax.models.layers import Dense, RMSNorm, attention, beside, platform, repeat, rotary, spread
 
 # What of a layer is computed again in the backward pass: "nothing", "all", or all but the results of its matrix
 # products ("elementwise").
@@ -38,9 +38,9 @@ class Cache:
         shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
-    def repeat(self, times):
-        """Each row `times` times, neighbours together: one prompt's prefill serves all samples of its group."""
-        return jax.tree.map(lambda x: spread(jnp.repeat(x, times, axis=1), "tensor", axis=1), self)
+    def repeat(self, times, rows=1):
+        """Each `rows` neighbouring rows `times` times: one prompt's prefill serves all samples of its group."""
+        return jax.tree.map(lambda x: spread(repeat(x, times, rows, axis=1), "tensor", axis=1), self)
 
     def beside(self, other):
         """The rows of both caches, the i-th of each as neighbours."""
