@@ -15,7 +15,7 @@ both measured at the start. The phase `linear` times our step alone, for growing
 With --report, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
 """
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -156,7 +156,8 @@ class Bench:
             if apart.max() > 1.01 or np.mean(apart > 0.5) > 0.01:
                 raise ValueError(f"pixels differ by up to {apart.max():.1f} of 255")
 
-        return Phase(ready(ours), {self.peers.NAMES["render"]: theirs}, check, flops(ours), self.pictures.bytes_of["render"])
+        return Phase(ready(ours), {self.peers.NAMES["render"]: theirs}, check, flops(ours),
+                     self.pictures.bytes_of["render"])
 
     def see(self):
         """Pixels to the tokens or features that the understanding branch reads."""
@@ -189,8 +190,7 @@ class Bench:
     def update(self):
         """Reference, policy and its gradient, one AdamW step of a rank-8 adapter."""
         g, state, peer = self.config.gvu, self.state(), self.backbone
-        inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards,
-                  self.seen)
+        inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards, self.seen)
 
         def ours():
             nonlocal state
@@ -391,8 +391,12 @@ _REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
 
 def main(_):
+    module = "gvu_jax.families.{}_peers".format
+    if _FAMILY.value not in (there := [name for name in families.FAMILIES if importlib.util.find_spec(module(name))]):
+        raise ValueError(f"--family={_FAMILY.value}: its PyTorch side has not been written; compare "
+                         f"{' or '.join(there)}")
     try:
-        peers = importlib.import_module(f"gvu_jax.families.{_FAMILY.value}_peers")
+        peers = importlib.import_module(module(_FAMILY.value))
     except ImportError as error:
         raise ValueError(f"{MISSING} ({error})") from error
     known = phases_of(peers)

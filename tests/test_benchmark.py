@@ -1,5 +1,7 @@
 """The benchmark compares like with like, notices when it does not, and counts what it divides by."""
 import json
+import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -48,12 +50,11 @@ def test_one_forward_beats_one_forward_per_word(lines):
 
 
 @pytest.mark.parametrize("phase, part, leaf", [
-    ("sample", "ar", ("layers", "layer", "mlp", "up_proj", "kernel")), ("reward", "ar", ("lm_head", "kernel")),
-    ("see", "vision", None)])
+    ("sample", "ar", "q_proj/kernel"), ("reward", "ar", "lm_head/kernel"), ("see", "vision", "codebook|norm/scale")])
 def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase, part, leaf):
-    """leaf: the parameter that is moved; None: every one of the part."""
-    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if leaf in (
-        None, tuple(p.key for p in path)) else x
+    """leaf: how the path of what is moved ends, a regular expression."""
+    ends = lambda path: re.search(f"({leaf})$", "/".join(p.key for p in path))
+    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if ends(path) else x
     other = {**bench.params, part: jax.tree_util.tree_map_with_path(shift, bench.params[part])}
     monkeypatch.setattr(bench, "params", other)                       # the peers hold the weights from before
     with pytest.raises(ValueError, match="differ"):
@@ -102,6 +103,12 @@ def test_the_page_has_the_table_and_the_plot(lines, tmp_path):
 def test_a_size_that_is_no_square_is_refused():
     with pytest.raises(ValueError, match="no square number"):
         xomni_peers.build(NANO, 250)
+
+
+def test_a_family_without_peers_is_refused(monkeypatch):
+    monkeypatch.setattr(benchmark, "_FAMILY", types.SimpleNamespace(value="showo"))
+    with pytest.raises(ValueError, match="not been written; compare xomni or janus"):
+        benchmark.main(None)
 
 
 def test_rounding_passes_and_nothing_else():

@@ -10,7 +10,7 @@ import jax
 import torch
 from transformers import GenerationConfig, JanusConfig, JanusForConditionalGeneration, LlamaConfig
 
-from gvu_jax.families.janus import BEGIN, BOS, PAD, PICTURE, Janus
+from gvu_jax.families.janus import BEGIN, BOS, PICTURE, Janus
 from gvu_jax.families.janus_tiny import words_of_shapes
 from gvu_jax.models import llama, siglip, vq
 from gvu_jax.peers import Adapted, picked, side_of, tensor, tensors
@@ -58,8 +58,8 @@ def alike(params):
 def config_of(umm):
     """The model in transformers' words."""
     ar, tower, codes = umm.ar, umm.vision, umm.vq
-    shared = "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", \
-        "num_key_value_heads", "rms_norm_eps"
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps")
     return JanusConfig(
         text_config=LlamaConfig(**{name: getattr(ar, name) for name in shared}, tie_word_embeddings=False,
                                 rope_parameters={"rope_type": "default", "rope_theta": ar.rope_theta}),
@@ -97,10 +97,11 @@ class Backbone:
     ids = staticmethod(tensor)                         # texts have the same ids on both sides
 
     def inner(self, model):
+        """The transformers model itself, which peft wraps."""
         return model.get_base_model() if model is self.policy else model
 
     def image_scores(self, model, prompts, codes):
-        """Logits [S, N, K] of one uncached forward."""
+        """Logits [S, N, K] of the codes [S, N] behind prompts [S, P], in one uncached forward."""
         model = self.inner(model)
         embedded = torch.cat([model.get_input_embeddings()(prompts),
                               model.prepare_embeddings_for_image_generation(codes[:, :-1])], dim=1)
@@ -108,6 +109,7 @@ class Backbone:
         return model.model.generation_head(hidden[:, -codes.shape[1]:])
 
     def guided(self, conditional, unconditional):
+        """u + guidance (c - u) of two arrays of logits [S, N, K]."""
         return unconditional + self.umm.guidance * (conditional - unconditional)
 
     def image_logps(self, model, prompts, codes):
@@ -160,7 +162,8 @@ class Backbone:
         return picked(torch.cat(said, dim=1), words)
 
     def update(self, prompts, codes, advantages, clip, beta):
-        """One GRPO step of the adapter: loss, KL (nats a token), gradient norm."""
+        """One GRPO step of the adapter on codes [S, N] behind prompts [S, P], advantages [S]: loss, KL (nats a token),
+        gradient norm."""
         with torch.no_grad():
             reference = self.image_logps(self.base, prompts, codes)
         return self.adapted.update(self.image_logps(self.policy, prompts, codes), reference, advantages, clip, beta)
