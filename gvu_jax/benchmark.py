@@ -11,7 +11,8 @@ ratios, and how far ours is from the floor: the larger of
     (float operations of the products in our program) / (rate at which this machine multiplies large matrices)
     (bytes of weights and cache that must be read)    / (rate at which it reads arrays as large as those)
 
-both measured at the start. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
+both measured at the start. A published size, such as --size=janus-pro-1b, is for a card: see full_size.py, which has
+a table of its own. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
 With --report, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
 """
 import functools
@@ -32,7 +33,7 @@ from absl import flags
 from jax.extend.core import jaxprs_in_params
 from ml_collections import ConfigDict
 
-from gvu_jax import cli, families, lora, objectives, optim, report, sampling, sharding
+from gvu_jax import cli, families, full_size, lora, objectives, optim, report, sampling, sharding
 from gvu_jax.methods import gvu
 from gvu_jax.metrics import replace_file
 from gvu_jax.policy import State, init_trainable
@@ -381,16 +382,22 @@ def linear(peers, sizes, tokens, rounds, least, times=(1, 2, 4, 8)):
 
 
 _FAMILY = flags.DEFINE_enum("family", families.FIRST, list(families.FAMILIES), "Whose models.")
-_SIZE = flags.DEFINE_enum("size", "small", SIZES, "How large the models are.")
+_SIZE = flags.DEFINE_enum("size", "small", [*SIZES, *families.SIZES],
+                          "How large the models are; a published size says the family as well, and needs a card.")
 _PHASES = flags.DEFINE_list("phases", None, "Which phases, also linear; default: all but that.")
 _TOKENS = flags.DEFINE_integer("tokens", 256, "Image tokens of a picture, a square number.", lower_bound=1)
 _PROMPTS = flags.DEFINE_integer("prompts", 2, "Prompts of a step.", lower_bound=1)
 _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2)
+_BATCHES = flags.DEFINE_list("batches", "8,32", "Of a published size: how many pictures are drawn at once.")
+_PICTURES = flags.DEFINE_integer("pictures", 32, "Of a published size: pictures of all phases but sample.",
+                                 lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
 _REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
 
 def main(_):
+    if _SIZE.value in families.SIZES:
+        return on_a_card()
     module = "gvu_jax.families.{}_peers".format
     if _FAMILY.value not in (there := [name for name in families.FAMILIES if importlib.util.find_spec(module(name))]):
         raise ValueError(f"--family={_FAMILY.value}: its PyTorch side has not been written; compare "
@@ -424,6 +431,21 @@ def main(_):
         Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
         replace_file(Path(_REPORT.value) / "benchmark.json", json.dumps(found, indent=1))
         print(f"\n{report.write_benchmark(_REPORT.value)}")
+
+
+def on_a_card():
+    """The table of a published size, and the same as JSON where there is a --report."""
+    wanted = _PHASES.value or full_size.PHASES
+    if unknown := [name for name in wanted if name not in full_size.PHASES]:
+        raise ValueError(f"--phases: there is no {', '.join(unknown)}; there are {', '.join(full_size.PHASES)}")
+    counts = [*_BATCHES.value, str(_PICTURES.value)]
+    if wrong := [n for n in counts if not n.isdecimal() or int(n) < 1 or int(n) % min(full_size.GROUP, int(n))]:
+        raise ValueError(f"--batches, --pictures: {', '.join(wrong)}; give 1 to 7, or multiples of {full_size.GROUP}")
+    found = full_size.measure(_SIZE.value, [int(n) for n in counts[:-1]], _PICTURES.value, wanted, _ROUNDS.value,
+                              functools.partial(print, flush=True))
+    if _REPORT.value:
+        Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(_REPORT.value) / "benchmark.json", json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@ draw all tokens at once (`reveal`).
 
     prefill the prompts [B, P] once ─> repeat the cache for G samples ─> scan: head -> filters -> draw -> next state
 
+The cache of a token by token rollout grows a few times on the way (`stretches`).
+
 The order of the filters is that of transformers' generation: guidance, suppressed tokens, temperature, top-k, top-p,
 min-p, each on what the one before left. The log-probability that comes back with a token is that of the policy it was
 drawn from, guidance included and nothing filtered, so that it equals what teacher-forced forwards find
 (`policy_logits`).
 """
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +20,7 @@ import numpy as np
 
 from gvu_jax import described
 from gvu_jax.flow import Flow
-from gvu_jax.models.layers import beside, repeat
+from gvu_jax.models.layers import beside, platform, repeat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,17 +128,17 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                # [B, P + steps]
         dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
-        cache = model.empty_cache(B, P + steps, dtype)
-        hidden, cache = model.apply(variables, tokens, mask, positions[:, :P], cache, text_only=text_only,
-                                    **pictures)
+        hidden, cache = model.apply(variables, tokens, mask[:, :P], positions[:, :P], model.empty_cache(B, P, dtype),
+                                    text_only=text_only, **pictures)
         return hidden[:, -1], cache, mask, positions
 
-    def advance(cache, drawn, t):
-        """Feeds the tokens drawn at step t; returns what the head reads and the cache."""
+    def advance(cache, drawn, t, slots):
+        """Feeds the tokens drawn at step t; returns what the head reads and the cache, of so many slots."""
         tokens = jnp.repeat(drawn + offset, contexts)[:, None]
         at = mask.shape[1] - steps + t
-        hidden, cache = stepper.apply(weights, tokens, mask, jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1),
-                                      cache, at, text_only=text_only)
+        hidden, cache = stepper.apply(
+            weights, tokens, mask[:, :slots], jax.lax.dynamic_slice_in_dim(positions, at, 1, axis=1), cache, at,
+            text_only=text_only)
         return hidden[:, 0], cache
 
     def draw(hidden, key, done):
@@ -153,10 +156,10 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
             done = done | (drawn == stop)
         return drawn.astype(jnp.int32), logp, done
 
-    def step(carry, t):
+    def step(carry, t, slots):
         hidden, cache, done = carry
         drawn, logp, done = draw(hidden, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, t), done)
-        return (*advance(cache, drawn, t), done), (drawn, logp)
+        return (*advance(cache, drawn, t, slots), done), (drawn, logp)
 
     keys = sample_keys(key, jnp.arange(rows) if index is None else index)
     pictures = {} if seen is None else {"seen": seen}
@@ -175,11 +178,26 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
     hidden, mask, positions = (repeat(read[i], how.images_per_prompt, contexts) for i in (0, 2, 3))
     cache = read[1].repeat(how.images_per_prompt, contexts)
     stepper, weights, cache = model.for_steps(variables, cache)
-    # The last token is drawn outside the scan: nothing reads the state after it, so it is not computed.
-    (hidden, _, done), (drawn, logps) = jax.lax.scan(
-        step, (hidden, cache, jnp.zeros(rows, bool)), jnp.arange(steps - 1))
+    done, found = jnp.zeros(rows, bool), []
+    for stretch in stretches(steps - 1):
+        slots = mask.shape[1] - steps + stretch.stop
+        grown = jax.tree.map(lambda x: x.grown(slots), cache, is_leaf=lambda x: hasattr(x, "grown"))
+        (hidden, cache, done), drawn = jax.lax.scan(
+            functools.partial(step, slots=slots), (hidden, grown, done), jnp.arange(stretch.start, stretch.stop))
+        found.append(drawn)
+    # The last token is drawn outside the scans: nothing reads the state after it, so it is not computed.
     last, last_logp, _ = draw(hidden, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, steps - 1), done)
-    return (jnp.concatenate([drawn, last[None]]).T, jnp.concatenate([logps, last_logp[None]]).T)
+    drawn, logps = (jnp.concatenate(parts) for parts in zip(*found, (last[None], last_logp[None])))
+    return drawn.T, logps.T
+
+
+def stretches(steps, least=64, most=4):
+    """So many steps in ranges of about one length, up to `most` of them and none below `least`. The cache grows from
+    one to the next, so that a step reads little more than what is written by then. Each is compiled by itself. One on
+    a TPU, whose programs take minutes to compile."""
+    count = 1 if platform() == "tpu" else max(1, min(most, steps // least))
+    ends = [steps * i // count for i in range(count + 1)]
+    return [range(*ends) for ends in zip(ends, ends[1:])]
 
 
 # ------------------------------------------------------------------ mask by mask

@@ -30,7 +30,7 @@ FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixture
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
-assert jax.device_count() == 8
+assert jax.device_count() == 8 or jax.default_backend() != "cpu"         # on a GPU: those tests that need one device
 os.environ["XLA_FLAGS"] = ALONE          # the processes that tests start have one device, as their users' have
 
 

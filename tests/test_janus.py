@@ -12,7 +12,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import copied, load_config
-from gvu_jax import adapters, checkpoint, convert, objectives, rewards, sharding
+from gvu_jax import adapters, checkpoint, convert, objectives, rewards, sampling, sharding
 from gvu_jax.families import janus as family
 from gvu_jax.methods.internal_gap import InternalGap
 from gvu_jax.methods.uae import UAE
@@ -198,7 +198,9 @@ def norm_of(tree):
 
 
 @pytest.mark.parametrize("how", [How(images_per_prompt=3), How(2, temperature=0.6, top_k=5, guidance=2.5)])
-def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(janus, golden, call, how):
+def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(janus, golden, call, how, monkeypatch):
+    """Also where the cache grows on the way, as it does for more tokens than these."""
+    monkeypatch.setattr(sampling, "stretches", functools.partial(sampling.stretches, least=2))
     umm, _ = golden
     prompts = umm.encode_prompts(janus.cases["generate"]["prompts"])
     codes, logps = call("sample_image", prompts, jax.random.key(1), how)

@@ -8,7 +8,7 @@ import pytest
 from flax import struct
 
 from gvu_jax.models.layers import beside, repeat
-from gvu_jax.sampling import How, decode, filter_logits
+from gvu_jax.sampling import How, decode, filter_logits, stretches
 
 
 def theirs(logits, how):
@@ -64,10 +64,20 @@ def test_settings_that_mean_nothing_are_refused(bad):
 
 # ------------------------------------------------------------------ drawing one token after the other
 
+@pytest.mark.parametrize("steps, count", [(0, 1), (1, 1), (8, 1), (127, 1), (128, 2), (255, 3), (575, 4), (1295, 4)])
+def test_stretches_are_all_steps_in_turn(steps, count):
+    found = stretches(steps)
+    assert [t for stretch in found for t in stretch] == list(range(steps))
+    assert len(found) == count and max(map(len, found)) - min(map(len, found)) <= 1
+
+
 @struct.dataclass
 class Sum:
     """The cache of `Memory`."""
     read: jax.Array                                                                                     # [B, D]
+
+    def grown(self, slots):
+        return self
 
     def repeat(self, times, rows=1):
         return Sum(repeat(self.read, times, rows))

@@ -28,6 +28,10 @@ FAMILIES = {"xomni": xomni, "janus": janus, "showo": showo, "qwen_sd35": qwen_sd
 # What a published config.json calls its model_type -> the family. Janus' is DeepSeek's or transformers', UAE's that of
 # its captioner; Show-o's, which has the form of diffusers, calls it _class_name.
 MODEL_TYPES = {"x-omni": xomni, "multi_modality": janus, "janus": janus, "Showo": showo, "qwen2_5_vl": qwen_sd35}
+# The published models by the names that people call them -> the family, and what its `published` is given.
+SIZES = {"janus-pro-1b": ("janus", {}, "1b"), "janus-pro-7b": ("janus", {}, "7b"),
+         "xomni": ("xomni", {"grid": (36, 36)}, None), "showo": ("showo", {}, "256"),
+         "sd35": ("qwen_sd35", {}, "large")}
 FIRST = next(iter(FAMILIES))                   # what model folders and configs mean that name none
 
 

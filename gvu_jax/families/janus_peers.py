@@ -75,14 +75,40 @@ def config_of(umm):
         tie_word_embeddings=False, image_token_id=umm._id(PICTURE))
 
 
-def model_of(umm, params):
-    """transformers' Janus with these params."""
-    model = JanusForConditionalGeneration(config_of(umm)).eval()
+def model_of(umm, params, device="cpu", dtype=torch.float32):
+    """transformers' Janus with these params; random ones where they are None."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = JanusForConditionalGeneration(config_of(umm)).eval()
+    finally:
+        torch.set_default_dtype(before)
+    if params is None:
+        return model
     rules = {"ar": llama.RULES, "vision": siglip.RULES, "vq": vq.RULES}
     state = {name: array for part, rule in rules.items() for name, array in
              tensors(params[part], rule["transformers"]).items()}
     model.load_state_dict(state)
     return model
+
+
+@torch.inference_mode()
+def generate(umm, model, prompts, group):
+    """Codes [B * group, N] of prompts [B, P], ids, drawn by transformers' Janus."""
+    return model.generate(
+        inputs=prompts, attention_mask=torch.ones_like(prompts), generation_mode="image",
+        generation_config=GenerationConfig(
+            do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=group,
+            guidance_scale=umm.guidance, pad_token_id=umm.pad, bos_token_id=umm._id(BOS),
+            max_length=prompts.shape[1] + umm.image_tokens, generation_kwargs={"boi_token_id": umm._id(BEGIN)}))
+
+
+def sampler(umm, device, dtype):
+    """For full_size.py: (B, group, P) -> codes on the host, of prompts that mean nothing, by a model with random
+    weights."""
+    model = model_of(umm, None, device, dtype)
+    return lambda B, group, P: generate(umm, model, torch.ones((B, P), dtype=torch.long, device=device), group).cpu()
 
 
 class Backbone:
@@ -118,18 +144,12 @@ class Backbone:
         without[:, 0], without[:, -1] = prompts[:, 0], prompts[:, -1]
         return picked(self.guided(*(self.image_scores(model, ids, codes) for ids in (prompts, without))), codes)
 
-    @torch.inference_mode()
     def sample(self, model, prompts, group, steps, scores=False):
         """generate: [B * group, steps] codes, with scores=True also the log-probabilities they were drawn with, taken
         from the head as it runs: generate gives back the last step's alone."""
         model, said = self.inner(model), []
         hook = model.model.generation_head.register_forward_hook(lambda _, __, out: said.append(out))
-        codes = model.generate(
-            inputs=prompts, attention_mask=torch.ones_like(prompts), generation_mode="image",
-            generation_config=GenerationConfig(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=group,
-                guidance_scale=self.umm.guidance, pad_token_id=self.umm.pad, bos_token_id=self.umm._id(BOS),
-                max_length=prompts.shape[1] + steps, generation_kwargs={"boi_token_id": self.umm._id(BEGIN)}))
+        codes = generate(self.umm, model, prompts, group)
         hook.remove()
         if not scores:
             return codes

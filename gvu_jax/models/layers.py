@@ -197,9 +197,11 @@ def attention(q, k, v, mask=None, causal=False):
     it was compared with: its value means nothing, but it is finite.
 
     Long rows go in up to eight blocks of queries, whose scores the backward pass computes again: together they would
-    take most of the memory. Not on a TPU, where splash reads long rows.
+    take most of the memory. Not on a TPU, where splash reads long rows, nor where cuDNN serves.
     """
     T, size = q.shape[1], max(256, -(-q.shape[1] // 8))
+    if cudnn_serves(q):
+        return cudnn_attention(q, k, v, mask, causal)
     if T < 2 * size or platform() == "tpu":
         return attend(q, k, v, mask)
     blocks = []
@@ -208,6 +210,27 @@ def attention(q, k, v, mask=None, causal=False):
         seen = mask if mask is None else mask[:, rows if mask.shape[1] > 1 else slice(None), :reach]
         blocks.append(jax.checkpoint(attend)(q[:, rows], k[:, :reach], v[:, :reach], seen))
     return jnp.concatenate(blocks, axis=1)
+
+
+def cudnn_serves(q):
+    """Whether cuDNN's attention is for queries [B, T, H, E], where this call is traced: on a GPU, in half precision,
+    with heads that it knows. A decode step stays with `attend`: cuDNN wants slots before heads, the cache has them
+    behind."""
+    return (platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] > 1 and q.shape[3] % 8 == 0
+            and q.shape[3] <= 128)
+
+
+def cudnn_attention(q, k, v, mask, causal):
+    """`attention` by cuDNN, which never holds the scores (Dao et al. 2022), and its gradient: arguments as there."""
+    B, T, S, lengths = *q.shape[:2], k.shape[1], None
+    if T % 2 or S % 2:                       # of which cuDNN has no gradient: one more position, which nobody reads
+        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        lengths = jnp.full(B, S, jnp.int32) if mask is None else None
+    if mask is not None:
+        mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))[:, None]  # [B, 1, T, S]
+    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths,
+                                     implementation="cudnn")
+    return y[:, :T]
 
 
 def attend(q, k, v, mask):

@@ -46,6 +46,10 @@ class Cache:
         """The rows of both caches, the i-th of each as neighbours."""
         return jax.tree.map(lambda one, other: beside(one, other, axis=1), self, other)
 
+    def grown(self, slots):
+        """The same with room for so many slots."""
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, slots - x.shape[-2]), (0, 0)]), self)
+
     def write(self, layer, at, k, v):                                                 # k, v [B, T, K, E]
         def put(slots, new):
             new, where = new.swapaxes(1, 2), (0, 0, at, 0)

@@ -1,0 +1,233 @@
+"""How fast are the published sizes on the card at hand? The part of benchmark.py for machines that can hold them.
+
+    python -m gvu_jax.benchmark --size=janus-pro-1b [--batches=8,32] [--pictures=32] [--phases=sample] [--report=DIR]
+
+Weights are random, in bfloat16, and made on the device: nothing is downloaded, and what is drawn means nothing. Each
+phase of a GvU step is the program that training runs, and its floor is the larger of
+
+    (float operations of its products) / (rate at which this card multiplies large bfloat16 matrices)
+    (bytes of weights and data that its products read and write) / (rate at which it reads or copies a large array)
+
+both measured at the start (costs.py counts). "Of the floor" is the floor over the time: no program exceeds 100 %. A
+phase holds what it uses and nothing else, so this says nothing about what fits together: that is plan.py's. Where the
+family has a peer and PyTorch sees the card, it draws as many pictures, with random weights as well; that both sides
+compute the same is seen at the small sizes.
+"""
+import functools
+import gc
+import importlib
+import importlib.util
+import os
+import statistics
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.interpreters import partial_eval
+from ml_collections import ConfigDict
+
+from gvu_jax import costs, families, plan, sharding
+from gvu_jax.sampling import How
+from gvu_jax.umm import compile_programs
+
+PHASES = ("sample", "render", "see", "read", "update")
+GROUP = 8                              # pictures of a prompt, where there are so many
+PRODUCTS = 10                          # of matrices, that are timed together
+
+
+def measure(size, batches, pictures, wanted, rounds, say):
+    """Every figure of one of families.SIZES, as a dict. batches: how many pictures `sample` draws at once, one line for
+    each; pictures: of the other phases; wanted: of PHASES; say(line) is told what is known as soon as it is."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # the peer needs memory as well, one by one
+    if jax.default_backend() == "cpu":
+        raise ValueError(f"--size={size} is for a card, and JAX sees none here; tiny, small and medium are for CPUs")
+    umm, params = model_of(size)
+    peers = peer_seconds(families.SIZES[size][0], umm, batches) if "sample" in wanted else {}
+    card = probe()
+    say(f"{size} on {card.name}: {card.flops / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s; "
+        f"jax {jax.__version__}")
+    found = [trace_phase(*phase) for phase in phases(umm, params, batches, pictures, wanted)]
+    with ThreadPoolExecutor(8) as pool:                                 # the compiler works outside of Python
+        compiled = list(pool.map(lambda phase: phase.lowered.compile(), found))
+    say(f"compiled\n\n{HEADER}")
+    lines = []
+    for phase, program in zip(found, compiled):
+        lines.append(time_phase(phase, program, card, rounds))
+        if phase.name == "sample" and phase.pictures in peers:
+            lines[-1]["peer"] = peers[phase.pictures]
+        say(row(lines[-1]))
+    return dict(size=size, card=card._asdict(), phases=lines)
+
+
+def model_of(size):
+    """(umm, shapes of its params in bfloat16) of one of families.SIZES."""
+    family, override, name = families.SIZES[size]
+    umm = families.FAMILIES[family].published(override, name)
+    return umm, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+                             jax.eval_shape(umm.init, jax.random.key(0)))
+
+
+def peer_seconds(family, umm, batches):
+    """{pictures: seconds} of what a PyTorch user would draw with, {} where nothing is installed that could. It runs
+    first and gives its memory back: JAX does not give back what it has had."""
+    name = f"{families.__name__}.{family}_peers"
+    if importlib.util.find_spec(name) is None or importlib.util.find_spec("peft") is None:
+        return {}
+    import torch
+    peers = importlib.import_module(name)
+    if not torch.cuda.is_available() or not hasattr(peers, "sampler"):
+        return {}
+    sample = peers.sampler(umm, "cuda", torch.bfloat16)
+    found = {S: seconds(lambda: sample(S // min(GROUP, S), min(GROUP, S), plan.PROMPT)) for S in batches}
+    del sample
+    torch.cuda.empty_cache()
+    return found
+
+
+# ---- the card --------------------------------------------------------------------------------------------------------
+
+class Card(NamedTuple):
+    name: str
+    flops: float                       # a second, bfloat16 products of large matrices
+    bandwidth: float                   # bytes a second, reading a large array, or copying it
+
+
+def probe(side=8192, size=2 ** 33):
+    """Seconds of measurement. side: of the matrices; size: of the array in bytes."""
+    def best(run, *args):
+        return min(seconds(functools.partial(run, *args)) for _ in range(8))
+
+    def products(a, b):                # several, or calling them would be measured as well
+        for _ in range(PRODUCTS):
+            a = a @ b
+        return a
+
+    a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) * side ** -0.5 for i in range(2))
+    multiply = best(jax.jit(products), a, b) / PRODUCTS
+    array = jnp.ones((size // 2,), jnp.bfloat16)
+    read = best(jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32)), array)
+    copy = best(jax.jit(lambda x: -x), array)
+    return Card(jax.devices()[0].device_kind, 2 * side ** 3 / multiply, max(size / read, 2 * size / copy))
+
+
+def seconds(run):
+    began = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - began
+
+
+# ---- phases ----------------------------------------------------------------------------------------------------------
+
+def phases(umm, params, batches, pictures, wanted):
+    """(name, function, its args as shapes, pictures) of each phase that is wanted, `sample` once for each batch."""
+    mesh = sharding.make_mesh({}, jax.devices()[:1])
+    for S in batches if "sample" in wanted else ():
+        group = min(GROUP, S)
+        sample = compile_programs(umm, How(images_per_prompt=group, guidance=umm.guidance), mesh).sample.jitted
+        prompts = umm.prompt_shapes(S // group, plan.PROMPT, plan.WORDS)
+        yield "sample", sample, (params, prompts, jax.eval_shape(lambda: jax.random.key(0))), S
+    step, _, _ = plan.step_of(step_config(umm, pictures), umm, params, mesh)
+    for name in PHASES[1:]:
+        if name in wanted and name in step:
+            program, args = step[name]
+            yield name, program.jitted, args, pictures
+
+
+def step_config(umm, pictures):
+    """What plan.step_of asks of a config: a step of GvU with an adapter of rank 8, in micro-batches of 8 pictures."""
+    group = min(GROUP, pictures)
+    return ConfigDict(dict(
+        steps=1, sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)),
+        gvu=dict(prompts=pictures // group, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
+                 inner_steps=1, micro_batches=pictures // group, waves=1),
+        reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),
+        flow=dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian"),
+        optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
+
+
+class Phase(NamedTuple):
+    name: str
+    pictures: int
+    cost: costs.Cost
+    lowered: jax.stages.Lowered        # of a list of arrays
+    arrays: Callable                   # makes them
+
+
+def trace_phase(name, function, args, pictures):
+    """-> Phase, not compiled."""
+    traced, arrays = only_what_it_reads(function, args)
+    weights = [costs.DATA if x.ndim < 2 or x.dtype != jnp.bfloat16 else 1.0 for x in traced.jaxpr.in_avals]
+    return Phase(name, pictures, costs.count(traced.jaxpr, weights), traced.lower(), arrays)
+
+
+def only_what_it_reads(function, args):
+    """-> (traced program, how to make its arrays): the function of args, shapes, as one of a list of those arrays alone
+    that its result depends on, and what fills these at random."""
+    flat, tree = jax.tree.flatten_with_path(args)
+    traced = jax.make_jaxpr(function)(*args)
+    _, used = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=False)
+
+    def run(arrays):
+        arrays = iter(arrays)
+        rest = lambda leaf: jnp.zeros(leaf.shape, leaf.dtype)
+        return function(*jax.tree.unflatten(tree, [next(arrays) if u else rest(x) for u, (_, x) in zip(used, flat)]))
+
+    names = lambda path: {str(getattr(key, "key", getattr(key, "name", ""))) for key in path}
+    kind = lambda path: next((name for name in ("nu", *KINDS) if name in names(path)), None)
+    read = [(kind(path), jax.ShapeDtypeStruct(x.shape, x.dtype)) for u, (path, x) in zip(used, flat) if u]
+    make = jax.jit(fill, static_argnums=(0, 1))
+    return (jax.jit(run).trace([shape for _, shape in read]),
+            lambda: [make(*what, jax.random.key(i)) for i, what in enumerate(read)])
+
+
+KINDS = ("kernel", "a", "b", "scale", "embedding", "bias")                # of parameters
+
+
+def fill(kind, leaf, key):
+    """A random array for a shape: ids are 0, masks True; kernels [.., in, out] have variance 1 / in, so that
+    activations keep their size; scales are near 1; second moments, "nu", are no less than 0, as all that is none of
+    KINDS: pixels, rewards, log-probs."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return key
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.full(leaf.shape, leaf.dtype == bool, leaf.dtype)
+    if kind not in KINDS:
+        return jax.random.uniform(key, leaf.shape, leaf.dtype)
+    spread = leaf.shape[-2] ** -0.5 if kind in ("kernel", "a") else 0.1
+    return (jax.random.normal(key, leaf.shape, leaf.dtype) * spread + (kind == "scale")).astype(leaf.dtype)
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+def time_phase(phase, program, card, rounds):
+    """One dict: seconds of each round, floor, pictures a second; with "error" where the card has too little memory."""
+    cost, line = phase.cost, dict(phase=phase.name, pictures=phase.pictures)
+    try:
+        run = functools.partial(program, phase.arrays())
+        jax.block_until_ready(run())
+        line["seconds"] = [seconds(run) for _ in range(rounds)]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return line | {"error": "does not fit"}
+    finally:
+        gc.collect()
+    took = statistics.median(line["seconds"])
+    floors = dict(compute=cost.flops / card.flops, memory=(cost.weights + cost.data) / card.bandwidth)
+    return line | dict(floors=floors, tflop=cost.flops / 1e12, gbytes=(cost.weights + cost.data) / 1e9,
+                       of_floor=max(floors.values()) / took, pictures_per_second=phase.pictures / took)
+
+
+HEADER = ("| phase | pictures | s | pictures/s | of the floor | TFLOP | GB | peer, s | peer / ours |\n"
+          "|---|---|---|---|---|---|---|---|---|")
+
+
+def row(line):
+    if "error" in line:
+        return f"| {line['phase']} | {line['pictures']} | {line['error']} | | | | | | |"
+    took, bound = statistics.median(line["seconds"]), max(line["floors"], key=line["floors"].get)
+    peer = f"{line['peer']:.1f} | {line['peer'] / took:.1f}" if "peer" in line else " | "
+    return (f"| {line['phase']} | {line['pictures']} | {took:.3f} | {line['pictures_per_second']:.2f} | "
+            f"{line['of_floor']:.0%} ({bound}) | {line['tflop']:.1f} | {line['gbytes']:.1f} | {peer} |")

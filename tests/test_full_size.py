@@ -1,0 +1,87 @@
+"""The figures of a published size are those of the programs that training runs. (Sizes here are tiny ones.)"""
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gvu_jax import benchmark, families, full_size
+from gvu_jax.families import janus_peers
+from test_benchmark import NANO_JANUS
+
+CARD = full_size.Card("here", 1e9, 1e9)
+
+
+@pytest.fixture(scope="module")
+def umm():
+    return janus_peers.build(NANO_JANUS, 4)
+
+
+@pytest.fixture(scope="module")
+def shapes(umm):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
+                        jax.eval_shape(umm.init, jax.random.key(0)))
+
+
+@pytest.fixture(scope="module")
+def found(umm, shapes):
+    """{name: phase}"""
+    return {phase[0]: full_size.trace_phase(*phase)
+            for phase in full_size.phases(umm, shapes, [2], 2, ("sample", "see", "update"))}
+
+
+def test_a_phase_runs_on_what_it_reads_alone(umm, shapes, found):
+    results = {}
+    for name in ("sample", "update"):
+        arrays = found[name].arrays()
+        held = {x.shape for x in arrays}
+        assert shapes["ar"]["gen_head"]["fc2"]["kernel"].shape in held
+        assert not any(x.shape in held for x in jax.tree.leaves(shapes["vq"]["decoder"]) if x.ndim == 4)
+        results[name] = found[name].lowered.compile()(arrays)
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(results[name]))
+    (codes, logps), (_, metrics) = results.values()
+    assert codes.shape == logps.shape == (2, umm.image_tokens) and metrics["grad_norm"] > 0
+
+
+def test_a_token_reads_the_backbone_once(umm, shapes, found):
+    layers = sum(x.size * 2 for x in jax.tree.leaves(shapes["ar"]["layers"]) if x.ndim == 3)
+    head = sum(shapes["ar"]["gen_head"][name]["kernel"].size * 2 for name in ("fc1", "fc2"))
+    codes = sum(shapes["ar"]["gen_aligner"][name]["kernel"].size * 2 for name in ("fc1", "fc2"))
+    N = umm.image_tokens                                        # read for the prompts with and without words, and then
+    assert found["sample"].cost.weights == (N - 1 + 2) * layers + N * head + (N - 1 + 2) * codes
+
+
+def test_a_line_says_how_far_it_is_from_the_floor(found):
+    phase = found["see"]
+    line = full_size.time_phase(phase, lambda arrays: jnp.zeros(()), CARD, 3)
+    assert len(line["seconds"]) == 3 and line["of_floor"] * np.median(line["seconds"]) == pytest.approx(
+        max(phase.cost.flops, phase.cost.weights + phase.cost.data) / 1e9)
+
+    def too_large(arrays):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    lines = [line, line | {"peer": 2.0}, full_size.time_phase(phase, too_large, CARD, 3)]
+    assert "does not fit" in full_size.row(lines[-1])
+    assert {full_size.row(line).count("|") for line in lines} == {full_size.HEADER.split("\n")[0].count("|")}
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch):
+    set_to = lambda name, value: monkeypatch.setattr(benchmark, name, types.SimpleNamespace(value=value))
+    set_to("_SIZE", "janus-pro-1b")
+    for name, default in (("_BATCHES", ["8", "32"]), ("_PICTURES", 32), ("_PHASES", None), ("_ROUNDS", 1)):
+        set_to(name, default)
+    with pytest.raises(ValueError, match="is for a card, and JAX sees none here"):
+        benchmark.main(None)
+    set_to("_BATCHES", ["8", "12", "x"])
+    with pytest.raises(ValueError, match="12, x; give 1 to 7, or multiples of 8"):
+        benchmark.main(None)
+    set_to("_PHASES", ["linear"])
+    with pytest.raises(ValueError, match="there is no linear"):
+        benchmark.main(None)
+
+
+@pytest.mark.parametrize("size", families.SIZES)
+def test_the_sizes_are_published_ones(size):
+    family, override, name = families.SIZES[size]
+    assert families.FAMILIES[family].published(override, name).kind == family
