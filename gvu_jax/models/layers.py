@@ -197,9 +197,10 @@ def attention(q, k, v, mask=None, causal=False):
     it was compared with: its value means nothing, but it is finite.
 
     Long rows go in up to eight blocks of queries, whose scores the backward pass computes again: together they would
-    take most of the memory. Not on a TPU, where splash reads long rows, nor where cuDNN serves.
+    take most of the memory. Causal ones are cut sooner, as it saves arithmetic. Not on a TPU, where splash reads long
+    rows, nor where cuDNN serves.
     """
-    T, size = q.shape[1], max(256, -(-q.shape[1] // 8))
+    T, size = q.shape[1], max(128 if causal else 256, -(-q.shape[1] // 8))
     if cudnn_serves(q):
         return cudnn_attention(q, k, v, mask, causal)
     if T < 2 * size or platform() == "tpu":
