@@ -165,10 +165,15 @@ def rotary(x, positions, theta, sections=None):
 
 
 def rotated(x, angle):
-    """The two halves of each head turned by given angles: x [B, T, H, E], angle float32 [B, T, E/2] -> as x."""
-    cos, sin = jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]                         # [B, T, 1, E/2]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    """The two halves of each head turned by given angles: x [B, T, H, E], angle float32 [B, T, E/2] -> as x.
+
+    Each half of the result is that half times cos and the other one times -sin or sin. Two halves computed apart and
+    joined would be the same; a CPU takes three times as long for it, and five for its gradient.
+    """
+    angle = angle[:, :, None, None, :]                                                           # [B, T, 1, 1, E/2]
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)                                 # [B, T, H, 2, E/2]
+    sin = jnp.sin(angle) * jnp.array([[-1.0], [1.0]])                                            # [B, T, 1, 2, E/2]
+    return (halves * jnp.cos(angle) + halves[..., ::-1, :] * sin).reshape(x.shape).astype(x.dtype)
 
 
 def alike(kinds):
