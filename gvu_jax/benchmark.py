@@ -13,7 +13,8 @@ ratios, and how far ours is from the floor: the larger of
 
 both measured at the start. A published size, such as --size=janus-pro-1b, is for a card: see full_size.py, which has
 a table of its own. The phase `linear` times our step alone, for growing groups and growing numbers of prompts.
-With --report, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html.
+With --report, every timing goes to DIR/benchmark.json, and table and plot to the page DIR/report.html (of a published
+size the first alone).
 """
 import functools
 import importlib.util
@@ -435,16 +436,20 @@ def main(_):
 
 def on_a_card():
     """The table of a published size, and the same as JSON where there is a --report."""
+    if given := [f"--{name}" for name in ("family", "tokens", "prompts", "group") if flags.FLAGS[name].present]:
+        raise ValueError(f"--size={_SIZE.value} says itself what {', '.join(given)} would say: leave that out, and give "
+                         f"--batches and --pictures")
     wanted = _PHASES.value or full_size.PHASES
     if unknown := [name for name in wanted if name not in full_size.PHASES]:
         raise ValueError(f"--phases: there is no {', '.join(unknown)}; there are {', '.join(full_size.PHASES)}")
     counts = [*_BATCHES.value, str(_PICTURES.value)]
-    if wrong := [n for n in counts if not n.isdecimal() or int(n) < 1 or int(n) % min(full_size.GROUP, int(n))]:
-        raise ValueError(f"--batches, --pictures: {', '.join(wrong)}; give 1 to 7, or multiples of {full_size.GROUP}")
+    if wrong := [n for n in counts if not n.isdecimal() or int(n) < 2 or int(n) % min(full_size.GROUP, int(n))]:
+        raise ValueError(f"--batches, --pictures: {', '.join(wrong)}; give 2 to 7, or multiples of {full_size.GROUP}")
+    if _REPORT.value:
+        Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
     found = full_size.measure(_SIZE.value, [int(n) for n in counts[:-1]], _PICTURES.value, wanted, _ROUNDS.value,
                               functools.partial(print, flush=True))
     if _REPORT.value:
-        Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
         replace_file(Path(_REPORT.value) / "benchmark.json", json.dumps(found, indent=1))
 
 

@@ -77,6 +77,11 @@ def _count(jaxpr, fractions):
             case "pallas_call":
                 cost, _ = _count(params["jaxpr"], [DATA] * len(params["jaxpr"].invars))
                 total += Cost(cost.flops * math.prod(params["grid_mapping"].grid), _bytes(eqn.invars + eqn.outvars))
+            case "dot_product_attention_fwd_wrapper" | "dot_product_attention_bwd_wrapper" as name:     # cuDNN's
+                (B, T, H, E), S = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+                products = 2 if "fwd" in name else 5                                       # one is computed again
+                share = 0.5 if "CAUSAL" in params["mask_type"].name else 1.0                # of all pairs
+                total += Cost(2.0 * products * share * B * H * T * S * E, _bytes(eqn.invars + eqn.outvars))
             case _:
                 for inner in jaxprs_in_params(params):
                     plain = len(inner.invars) == len(ins)

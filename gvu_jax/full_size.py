@@ -3,16 +3,17 @@
     python -m gvu_jax.benchmark --size=janus-pro-1b [--batches=8,32] [--pictures=32] [--phases=sample] [--report=DIR]
 
 Weights are random, in bfloat16, and made on the device: nothing is downloaded, and what is drawn means nothing. Each
-phase of a GvU step is the program that training runs, and its floor is the larger of
+phase is the program of a GvU step with an adapter of rank 8, and its floor is the larger of
 
     (float operations of its products) / (rate at which this card multiplies large bfloat16 matrices)
     (bytes of weights and data that its products read and write) / (rate at which it reads or copies a large array)
 
-both measured at the start (costs.py counts). "Of the floor" is the floor over the time: no program exceeds 100 %. A
-phase holds what it uses and nothing else, so this says nothing about what fits together: that is plan.py's. Where the
-family has a peer and PyTorch sees the card, it draws as many pictures, with random weights as well; that both sides
-compute the same is seen at the small sizes.
+both measured at the start (costs.py counts). "Of the floor" is the floor over the time: at these rates no program
+exceeds 100 %. A phase holds what it uses and nothing else, so this says nothing about what fits together: that is plan.py's. Where the
+family has a peer and PyTorch sees the card, it draws as many pictures without an adapter, with random weights as well;
+that both sides compute the same is seen at the small sizes.
 """
+import contextlib
 import functools
 import gc
 import importlib
@@ -29,8 +30,6 @@ from jax.interpreters import partial_eval
 from ml_collections import ConfigDict
 
 from gvu_jax import costs, families, plan, sharding
-from gvu_jax.sampling import How
-from gvu_jax.umm import compile_programs
 
 PHASES = ("sample", "render", "see", "read", "update")
 GROUP = 8                              # pictures of a prompt, where there are so many
@@ -41,6 +40,8 @@ def measure(size, batches, pictures, wanted, rounds, say):
     """Every figure of one of families.SIZES, as a dict. batches: how many pictures `sample` draws at once, one line for
     each; pictures: of the other phases; wanted: of PHASES; say(line) is told what is known as soon as it is."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # the peer needs memory as well, one by one
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
     if jax.default_backend() == "cpu":
         raise ValueError(f"--size={size} is for a card, and JAX sees none here; tiny, small and medium are for CPUs")
     umm, params = model_of(size)
@@ -79,9 +80,13 @@ def peer_seconds(family, umm, batches):
     peers = importlib.import_module(name)
     if not torch.cuda.is_available() or not hasattr(peers, "sampler"):
         return {}
-    sample = peers.sampler(umm, "cuda", torch.bfloat16)
-    found = {S: seconds(lambda: sample(S // min(GROUP, S), min(GROUP, S), plan.PROMPT)) for S in batches}
+    found, sample = {}, peers.sampler(umm, "cuda", torch.bfloat16)
+    with contextlib.suppress(torch.OutOfMemoryError):                    # then the larger batches have no peer
+        sample(1, 2, plan.PROMPT)                                        # loads what the first call loads
+        for S in sorted(batches):
+            found[S] = seconds(lambda: sample(S // min(GROUP, S), min(GROUP, S), plan.PROMPT))
     del sample
+    gc.collect()
     torch.cuda.empty_cache()
     return found
 
@@ -94,7 +99,7 @@ class Card(NamedTuple):
     bandwidth: float                   # bytes a second, reading a large array, or copying it
 
 
-def probe(side=8192, size=2 ** 33):
+def probe(side=8192, size=2 ** 32):
     """Seconds of measurement. side: of the matrices; size: of the array in bytes."""
     def best(run, *args):
         return min(seconds(functools.partial(run, *args)) for _ in range(8))
@@ -123,16 +128,10 @@ def seconds(run):
 def phases(umm, params, batches, pictures, wanted):
     """(name, function, its args as shapes, pictures) of each phase that is wanted, `sample` once for each batch."""
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    for S in batches if "sample" in wanted else ():
-        group = min(GROUP, S)
-        sample = compile_programs(umm, How(images_per_prompt=group, guidance=umm.guidance), mesh).sample.jitted
-        prompts = umm.prompt_shapes(S // group, plan.PROMPT, plan.WORDS)
-        yield "sample", sample, (params, prompts, jax.eval_shape(lambda: jax.random.key(0))), S
-    step, _, _ = plan.step_of(step_config(umm, pictures), umm, params, mesh)
-    for name in PHASES[1:]:
-        if name in wanted and name in step:
-            program, args = step[name]
-            yield name, program.jitted, args, pictures
+    counts = {name: [pictures] for name in PHASES} | {"sample": batches}
+    for name, S in [(name, S) for name in PHASES if name in wanted for S in counts[name]]:
+        program, args = plan.step_of(step_config(umm, S), umm, params, mesh)[0][name]
+        yield name, program.jitted, args, S
 
 
 def step_config(umm, pictures):
@@ -186,8 +185,8 @@ KINDS = ("kernel", "a", "b", "scale", "embedding", "bias")                # of p
 
 
 def fill(kind, leaf, key):
-    """A random array for a shape: ids are 0, masks True; kernels [.., in, out] have variance 1 / in, so that
-    activations keep their size; scales are near 1; second moments, "nu", are no less than 0, as all that is none of
+    """A random array for a shape: ids are 0, masks True; matrices [in, out] have variance 1 / in, so that activations
+    keep their size; scales are near 1; second moments, "nu", are no less than 0, as all that is none of
     KINDS: pixels, rewards, log-probs."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return key

@@ -192,9 +192,9 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
 
 
 def stretches(steps, least=64, most=4):
-    """So many steps in ranges of about one length, up to `most` of them and none below `least`. The cache grows from
-    one to the next, so that a step reads little more than what is written by then. Each is compiled by itself. One on
-    a TPU, whose programs take minutes to compile."""
+    """So many steps in ranges of about one length: up to `most` of them, each of `least` or more where there are so
+    many. The cache grows from one to the next, so that a step reads little more than what is written by then. Each is
+    compiled by itself. One on a TPU, whose programs take minutes to compile."""
     count = 1 if platform() == "tpu" else max(1, min(most, steps // least))
     ends = [steps * i // count for i in range(count + 1)]
     return [range(*ends) for ends in zip(ends, ends[1:])]

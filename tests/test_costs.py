@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gvu_jax import costs
-from gvu_jax.models import xomni
+from gvu_jax.models import layers, xomni
 from gvu_jax.sampling import How
 
 SMALL = xomni.Config(hidden_size=16, intermediate_size=24, num_hidden_layers=4, num_attention_heads=4,
@@ -76,9 +77,9 @@ def test_decoding_reads_every_weight_for_every_token():
                                steps=steps, head="image_logits", offset=SMALL.vocab_size)
 
     cost = counted(draw, params, tokens, mask, jax.random.key(0))
-    slots = 7 + steps
+    slots = 7 + steps - 1                                       # of the prompt, and of what was drawn but the last
     head = 2 * 2 * G * SMALL.hidden_size * SMALL.mm_vocab_size * steps
-    assert cost.flops == forward_flops(SMALL, 2, 7, slots) + (steps - 1) * forward_flops(SMALL, 2 * G, 1, slots) + head
+    assert cost.flops == forward_flops(SMALL, 2, 7, 7) + (steps - 1) * forward_flops(SMALL, 2 * G, 1, slots) + head
     matrices = sum(x.size for path, x in jax.tree_util.tree_leaves_with_path(params["layers"]["layer"])
                    + jax.tree_util.tree_leaves_with_path(params["mm_head_layers"]) if path[-1].key == "kernel")
     assert cost.weights == 4 * 0.5 * steps * (matrices + params["mm_head"]["kernel"].size)
@@ -245,3 +246,20 @@ def test_a_loop_without_an_end_is_refused():
 
     with pytest.raises(ValueError, match="does not say how often it runs"):
         costs.collectives(compiled(until, jnp.ones(3)), "x")
+
+
+def test_attention_by_cudnn_counts_as_its_products(monkeypatch):
+    """Twice the multiplications of q k^T and of what is mixed; the scores once more for the gradient, which has four
+    products of its own; half of all where it is causal. It is traced, and not run, as on a card."""
+    for name, answer in (("check_cudnn_version", 91300), ("check_compute_capability", True),
+                         ("is_cuda_compute_capability_equal", False)):
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+    B, T, H, K, E = 2, 8, 4, 2, 16
+    q, k = (jax.ShapeDtypeStruct((B, T, heads, E), jnp.bfloat16) for heads in (H, K))
+    for causal in (True, False):
+        attend = functools.partial(layers.cudnn_attention, mask=None, causal=causal)
+        one, share = 2 * B * H * T * T * E, 0.5 if causal else 1.0
+        cost = costs.count(jax.jit(attend).trace(q, k, k).jaxpr, [costs.DATA] * 3)
+        assert cost.flops == 2 * one * share and cost.data == 2 * (2 * B * T * H * E + 2 * B * T * K * E)
+        gradient = jax.grad(lambda *qkv: attend(*qkv).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+        assert costs.count(jax.jit(gradient).trace(q, k, k).jaxpr, [costs.DATA] * 3).flops == 7 * one * share

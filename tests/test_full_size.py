@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import flags
 
 from gvu_jax import benchmark, families, full_size
 from gvu_jax.families import janus_peers
@@ -68,16 +69,21 @@ def test_a_line_says_how_far_it_is_from_the_floor(found):
 
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     set_to = lambda name, value: monkeypatch.setattr(benchmark, name, types.SimpleNamespace(value=value))
+    flags.FLAGS.mark_as_parsed()
     set_to("_SIZE", "janus-pro-1b")
     for name, default in (("_BATCHES", ["8", "32"]), ("_PICTURES", 32), ("_PHASES", None), ("_ROUNDS", 1)):
         set_to(name, default)
     with pytest.raises(ValueError, match="is for a card, and JAX sees none here"):
         benchmark.main(None)
-    set_to("_BATCHES", ["8", "12", "x"])
-    with pytest.raises(ValueError, match="12, x; give 1 to 7, or multiples of 8"):
+    set_to("_BATCHES", ["8", "12", "x", "1"])
+    with pytest.raises(ValueError, match="12, x, 1; give 2 to 7, or multiples of 8"):
         benchmark.main(None)
     set_to("_PHASES", ["linear"])
     with pytest.raises(ValueError, match="there is no linear"):
+        benchmark.main(None)
+    monkeypatch.setattr(flags, "FLAGS", {name: types.SimpleNamespace(present=name == "group")
+                                         for name in ("family", "tokens", "prompts", "group")})
+    with pytest.raises(ValueError, match="says itself what --group would say"):
         benchmark.main(None)
 
 

@@ -202,6 +202,7 @@ def test_the_sampler_knows_the_log_probabilities_that_the_trainer_finds(janus, g
     """Also where the cache grows on the way, as it does for more tokens than these."""
     monkeypatch.setattr(sampling, "stretches", functools.partial(sampling.stretches, least=2))
     umm, _ = golden
+    assert len(sampling.stretches(umm.image_tokens - 1)) > 1
     prompts = umm.encode_prompts(janus.cases["generate"]["prompts"])
     codes, logps = call("sample_image", prompts, jax.random.key(1), how)
     forced = call("image_logps", prompts.repeat(how.images_per_prompt), codes, how)

@@ -5,6 +5,7 @@ Dimension letters, used in every file of this package:
     B batch   T query positions   S key positions   D model width   F feed-forward width
     H query heads   K key/value heads   E head width   V vocabulary   N image tokens   L prompt words (text tokens)
 """
+import functools
 import itertools
 import math
 from typing import Any
@@ -205,9 +206,9 @@ def attention(q, k, v, mask=None, causal=False):
     take most of the memory. Causal ones are cut sooner, as it saves arithmetic. Not on a TPU, where splash reads long
     rows, nor where cuDNN serves.
     """
-    T, size = q.shape[1], max(128 if causal else 256, -(-q.shape[1] // 8))
     if cudnn_serves(q):
         return cudnn_attention(q, k, v, mask, causal)
+    T, size = q.shape[1], max(128 if causal else 256, -(-q.shape[1] // 8))
     if T < 2 * size or platform() == "tpu":
         return attend(q, k, v, mask)
     blocks = []
@@ -218,25 +219,48 @@ def attention(q, k, v, mask=None, causal=False):
     return jnp.concatenate(blocks, axis=1)
 
 
+@functools.cache
+def has_cudnn():
+    """Whether the first device is a CUDA card that cuDNN's attention is for: Ampere, of capability 8.0, or newer."""
+    device = jax.devices()[0]
+    return "cuda" in device.client.platform_version.lower() and float(device.compute_capability) >= 8.0
+
+
 def cudnn_serves(q):
     """Whether cuDNN's attention is for queries [B, T, H, E], where this call is traced: on a GPU, in half precision,
-    with heads that it knows. A decode step stays with `attend`: cuDNN wants slots before heads, the cache has them
-    behind."""
+    with heads that it knows, where a mesh says how several devices share the work. A decode step stays with `attend`:
+    cuDNN wants slots before heads, the cache has them behind."""
+    shared = not jax.sharding.get_abstract_mesh().empty or jax.device_count() == 1
     return (platform() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[1] > 1 and q.shape[3] % 8 == 0
-            and q.shape[3] <= 128)
+            and q.shape[3] <= 128 and shared and has_cudnn())
 
 
 def cudnn_attention(q, k, v, mask, causal):
-    """`attention` by cuDNN, which never holds the scores (Dao et al. 2022), and its gradient: arguments as there."""
-    B, T, S, lengths = *q.shape[:2], k.shape[1], None
-    if T % 2 or S % 2:                       # of which cuDNN has no gradient: one more position, which nobody reads
-        q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
-        lengths = jnp.full(B, S, jnp.int32) if mask is None else None
-    if mask is not None:
-        mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))[:, None]  # [B, 1, T, S]
-    y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths,
-                                     implementation="cudnn")
-    return y[:, :T]
+    """`attention` by cuDNN, which never holds the scores (Dao et al. 2022), and its gradient: arguments as there. Each
+    device reads its own rows and heads."""
+    B, T, H, _ = q.shape
+    mask = None if mask is None else jnp.broadcast_to(mask, (B, T, k.shape[1]))
+
+    def on_a_device(q, k, v, mask):
+        odd, lengths = (T % 2, k.shape[1] % 2), None
+        if any(odd):                         # of which cuDNN has no gradient: one more position, which nobody reads
+            lengths = jnp.full(q.shape[0], k.shape[1], jnp.int32) if mask is None else None
+            q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, odd[0]), (0, odd[1])))[:, None]                       # [B, 1, T, S]
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, key_value_seq_lengths=lengths,
+                                         implementation="cudnn")
+        return y[:, :T]
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty:
+        rows = dividing(B, mesh) or None
+        heads = "tensor" if H % mesh.shape["tensor"] == k.shape[2] % mesh.shape["tensor"] == 0 else None
+        spec = PartitionSpec(rows, None, heads)
+        # cuDNN's call does not say over which axes its results vary, so that cannot be checked.
+        on_a_device = jax.shard_map(on_a_device, in_specs=(spec, spec, spec, PartitionSpec(rows)), out_specs=spec,
+                                    check_vma=False)
+    return on_a_device(q, k, v, mask)
 
 
 def attend(q, k, v, mask):
