@@ -436,7 +436,7 @@ def main(_):
 
 def on_a_card():
     """The table of a published size, and the same as JSON where there is a --report."""
-    if given := [f"--{name}" for name in ("family", "tokens", "prompts", "group") if flags.FLAGS[name].present]:
+    if given := [f"--{flag.name}" for flag in (_FAMILY, _TOKENS, _PROMPTS, _GROUP) if flag.present]:
         raise ValueError(f"--size={_SIZE.value} says itself what {', '.join(given)} would say: leave that out, and give "
                          f"--batches and --pictures")
     wanted = _PHASES.value or full_size.PHASES

@@ -106,7 +106,8 @@ def test_a_size_that_is_no_square_is_refused():
 
 
 def test_a_family_without_peers_is_refused(monkeypatch):
-    monkeypatch.setattr(benchmark, "_FAMILY", types.SimpleNamespace(value="showo"))
+    for flag, value in (("_SIZE", "small"), ("_FAMILY", "showo")):
+        monkeypatch.setattr(benchmark, flag, types.SimpleNamespace(value=value))
     with pytest.raises(ValueError, match="not been written; compare xomni or janus"):
         benchmark.main(None)
 

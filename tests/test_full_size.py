@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from absl import flags
 
 from gvu_jax import benchmark, families, full_size
 from gvu_jax.families import janus_peers
@@ -68,8 +67,10 @@ def test_a_line_says_how_far_it_is_from_the_floor(found):
 
 
 def test_what_cannot_be_measured_is_refused(monkeypatch):
-    set_to = lambda name, value: monkeypatch.setattr(benchmark, name, types.SimpleNamespace(value=value))
-    flags.FLAGS.mark_as_parsed()
+    set_to = lambda flag, value, present=False: monkeypatch.setattr(
+        benchmark, flag, types.SimpleNamespace(value=value, present=present, name=flag[1:].lower()))
+    for flag in ("_FAMILY", "_TOKENS", "_PROMPTS", "_GROUP", "_REPORT"):
+        set_to(flag, None)
     set_to("_SIZE", "janus-pro-1b")
     for name, default in (("_BATCHES", ["8", "32"]), ("_PICTURES", 32), ("_PHASES", None), ("_ROUNDS", 1)):
         set_to(name, default)
@@ -81,8 +82,7 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
     set_to("_PHASES", ["linear"])
     with pytest.raises(ValueError, match="there is no linear"):
         benchmark.main(None)
-    monkeypatch.setattr(flags, "FLAGS", {name: types.SimpleNamespace(present=name == "group")
-                                         for name in ("family", "tokens", "prompts", "group")})
+    set_to("_GROUP", 4, present=True)
     with pytest.raises(ValueError, match="says itself what --group would say"):
         benchmark.main(None)
 
