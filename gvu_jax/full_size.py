@@ -9,9 +9,9 @@ phase is the program of a GvU step with an adapter of rank 8, and its floor is t
     (bytes of weights and data that its products read and write) / (rate at which it reads or copies a large array)
 
 both measured at the start (costs.py counts). "Of the floor" is the floor over the time: at these rates no program
-exceeds 100 %. A phase holds what it uses and nothing else, so this says nothing about what fits together: that is plan.py's. Where the
-family has a peer and PyTorch sees the card, it draws as many pictures without an adapter, with random weights as well;
-that both sides compute the same is seen at the small sizes.
+exceeds 100 %. A phase holds what it uses and nothing else, so this says nothing about what fits together: that is
+plan.py's. Where the family has a peer and PyTorch sees the card, it draws as many pictures without an adapter, with
+random weights as well; that both sides compute the same is seen at the small sizes.
 """
 import contextlib
 import functools

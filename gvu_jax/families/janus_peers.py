@@ -94,21 +94,22 @@ def model_of(umm, params, device="cpu", dtype=torch.float32):
 
 
 @torch.inference_mode()
-def generate(umm, model, prompts, group):
-    """Codes [B * group, N] of prompts [B, P], ids, drawn by transformers' Janus."""
+def generate(umm, model, prompts, group, steps):
+    """Codes [B * group, steps] of prompts [B, P], ids, drawn by transformers' Janus; steps: all of a picture's."""
     return model.generate(
         inputs=prompts, attention_mask=torch.ones_like(prompts), generation_mode="image",
         generation_config=GenerationConfig(
             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, num_return_sequences=group,
             guidance_scale=umm.guidance, pad_token_id=umm.pad, bos_token_id=umm._id(BOS),
-            max_length=prompts.shape[1] + umm.image_tokens, generation_kwargs={"boi_token_id": umm._id(BEGIN)}))
+            max_length=prompts.shape[1] + steps, generation_kwargs={"boi_token_id": umm._id(BEGIN)}))
 
 
 def sampler(umm, device, dtype):
     """For full_size.py: (B, group, P) -> codes on the host, of prompts that mean nothing, by a model with random
     weights."""
     model = model_of(umm, None, device, dtype)
-    return lambda B, group, P: generate(umm, model, torch.ones((B, P), dtype=torch.long, device=device), group).cpu()
+    prompts = lambda B, P: torch.ones((B, P), dtype=torch.long, device=device)
+    return lambda B, group, P: generate(umm, model, prompts(B, P), group, umm.image_tokens).cpu()
 
 
 class Backbone:
@@ -149,7 +150,7 @@ class Backbone:
         from the head as it runs: generate gives back the last step's alone."""
         model, said = self.inner(model), []
         hook = model.model.generation_head.register_forward_hook(lambda _, __, out: said.append(out))
-        codes = generate(self.umm, model, prompts, group)
+        codes = generate(self.umm, model, prompts, group, steps)
         hook.remove()
         if not scores:
             return codes
