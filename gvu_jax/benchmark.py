@@ -437,8 +437,8 @@ def main(_):
 def on_a_card():
     """The table of a published size, and the same as JSON where there is a --report."""
     if given := [f"--{flag.name}" for flag in (_FAMILY, _TOKENS, _PROMPTS, _GROUP) if flag.present]:
-        raise ValueError(f"--size={_SIZE.value} says itself what {', '.join(given)} would say: leave that out, and give "
-                         f"--batches and --pictures")
+        raise ValueError(f"--size={_SIZE.value} says itself what {', '.join(given)} would say: leave that out, and "
+                         f"give --batches and --pictures")
     wanted = _PHASES.value or full_size.PHASES
     if unknown := [name for name in wanted if name not in full_size.PHASES]:
         raise ValueError(f"--phases: there is no {', '.join(unknown)}; there are {', '.join(full_size.PHASES)}")
