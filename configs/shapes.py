@@ -57,7 +57,7 @@ def get_config(preset="normal"):
     # rounds: in how many Show-o draws a picture, mask by mask; codes of one round do not know of each other. heat: how
     # much chance there is in what the first round takes back. At 1000 it is chance alone, and the log-probabilities of
     # what was kept are then all that decided; the published 1 keeps what the model is surest of, which are empty cells,
-    # and at 10 GvU learns to draw more than is asked.
+    # and at 10 GvU learned to draw more than is asked.
     config.model.update(rounds=9, heat=1000.0)
     # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; no other family has one.
     config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
