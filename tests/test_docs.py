@@ -1,8 +1,5 @@
 """README and docs: links lead somewhere, commands are ones that the package takes, what is marked so is run, the code on
 the page of extensions works, and what is written by a command is what that command writes now."""
-import base64
-import io
-import json
 import re
 import runpy
 import shlex
@@ -15,13 +12,13 @@ import numpy as np
 import pytest
 import yaml
 from absl import flags
-from PIL import Image
 
 import gvu_jax
 from conftest import ROOT, load_config, one_device
 from gvu_jax import checkpoint, cli, data, optim, rewards, umm
 from gvu_jax.__main__ import COMMANDS
 from gvu_jax.metrics import Stopwatch
+from gvu_jax.pictures import probability_color
 from gvu_jax.sampling import How
 from gvu_jax.train import method_of
 from test_families import PICTURES, Toy, settings
@@ -160,25 +157,24 @@ def test_comments_are_divided_among_the_settings_they_name():
     assert WRITER["split"]("what it is: a word", {"lr"}) == {"": "what it is: a word"}
 
 
-def test_the_picture_is_painted_from_a_run(command, tmp_path, monkeypatch):
-    def png(value):
-        Image.fromarray(np.full((48, 48, 3), value, np.uint8)).save(buffer := io.BytesIO(), "PNG")
-        return base64.b64encode(buffer.getvalue()).decode()
-    reading = lambda i, drawn: {"prompt": f"prompt {i}", "drawn": drawn, "read": "after", "reward": 0.1 + i * (
-        drawn == "after") / 10, "words": ["a", "word"], "probabilities": [0.2, 0.9]}
-    (tmp_path / "samples").mkdir()
-    for moment, value in ("before", 50), ("after", 200):
-        (tmp_path / f"samples/{moment}.json").write_text(json.dumps({
-            "pictures": [png(value)] * 3,
-            "readings": [reading(i, drawn) for i in range(3) for drawn in ("before", "after")]}))
+def test_the_picture_is_painted_from_a_run():
+    """On both grounds: the pictures of before and after, the words on the colours of their probabilities, the prompt
+    whose reward rose most below the others."""
     others = set(flags.FLAGS)
     painter = runpy.run_path(str(ROOT / "docs/picture.py"))
     for name in set(flags.FLAGS) - others:                     # no other command of this process has them
         delattr(flags.FLAGS, name)
-    pictures = {moment: [painter["decode"](png(value))] * 3 for moment, value in (("before", 50), ("after", 200))}
-    words = [Image.new("RGB", (300, 200), "white")] * 2
-    found = np.asarray(painter["compose"](["one", "two", "three"], pictures, words))
-    assert {(50,) * 3, (200,) * 3} <= set(map(tuple, found.reshape(-1, 3).tolist()))
+    of = {moment: [{"prompt": f"prompt {i}", "reward": 0.1 + rise * i / 10, "words": ["a", "word"],
+                    "probabilities": [0.2, 0.1 * i]} for i in range(4)] for moment, rise in (("before", 0), ("after", 1))}
+    pictures = {moment: [np.full((48, 48, 3), value + i, np.uint8) for i in range(4)]
+                for moment, value in (("before", 50), ("after", 200))}
+    for ground, *inks in painter["PAGES"].values():
+        found = np.asarray(painter["compose"](of, pictures, ground, *inks))
+        count = lambda color: (found == color).all(axis=-1).sum()
+        times = [count((value + i,) * 3) / painter["SIDE"] ** 2 for value in (50, 200) for i in range(4)]
+        assert times == [1, 1, 1, 2, 1, 1, 1, 2]
+        assert count(ground) > found[..., 0].size / 3
+        assert count(probability_color(0.2)) > 100 and count(probability_color(0.1 * 3)) > 100
 
 
 # ---- extending -----------------------------------------------------------------------------------------------------
