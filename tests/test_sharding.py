@@ -24,6 +24,8 @@ from gvu_jax.methods import gvu
 from gvu_jax.metrics import read_metrics
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED
+from test_internal_gap import gap_config
+from test_uae import uae_config
 
 TEXTS = ["a photo of a red circle", "a photo of two crosses", "an image of a square", "a picture of a blue diamond"]
 
@@ -318,11 +320,10 @@ def ended(process):
     return process.returncode, output, errors
 
 
-def run_alone(family, folder):
-    """The config of a run of two steps, which one process with two devices has finished in folder/one."""
-    config = tiny_config(family=family)
+def run_alone(config, folder, steps=2):
+    """The config of a run of so many steps, which one process with two devices has finished in folder/one."""
     config.mesh.update(data=1, fsdp=2)
-    config.update(steps=2, checkpoint_every=1)
+    config.update(steps=steps, checkpoint_every=1)
     config.pretrain.seed = 2                    # no other test's base: that of test_train.py is pretrained
     put_untrained(config)
     status, output, errors = ended(start("-", folder / "one", config, 2))
@@ -332,7 +333,7 @@ def run_alone(family, folder):
 
 def assert_same_metrics(both, one, longer=False):
     """GRPO's loss is a mean of advantages, of size one, that cancel at the first step: what is left is their rounding."""
-    assert len(one) == len(both) == 4
+    assert len(one) == len(both) >= 4
     for line, other in zip(one, both):
         at_end = longer and line is one[-1] and "eval/overall" in other      # where a run ends, it is evaluated further
         assert line.keys() == other.keys() or at_end
@@ -342,9 +343,12 @@ def assert_same_metrics(both, one, longer=False):
                 np.testing.assert_allclose(value, line[name], rtol=1e-5, atol=atol, err_msg=name)
 
 
-def test_two_processes_write_the_metrics_of_one(tmp_path):
-    """Show-o's, and X-Omni's in the next test: one of each way to draw."""
-    config = run_alone("showo", tmp_path)
+@pytest.mark.parametrize("config, steps", [
+    (gap_config("sft", **{"family": "showo", "internal_gap.threshold": 1e-6}), 2),      # every picture is accepted
+    (uae_config(**{"family": "janus", "uae.cold": 1}), 3)], ids=["internal_gap", "uae"])                # of each stage one
+def test_two_processes_write_the_metrics_of_one(config, steps, tmp_path):
+    """GvU's are those of the next test; three families are among the three."""
+    config = run_alone(config, tmp_path, steps)
     for process in start_two(tmp_path / "two", config):
         status, output, errors = ended(process)
         assert status == 0 and "devices 2 1" in output, errors
@@ -355,7 +359,7 @@ def test_two_processes_write_the_metrics_of_one(tmp_path):
 def test_a_signal_to_one_process_ends_both_and_both_go_on(tmp_path):
     """Killed: the other one ends with a message. Started again and told to stop: both save the same step. No step is
     lost or doubled, and the metrics are those of one process."""
-    config, work = run_alone(TINY[0], tmp_path), tmp_path / "two"
+    config, work = run_alone(tiny_config(), tmp_path), tmp_path / "two"
     config.steps = 1000
     lines = lambda: read_metrics(work / "metrics.jsonl") if (work / "metrics.jsonl").exists() else []
     for number, statuses in ((signal.SIGKILL, [1, -signal.SIGKILL]), (signal.SIGTERM, [STOPPED, STOPPED])):
