@@ -1,6 +1,8 @@
 """What happens to a run from outside: killed, told to stop, its files damaged. The same command must go on from there.
 
-    python -m pytest tests/test_faults.py --faults=100         # as many kills, and stops; the default is one
+    python -m pytest tests/test_faults.py --faults=30     # as many kills, and stops, of a run of each method
+
+The default is one of each, of a run of GvU.
 """
 import random
 import shutil
@@ -19,6 +21,8 @@ from gvu_jax import alarms, checkpoint, optim
 from gvu_jax.metrics import read_metrics
 from gvu_jax.stop import STOPPED
 from gvu_jax.train import alone
+from test_internal_gap import gap_config
+from test_uae import uae_config
 
 PROGRAM = """
 import json, sys
@@ -31,18 +35,25 @@ with Stop() as stop:
 """
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+CONFIGS = {"gvu": tiny_config, "internal_gap": lambda: gap_config("csft", **{"internal_gap.threshold": 0.75}),
+           "uae": uae_config}                                            # half of the prompts are drawn again; three stages
+
+
+def pytest_generate_tests(metafunc):
+    if "method" in metafunc.fixturenames:
+        metafunc.parametrize("method", list(CONFIGS) if metafunc.config.getoption("faults") > 1 else ["gvu"])
+
+
+def undisturbed(method, folder):
     """(config, the metrics of the undisturbed run, seconds that a start takes when all is compiled)."""
-    folder = tmp_path_factory.mktemp("faults")
-    config = tiny_config()
+    config = CONFIGS[method]()
     config.update(steps=8, checkpoint_every=1, log_every=2)
     config.eval.every = 4
     put_untrained(config)
     assert start(config, folder / "whole").wait() == 0
     began = time.time()
     assert start(config, folder / "again").wait() == 0
-    return config, timeless(folder / "whole"), time.time() - began, folder
+    return config, timeless(folder / "whole"), time.time() - began
 
 
 def start(config, work):
@@ -55,11 +66,11 @@ def timeless(work):
             for line in read_metrics(work / "metrics.jsonl")]
 
 
-def test_a_disturbed_run_goes_on_as_if_nothing_had_happened(run, faults):
+def test_a_disturbed_run_goes_on_as_if_nothing_had_happened(method, faults, tmp_path):
     """Killed at any moment, saving included, or told to stop, when it ends with the documented status, in turn: the
     metrics at the end are the undisturbed run's, bit for bit. Sittings that end before their signal do not count."""
-    config, whole, seconds, folder = run
-    work, moments, ends = folder / "disturbed", random.Random(0), []
+    config, whole, seconds = undisturbed(method, tmp_path)
+    work, moments, ends = tmp_path / "disturbed", random.Random(0), []
     while min(ends.count(-signal.SIGKILL), ends.count(STOPPED)) < faults:
         assert len(ends) < 20 * faults, ends
         if (work / "summary.json").exists() and '"after"' in (work / "summary.json").read_text():
@@ -73,7 +84,7 @@ def test_a_disturbed_run_goes_on_as_if_nothing_had_happened(run, faults):
             ends.append(process.wait(timeout=120))
         # Before Python has loaded the package, nothing listens yet and the signal ends it as it ends any program.
         assert ends[-1] in ({0, STOPPED, -number} if number == signal.SIGTERM else {0, -number})
-    assert start(config, work).wait(timeout=600) == 0, (folder / "disturbed.log").read_text()[-3000:]
+    assert start(config, work).wait(timeout=600) == 0, (tmp_path / "disturbed.log").read_text()[-3000:]
     assert timeless(work) == whole
     print(f"{ends.count(-signal.SIGKILL)} sittings killed, {ends.count(STOPPED)} stopped, {ends.count(0)} ended before")
 
