@@ -1,0 +1,47 @@
+"""The backbone as it draws: in the layout "rollout" (see sharding.py), and where `rollout.weights` is "int8" with its
+matrices rounded, so that each step of a decode loop, which does little but read them, reads half of bfloat16's bytes.
+
+Each column of a kernel W [.., in, out], which makes one output, has a step of its own (symmetric, by channel):
+
+    step = max |W| / 127  over in,     q = round(W / step)  int8,     x W  becomes  (x q) step      (layers.Dense)
+
+All kernels of the backbone are rounded, its heads among them: a step reads these as well. Embedding tables, of which a
+step reads a few rows, biases and norms are not, nor is the adapter, which `Dense` adds beside the rounded product.
+Keys and values stay as they are: of X-Omni they are a quarter of what a step reads then.
+
+Written here because no library fits: Qwix has Linen models replaced as a whole, reads each weight where the module asks
+for it, and so does not meet a layer that first says how its matrix lies on the mesh.
+"""
+import jax.numpy as jnp
+from flax import traverse_util
+
+from gvu_jax import sharding
+
+LEVELS = 127                                # on each side of zero: -128 is left out, so that the two sides are alike
+
+
+def backbone(partition, params, how):
+    """The parts of params that draw ("ar", "adapter") inside a program, each laid out for it. how: sampling.How."""
+    parts = {name: params[name] for name in ("ar", "adapter") if name in params}
+    if how.weights == "int8":
+        # Rounded where they are stored, and only then gathered: that moves int8.
+        parts = sharding.constrain(partition, parts | {"ar": rounded(parts["ar"])})
+    return sharding.constrain(partition, parts, "rollout")
+
+
+def rounded(params):
+    """A nested dict of arrays with every kernel [.., in, out] in int8 and, beside it, its "step" [.., 1, out] float32."""
+    flat = traverse_util.flatten_dict(params)
+    for path, kernel in list(flat.items()):
+        if path[-1] == "kernel" and kernel.ndim <= 3:                   # more than three axes: a convolution's
+            flat[path], flat[path[:-1] + ("step",)] = to_int8(kernel)
+    return traverse_util.unflatten_dict(flat)
+
+
+def to_int8(kernel):
+    """[.., in, out] -> q [.., in, out] int8 and step [.., 1, out] float32: no entry of q * step is farther than half a
+    step from the kernel's."""
+    kernel = kernel.astype(jnp.float32)
+    greatest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
+    step = jnp.where(greatest > 0, greatest, 1.0) / LEVELS              # of a column of zeros any will do
+    return jnp.round(kernel / step).astype(jnp.int8), step
