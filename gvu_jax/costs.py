@@ -36,7 +36,8 @@ def count(traced, fractions):
     """The cost of a traced program: a `ClosedJaxpr`.
 
     fractions: for each of its arguments, DATA, or for a weight the fraction that one chip computes with. A loop counts
-    as often as it runs; a `while` whose end is decided at run time counts once, a branch as its dearest side.
+    as often as it runs; a `while` whose end is decided at run time counts once, a branch as its dearest side. A weight
+    is read as it lies in memory: in int8 where a product widens that, and what rounds it reads and writes it once.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=True)
     return _count(jaxpr, fractions)[0]
@@ -46,7 +47,8 @@ def _count(jaxpr, fractions):
     """-> the cost, and the fraction of each output."""
     of = dict(zip(jaxpr.invars, fractions)) | {var: CONSTANT for var in jaxpr.constvars}
     read = lambda atom: CONSTANT if isinstance(atom, Literal) else of[atom]
-    total = Cost()
+    weight = lambda atom: CONSTANT < read(atom) < DATA
+    total, lies = Cost(), {}                                # lies: bytes in memory of what a weight was made of
     for eqn in jaxpr.eqns:
         ins, params = [read(atom) for atom in eqn.invars], eqn.params
         outs = [max(ins, default=CONSTANT)] * len(eqn.outvars)
@@ -54,11 +56,11 @@ def _count(jaxpr, fractions):
             case "dot_general":
                 (contracted, _), _ = params["dimension_numbers"]
                 inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-                total += _product(eqn, ins, inner)
+                total += _product(eqn, ins, inner, lies)
             case "conv_general_dilated":
                 kernel = eqn.invars[1].aval
                 features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-                total += _product(eqn, ins, kernel.size // features)
+                total += _product(eqn, ins, kernel.size // features, lies)
             case "scan":
                 body = params["jaxpr"].jaxpr
                 # Which are carried: versions of jax say it in ways of their own, but all put constants first, then what
@@ -89,12 +91,19 @@ def _count(jaxpr, fractions):
                     total += cost
                     outs = found if plain and len(found) == len(outs) else outs
         of |= zip(eqn.outvars, outs)
+        for made in filter(weight, eqn.outvars):
+            lies[made] = min([lies.get(atom, _bytes([atom])) for atom in filter(weight, eqn.invars)
+                              if atom.aval.size == made.aval.size], default=_bytes([made]))
+            if eqn.primitive.name == "convert_element_type" and made.aval.dtype == np.int8:          # written, not fused
+                total += Cost(weights=of[made] * (lies[made] + _bytes([made])))
+                lies[made] = _bytes([made])
     return total, [read(atom) for atom in jaxpr.outvars]
 
 
-def _product(eqn, ins, inner):
+def _product(eqn, ins, inner, lies):
     data = [atom for atom, fraction in zip(eqn.invars, ins) if fraction == DATA]
-    weights = sum(_bytes([atom]) * fraction for atom, fraction in zip(eqn.invars, ins) if fraction != DATA)
+    weights = sum(min(_bytes([atom]), lies.get(atom, math.inf)) * fraction
+                  for atom, fraction in zip(eqn.invars, ins) if CONSTANT < fraction < DATA)
     return Cost(2 * eqn.outvars[0].aval.size * inner, _bytes(data + eqn.outvars), weights)
 
 

@@ -48,7 +48,7 @@ def a_step(divisible, mesh, **changes):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"lora.rank": 4} | changes)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-    how = How(images_per_prompt=config.gvu.group, **config.sampling)
+    how = How(images_per_prompt=config.gvu.group, **config.sampling, **config.rollout)
     method = gvu.GvU(umm, config, how, optax.adam(1e-3), mesh)
     base = jax.device_put(params, sharding.shardings(umm.partition, params, mesh))
     state = method.init(base, sharding.put(jax.random.key(1), mesh))
