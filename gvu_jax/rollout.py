@@ -12,12 +12,10 @@ Keys and values stay as they are: of X-Omni they are a quarter of what a step re
 Written here because no library fits: Qwix has Linen models replaced as a whole, reads each weight where the module asks
 for it, and so does not meet a layer that first says how its matrix lies on the mesh.
 """
-import jax.numpy as jnp
 from flax import traverse_util
 
 from gvu_jax import sharding
-
-LEVELS = 127                                # on each side of zero: -128 is left out, so that the two sides are alike
+from gvu_jax.models.layers import to_int8
 
 
 def backbone(partition, params, how):
@@ -34,14 +32,6 @@ def rounded(params):
     flat = traverse_util.flatten_dict(params)
     for path, kernel in list(flat.items()):
         if path[-1] == "kernel" and kernel.ndim <= 3:                   # more than three axes: a convolution's
-            flat[path], flat[path[:-1] + ("step",)] = to_int8(kernel)
+            flat[path], flat[path[:-1] + ("step",)] = to_int8(kernel, -2)
     return traverse_util.unflatten_dict(flat)
 
-
-def to_int8(kernel):
-    """[.., in, out] -> q [.., in, out] int8 and step [.., 1, out] float32: no entry of q * step is farther than half a
-    step from the kernel's."""
-    kernel = kernel.astype(jnp.float32)
-    greatest = jnp.max(jnp.abs(kernel), axis=-2, keepdims=True)
-    step = jnp.where(greatest > 0, greatest, 1.0) / LEVELS              # of a column of zeros any will do
-    return jnp.round(kernel / step).astype(jnp.int8), step

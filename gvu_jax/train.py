@@ -342,8 +342,8 @@ def pictures_of(config, umm):
 
 def build_unified(config, method, pictures):
     loop, batch = method.loop, config[config.method].prompts
-    if (itself := dataclasses.replace(method.how, weights="full")) != method.how:        # what an evaluation is of
-        loop = Loop(method.umm, itself, method.mesh, config.uae.words, config.uae.waves)
+    if method.how != method.how.itself:                                                  # what an evaluation is of
+        loop = Loop(method.umm, method.how.itself, method.mesh, config.uae.words, config.uae.waves)
     examples = data.batch(pictures, 0, config.eval.batches * batch)
     judge = None
     if config.get("world"):
@@ -357,7 +357,7 @@ def build_suite(config, umm, programs, how, held_out, lengths):
     settings = config[config.method]
     batch, group = (config.eval.get(name, settings[name]) for name in ("prompts", "group"))
     count = config.eval.batches * batch
-    itself = dataclasses.replace(how, images_per_prompt=group, weights="full")
+    itself = dataclasses.replace(how.itself, images_per_prompt=group)
     if (batch, group) != (settings.prompts, settings.group):
         programs = compile_programs(umm, itself, programs.sample.mesh, settings.waves)
     elif itself != how:

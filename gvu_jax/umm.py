@@ -221,9 +221,9 @@ class Programs(NamedTuple):
 def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
     there is one wave. words: how long `say` lets an answer be. ValueError for a way that the family does not have."""
-    if how.weights == "int8" and hasattr(umm, "image_moves"):
-        raise ValueError(f"rollout.weights = 'int8' is for models that draw codes, but one of kind {umm.kind!r} draws by "
-                         f"a flow, where each step is arithmetic more than reading: set rollout.weights = 'full'")
+    if how != how.itself and hasattr(umm, "image_moves"):
+        raise ValueError(f"int8 is for models that draw codes, but one of kind {umm.kind!r} draws by a flow, where a step "
+                         f"is arithmetic more than reading: set rollout.weights = rollout.cache = 'full'")
     def in_waves(function, *batch):
         parts = sharding.split_rows(batch, waves)
         return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)

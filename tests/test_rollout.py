@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from conftest import one_device
 from gvu_jax import lora, objectives, rollout
+from gvu_jax.models.layers import to_int8
 from gvu_jax.sampling import How
 from gvu_jax.umm import compile_programs
 
@@ -22,7 +23,7 @@ def kernel(*shape):
 def test_rounding_against_numpy():
     W = kernel(3, 8, 5) * np.array([1e-3, 1, 30, 1, 1], np.float32)
     W[1, :, 3] = 0
-    q, step = jax.tree.map(np.asarray, rollout.to_int8(jnp.asarray(W)))
+    q, step = jax.tree.map(np.asarray, to_int8(jnp.asarray(W), 1))
     greatest = np.abs(W).max(axis=1, keepdims=True)
     assert q.dtype == np.int8 and step.dtype == np.float32 and step.shape == (3, 1, 5)
     np.testing.assert_allclose(step[greatest > 0], greatest[greatest > 0] / 127, rtol=1e-6)

@@ -112,6 +112,15 @@ def gathered(matrix, divided):
     return jax.lax.with_sharding_constraint(matrix, PartitionSpec(*sides))
 
 
+def to_int8(x, axis):
+    """x -> q int8 and step float32, whose `axis` is 1: step = max |x| / 127 along it and q = round(x / step), so that
+    no entry of q * step is farther than half a step from x. -128 is left out: both sides of zero are alike."""
+    x = x.astype(jnp.float32)
+    greatest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    step = jnp.where(greatest > 0, greatest, 1.0) / 127                 # where all are zero any will do
+    return jnp.round(x / step).astype(jnp.int8), step
+
+
 class Embed(nn.Module):
     """A table [V, D] looked up by id; `a` [V, r] and `b` [r, D] are its adapter, as in `Dense`."""
     num_embeddings: int
