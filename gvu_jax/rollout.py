@@ -7,10 +7,11 @@ Each column of a kernel W [.., in, out], which makes one output, has a step of i
 
 All kernels of the backbone are rounded, its heads among them: a step reads these as well. Embedding tables, of which a
 step reads a few rows, biases and norms are not, nor is the adapter, which `Dense` adds beside the rounded product.
-Keys and values stay as they are: of X-Omni they are a quarter of what a step reads then.
+What a step reads besides is the cache of keys and values: `rollout.cache` rounds each of these in the same way by
+itself, as it is written (qwen2.Cache). It grows with the pictures that are drawn at once, and the weights do not.
 
-Written here because no library fits: Qwix has Linen models replaced as a whole, reads each weight where the module asks
-for it, and so does not meet a layer that first says how its matrix lies on the mesh.
+Written here because no library fits: Qwix, which has Linen models changed from outside, wants each weight to go straight
+from where the module asks for it into a product, and ours first say how they lie on the mesh.
 """
 from flax import traverse_util
 

@@ -9,6 +9,7 @@ from flax import traverse_util
 
 from conftest import one_device
 from gvu_jax import lora, objectives, rollout
+from gvu_jax.models import qwen2
 from gvu_jax.models.layers import to_int8
 from gvu_jax.sampling import How
 from gvu_jax.umm import compile_programs
@@ -79,12 +80,35 @@ def test_words_are_drawn_by_the_rounded_weights_too(tiny, key):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+def put_rounded(monkeypatch):
+    """The plain cache keeps, in its own dtype, what the int8 one would give back."""
+    plain = qwen2.Cache.write
+
+    def write(self, layer, at, k, v):
+        rounded = [(q * step).astype(x.dtype) for x in (k, v) for q, step in [to_int8(x, -1)]]
+        return plain(self, layer, at, *rounded)
+    monkeypatch.setattr(qwen2.Cache, "write", write)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_cache_in_int8_gives_back_rounded_keys_and_values(tiny, key, monkeypatch, guidance):
+    _, umm, params = tiny
+    prompts, how = umm.encode_prompts(TEXTS), How(images_per_prompt=2, guidance=guidance, cache="int8")
+    draw = lambda how: jax.jit(lambda params: umm.sample_image(params, prompts, key, how))(params)
+    (drawn, logps), (_, exact) = draw(how), draw(how.itself)
+    put_rounded(monkeypatch)
+    expected, expected_logps = draw(how.itself)
+    np.testing.assert_array_equal(drawn, expected)
+    np.testing.assert_allclose(logps, expected_logps, atol=1e-4)
+    assert 1e-5 < np.abs(logps - exact).mean() < 0.2
+
+
 def test_in_full_there_is_no_int8_in_the_program(tiny, key):
     _, umm, params = tiny
     prompts = umm.encode_prompts(TEXTS)
-    texts = {weights: jax.jit(lambda params: umm.sample_image(params, prompts, key, How(weights=weights))).lower(
-        params).as_text() for weights in ("full", "int8")}
-    assert "xi8>" in texts["int8"] and "xi8>" not in texts["full"]
+    texts = [jax.jit(lambda params: umm.sample_image(params, prompts, key, how)).lower(params).as_text()
+             for how in (How(), How(weights="int8"), How(cache="int8"))]
+    assert ["xi8>" in text for text in texts] == [False, True, True]
 
 
 # ------------------------------------------------------------------ what an update makes of it
@@ -105,7 +129,8 @@ def test_importance_weights_against_numpy():
 
 
 @pytest.mark.parametrize("bad, word", [
-    (dict(weights="int4"), "rollout.weights"), (dict(truncate=-1.0), "rollout.truncate"),
+    (dict(weights="int4"), "rollout.weights"), (dict(cache="half"), "rollout.cache"),
+    (dict(truncate=-1.0), "rollout.truncate"),
     (dict(truncate=float("nan")), "rollout.truncate"),
     (dict(weights="int8", guidance=5.0, logps="conditional"), "sampling.logps")])
 def test_settings_that_mean_nothing_are_refused(bad, word):
@@ -114,4 +139,6 @@ def test_settings_that_mean_nothing_are_refused(bad, word):
 
 
 def test_only_rounded_rollouts_are_corrected():
-    assert How().correction == 0 and How(weights="int8").correction == 2 and How(weights="int8", truncate=0).correction == 0
+    assert How().correction == How(weights="int8", truncate=0).correction == 0
+    assert How(weights="int8").correction == How(cache="int8").correction == 2
+    assert How(weights="int8", cache="int8").itself == How()
