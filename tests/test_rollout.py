@@ -1,5 +1,6 @@
 """Rollouts in int8: the rounding against numpy, and the rounded sampler against the model that it stands for."""
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from flax import traverse_util
 
 from conftest import one_device
 from gvu_jax import lora, objectives, rollout
+from gvu_jax.methods import grpo
 from gvu_jax.models import qwen2
 from gvu_jax.models.layers import to_int8
 from gvu_jax.sampling import How
@@ -126,6 +128,22 @@ def test_importance_weights_against_numpy():
     gain = w * np.minimum(ratio * A[:, None], np.clip(ratio, 0.8, 1.2) * A[:, None]) - 0.03 * (np.exp(d) - d - 1)
     loss, _ = objectives.clipped_policy_loss(logps, old, ref, A, 0.2, 0.03, weights=w)
     np.testing.assert_allclose(loss, -gain.mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_tokens_count_by_the_policy_at_the_start_of_the_step_against_the_sampler(first):
+    rng = np.random.default_rng(0)
+    logps, old, ref, sampler = (rng.standard_normal((4, 6)).astype(np.float32) for _ in range(4))
+    A, mask, settings = rng.standard_normal(4), np.arange(6) < np.array([[6], [3], [1], [5]]), SimpleNamespace(
+        clip=0.2, beta=0.03)
+    value, (told, _) = grpo.loss(
+        logps, grpo.Batch(None, ref, A, np.where(mask, sampler, 0)), old, first, policy_of=lambda policy: policy,
+        logps_of=lambda policy, rows: (policy, mask), settings=settings, truncate=1.5)
+    old = logps if first else old
+    w = np.minimum(np.exp(old - sampler), 1.5)
+    expected, _ = objectives.clipped_policy_loss(logps, old, ref, A, 0.2, 0.03, mask, w)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    np.testing.assert_allclose(told["truncated"], np.mean(((w == 1.5) & mask).sum(1) / mask.sum(1)), rtol=1e-5)
 
 
 @pytest.mark.parametrize("bad, word", [

@@ -102,6 +102,13 @@ def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, chan
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
 
 
+def test_a_step_of_rounded_rollouts_divided_three_ways_is_one_on_one_device(divisible):
+    together, alone = (a_step(divisible, mesh, **{"rollout.weights": "int8", "reward.view": "tokens"})[0]
+                       for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
+    assert_same_step(together, alone)
+    assert alone["metrics"]["logp_gap"] > 1e-4 and 0 <= alone["metrics"]["truncated"] < 0.5
+
+
 @pytest.mark.parametrize("family, view", [("janus", "pixels"), ("showo", "tokens")])
 def test_a_guided_step_divided_three_ways_is_a_step_on_one_device(family, view):
     """But that pixels are floored to 8 bits, as published, where a rounding may be a level: the codes are the same,
