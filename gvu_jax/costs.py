@@ -52,7 +52,7 @@ def _count(jaxpr, fractions):
     # A product reads what its operands were made of, where that is a weight or int8: bytes of it in memory.
     total, lies = Cost(), {}
     known = lambda atom: CONSTANT < read(atom) and (read(atom) < DATA or atom in lies or atom.aval.dtype == np.int8)
-    bytes_of = lambda atom: _bytes([atom]) if isinstance(atom, Literal) else min(_bytes([atom]), lies.get(atom, math.inf))
+    bytes_of = lambda atom: min(_bytes([atom]), math.inf if isinstance(atom, Literal) else lies.get(atom, math.inf))
     for eqn in jaxpr.eqns:
         ins, params = [read(atom) for atom in eqn.invars], eqn.params
         outs = [max(ins, default=CONSTANT)] * len(eqn.outvars)

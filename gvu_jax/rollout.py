@@ -10,7 +10,7 @@ step reads a few rows, biases and norms are not, nor is the adapter, which `Dens
 What a step reads besides is the cache of keys and values: `rollout.cache` rounds each of these in the same way by
 itself, as it is written (qwen2.Cache). It grows with the pictures that are drawn at once, and the weights do not.
 
-Written here because no library fits: Qwix, which has Linen models changed from outside, wants each weight to go straight
+Written here because no library fits: Qwix, which changes Linen models from outside, wants each weight to go straight
 from where the module asks for it into a product, and ours first say how they lie on the mesh.
 """
 from flax import traverse_util
@@ -29,7 +29,7 @@ def backbone(partition, params, how):
 
 
 def rounded(params):
-    """A nested dict of arrays with every kernel [.., in, out] in int8 and, beside it, its "step" [.., 1, out] float32."""
+    """A nested dict of arrays, with every kernel [.., in, out] in int8 and beside it its "step" [.., 1, out] float32."""
     flat = traverse_util.flatten_dict(params)
     for path, kernel in list(flat.items()):
         if path[-1] == "kernel" and kernel.ndim <= 3:                   # more than three axes: a convolution's

@@ -52,10 +52,10 @@ class How:
             if getattr(self, name) not in ("full", "int8"):
                 raise ValueError(f"rollout.{name} is {getattr(self, name)!r}; it must be full or int8")
         if not 0 <= self.truncate < math.inf:
-            raise ValueError(f"rollout.truncate is {self.truncate}; it must be a number from 0 on, and 0 corrects nothing")
+            raise ValueError(f"rollout.truncate is {self.truncate}; it must be a number from 0 on; 0 corrects nothing")
         if self.correction and self.logps == "conditional" and self.guidance != 1.0:
-            raise ValueError("sampling.logps = 'conditional' takes another policy than the one that draws, which weights "
-                             "for int8 would undo: set rollout.truncate = 0, or sampling.logps = 'guided'")
+            raise ValueError("sampling.logps = 'conditional' takes another policy than the one that draws, which the "
+                             "correction of int8 would undo: set rollout.truncate = 0, or sampling.logps = 'guided'")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {self.images_per_prompt}")
         if not (self.temperature >= 0 and self.top_k >= 0 and self.guidance >= 0):          # not what nan says no to

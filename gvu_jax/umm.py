@@ -222,8 +222,8 @@ def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
     there is one wave. words: how long `say` lets an answer be. ValueError for a way that the family does not have."""
     if how != how.itself and hasattr(umm, "image_moves"):
-        raise ValueError(f"int8 is for models that draw codes, but one of kind {umm.kind!r} draws by a flow, where a step "
-                         f"is arithmetic more than reading: set rollout.weights = rollout.cache = 'full'")
+        raise ValueError(f"rollout.weights and rollout.cache are for models that draw codes, but one of kind "
+                         f"{umm.kind!r} draws by a flow, where int8 saves little: set both to 'full'")
     def in_waves(function, *batch):
         parts = sharding.split_rows(batch, waves)
         return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)

@@ -54,7 +54,7 @@ class Dense(nn.Module):
     The adapter lives in its own collection, `lora`: `a` [in, r] and `b` [r, out], already scaled by alpha / r (see
     `lora.scaled`). A call whose variables lack that collection runs exactly the program of the base model.
 
-    The kernel may be int8, with the `step` [1, out] of each column beside it (see rollout.py): (x @ kernel) * step then.
+    The kernel may be int8, with the `step` [1, out] of its columns beside it (see rollout.py): (x @ kernel) * step.
 
     divided: the side of the matrix, 0 (in) or 1 (out), that stays divided over the mesh axis `tensor` in the product.
     columns: those of `out` that are computed, where not all are wanted.
