@@ -29,7 +29,7 @@ def backbone(partition, params, how):
 
 
 def rounded(params):
-    """A nested dict of arrays, with every kernel [.., in, out] in int8 and beside it its "step" [.., 1, out] float32."""
+    """A nested dict of arrays, every kernel [.., in, out] in int8 and beside it its "step" [.., 1, out] float32."""
     flat = traverse_util.flatten_dict(params)
     for path, kernel in list(flat.items()):
         if path[-1] == "kernel" and kernel.ndim <= 3:                   # more than three axes: a convolution's
