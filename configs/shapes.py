@@ -108,6 +108,11 @@ def get_config(preset="normal"):
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
                            flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
+    # What draws in training; evaluations are drawn in full. weights: full, the policy's own, or int8, which reads half
+    # of bfloat16's bytes in each step. cache: full or int8, of keys and values, where pictures or answers are drawn
+    # token by token. truncate: with int8, the largest weight by which a token counts that the policy itself would have
+    # drawn more often; 0: all count alike.
+    config.rollout = dict(weights="full", cache="full", truncate=2.0)
     # Flow-GRPO's, where the family draws by a flow. clip: how far the ratio of mean log-probabilities may move from 1.
     # beta: weight of the KL to the base. spread: whose spread of rewards divides an advantage, all or group.
     # advantage_max: advantages are cut at plus and minus this; 0: nowhere. ratio: plain, guard or guard_published. kl:

@@ -16,6 +16,7 @@ from jax.interpreters import partial_eval
 # ------------------------------------------------------------------ the jaxpr
 
 CONSTANT, DATA = 0.0, math.inf     # a weight is the fraction of it, in (0, 1], that one chip computes with
+UNFUSED = "dot_general", "conv_general_dilated", "scan", "while", "cond"         # their results lie in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,9 @@ def count(traced, fractions):
     """The cost of a traced program: a `ClosedJaxpr`.
 
     fractions: for each of its arguments, DATA, or for a weight the fraction that one chip computes with. A loop counts
-    as often as it runs; a `while` whose end is decided at run time counts once, a branch as its dearest side.
+    as often as it runs; a `while` whose end is decided at run time counts once, a branch as its dearest side. Weights,
+    and whatever lies in int8, are read as they lie, not as a product takes them; what rounds a weight reads and writes
+    it once.
     """
     jaxpr, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars), instantiate=True)
     return _count(jaxpr, fractions)[0]
@@ -46,7 +49,10 @@ def _count(jaxpr, fractions):
     """-> the cost, and the fraction of each output."""
     of = dict(zip(jaxpr.invars, fractions)) | {var: CONSTANT for var in jaxpr.constvars}
     read = lambda atom: CONSTANT if isinstance(atom, Literal) else of[atom]
-    total = Cost()
+    # A product reads what its operands were made of, where that is a weight or int8: bytes of it in memory.
+    total, lies = Cost(), {}
+    known = lambda atom: CONSTANT < read(atom) and (read(atom) < DATA or atom in lies or atom.aval.dtype == np.int8)
+    bytes_of = lambda atom: min(_bytes([atom]), math.inf if isinstance(atom, Literal) else lies.get(atom, math.inf))
     for eqn in jaxpr.eqns:
         ins, params = [read(atom) for atom in eqn.invars], eqn.params
         outs = [max(ins, default=CONSTANT)] * len(eqn.outvars)
@@ -54,11 +60,11 @@ def _count(jaxpr, fractions):
             case "dot_general":
                 (contracted, _), _ = params["dimension_numbers"]
                 inner = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
-                total += _product(eqn, ins, inner)
+                total += _product(eqn, ins, inner, bytes_of)
             case "conv_general_dilated":
                 kernel = eqn.invars[1].aval
                 features = kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-                total += _product(eqn, ins, kernel.size // features)
+                total += _product(eqn, ins, kernel.size // features, bytes_of)
             case "scan":
                 body = params["jaxpr"].jaxpr
                 # Which are carried: versions of jax say it in ways of their own, but all put constants first, then what
@@ -89,13 +95,21 @@ def _count(jaxpr, fractions):
                     total += cost
                     outs = found if plain and len(found) == len(outs) else outs
         of |= zip(eqn.outvars, outs)
+        if eqn.primitive.name in UNFUSED:
+            continue
+        for made in eqn.outvars:
+            sources = [bytes_of(atom) for atom in eqn.invars if atom.aval.size == made.aval.size and known(atom)]
+            if eqn.primitive.name == "convert_element_type" and made.aval.dtype == np.int8:          # this is written
+                total += Cost(weights=of[made] * (sum(sources) + _bytes([made]))) if of[made] < DATA else Cost()
+            elif sources:
+                lies[made] = min(sources)
     return total, [read(atom) for atom in jaxpr.outvars]
 
 
-def _product(eqn, ins, inner):
-    data = [atom for atom, fraction in zip(eqn.invars, ins) if fraction == DATA]
-    weights = sum(_bytes([atom]) * fraction for atom, fraction in zip(eqn.invars, ins) if fraction != DATA)
-    return Cost(2 * eqn.outvars[0].aval.size * inner, _bytes(data + eqn.outvars), weights)
+def _product(eqn, ins, inner, bytes_of):
+    data = sum(bytes_of(atom) for atom, fraction in zip(eqn.invars, ins) if fraction == DATA)
+    weights = sum(bytes_of(atom) * fraction for atom, fraction in zip(eqn.invars, ins) if fraction != DATA)
+    return Cost(2 * eqn.outvars[0].aval.size * inner, data + _bytes(eqn.outvars), weights)
 
 
 def _bytes(atoms):

@@ -138,7 +138,7 @@ def step_config(umm, pictures):
     """What plan.step_of asks of a config: a step of GvU with an adapter of rank 8, in micro-batches of 8 pictures."""
     group = min(GROUP, pictures)
     return ConfigDict(dict(
-        steps=1, sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)),
+        steps=1, sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)), rollout={},
         gvu=dict(prompts=pictures // group, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
                  inner_steps=1, micro_batches=pictures // group, waves=1),
         reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),

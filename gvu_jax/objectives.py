@@ -84,18 +84,29 @@ def token_mean(values, mask):
     return jnp.mean(jnp.sum(jnp.where(mask, values, 0.0), axis=1) / jnp.sum(mask, axis=1))
 
 
-def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta, mask=None):
-    """-E[ min(r A, clip(r, 1-e, 1+e) A) - beta KL(pi || pi_ref) ], mean over tokens, then over sequences.
+def importance(old_logps, sampler_logps, most):
+    """w = min(pi_old / pi_sampler, C): what each token counts that another policy than pi_old has drawn, one of rounded
+    weights (truncated importance sampling; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+    RL training"). Without the limit a few tokens would outweigh all others.
+
+    old_logps, sampler_logps [S, N]; most: C. Returns w [S, N], through which no gradient goes.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(old_logps - sampler_logps), most))
+
+
+def clipped_policy_loss(logps, old_logps, ref_logps, advantages, clip, beta, mask=None, weights=None):
+    """-E[ w min(r A, clip(r, 1-e, 1+e) A) - beta KL(pi || pi_ref) ], mean over tokens, then over sequences.
 
     logps, old_logps, ref_logps [S, N] float32, finite even where the mask says that a token does not count; advantages
-    [S]; r = exp(logps - old_logps). Returns the scalar loss and a dict of scalars: kl (nats a token), clipped (share of
-    tokens where the clip acts), ratio_max.
+    [S]; r = exp(logps - old_logps); weights w [S, N] of `importance`, None: all are 1. Returns the scalar loss and a
+    dict of scalars: kl (nats a token), clipped (share of tokens where the clip acts), ratio_max.
     """
     if mask is not None:
         logps, old_logps, ref_logps = (jnp.where(mask, x, 0.0) for x in (logps, old_logps, ref_logps))
     ratio = jnp.exp(logps - old_logps)                                                              # [S, N]
     A = advantages[:, None]                                                                         # [S, 1]
     gain = jnp.minimum(ratio * A, jnp.clip(ratio, 1.0 - clip, 1.0 + clip) * A)
+    gain = gain if weights is None else weights * gain
     kl = k3(logps, ref_logps)
     acts = ((ratio > 1.0 + clip) & (A > 0)) | ((ratio < 1.0 - clip) & (A < 0))
     return -token_mean(gain - beta * kl, mask), {

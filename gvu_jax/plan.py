@@ -111,7 +111,8 @@ def step_of(config, umm, params, mesh):
     Raises ValueError for a mesh on which the step cannot be divided.
     """
     optimizer = optim.build(config.optim, config.steps)
-    method = gvu.GvU(umm, config, How(images_per_prompt=config.gvu.group, **config.sampling), optimizer, mesh)
+    how = How(images_per_prompt=config.gvu.group, **config.sampling, **config.rollout)
+    method = gvu.GvU(umm, config, how, optimizer, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     place = functools.partial(sharding.place, umm.partition, mesh=mesh)
     base = place(params)

@@ -12,6 +12,7 @@ drawn from, guidance included and nothing filtered, so that it equals what teach
 """
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -37,12 +38,24 @@ class How:
                                           # as if there were no guidance: the ratio is then of another distribution
     flow: Any = None                      # flow.Flow, or its fields: through which steps a family that draws by a flow
                                           # goes, None: its own; to others it means nothing
+    weights: str = "full"                 # of what draws: the policy's own, or "int8", rounded (see rollout.py): the
+                                          # log-probabilities that come back are then of the rounded policy
+    cache: str = "full"                   # the keys and values that it reads, or "int8": each rounded by itself
+    truncate: float = 2.0                 # with int8, the largest importance weight in an update; 0: none are used
 
     def __post_init__(self):
         if self.flow is not None and not isinstance(self.flow, Flow):
             object.__setattr__(self, "flow", described.typed(Flow, dict(self.flow), "sampling.flow"))
         if self.logps not in ("guided", "conditional"):
             raise ValueError(f"sampling.logps is {self.logps!r}; it must be guided or conditional")
+        for name in ("weights", "cache"):
+            if getattr(self, name) not in ("full", "int8"):
+                raise ValueError(f"rollout.{name} is {getattr(self, name)!r}; it must be full or int8")
+        if not 0 <= self.truncate < math.inf:
+            raise ValueError(f"rollout.truncate is {self.truncate}; it must be a number from 0 on; 0 corrects nothing")
+        if self.correction and self.logps == "conditional" and self.guidance != 1.0:
+            raise ValueError("sampling.logps = 'conditional' takes another policy than the one that draws, which the "
+                             "correction of int8 would undo: set rollout.truncate = 0, or sampling.logps = 'guided'")
         if self.images_per_prompt < 1:
             raise ValueError(f"images_per_prompt must be at least 1, not {self.images_per_prompt}")
         if not (self.temperature >= 0 and self.top_k >= 0 and self.guidance >= 0):          # not what nan says no to
@@ -50,6 +63,16 @@ class How:
                              f"numbers that are not negative")
         if not (0 < self.top_p <= 1 and 0 <= self.min_p <= 1):
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1] and min_p {self.min_p} in [0, 1]")
+
+    @property
+    def itself(self):
+        """The same where the policy itself draws, and not a rounded one."""
+        return dataclasses.replace(self, weights="full", cache="full")
+
+    @property
+    def correction(self):
+        """The largest importance weight of an update (objectives.importance); 0 where the policy itself draws."""
+        return self.truncate if "int8" in (self.weights, self.cache) else 0.0
 
 
 def guided(conditional, unconditional, guidance):
@@ -127,7 +150,7 @@ def decode(model, variables, tokens, mask, key, how, steps, head, offset, index=
         mask = jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True)                            # [B, P + steps]
         if positions is None:
             positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)                                # [B, P + steps]
-        dtype = variables["params"]["lm_embed_tokens"]["embedding"].dtype
+        dtype = jnp.int8 if how.cache == "int8" else variables["params"]["lm_embed_tokens"]["embedding"].dtype
         hidden, cache = model.apply(variables, tokens, mask[:, :P], positions[:, :P], model.empty_cache(B, P, dtype),
                                     text_only=text_only, **pictures)
         return hidden[:, -1], cache, mask, positions

@@ -191,15 +191,15 @@ def shardings(partition, tree, mesh, layout="stored"):
 
 def logical_axes(path, table):
     """The logical axes of a parameter's trailing dimensions. An adapter's a [.., in, r] and b [.., r, out] take the
-    first and the last of those of the matrix they stand beside."""
+    first and the last of those of the matrix they stand beside; the step [.., 1, out] of a rounded one, the last."""
     module, _, leaf = path.rpartition("/")
-    half = leaf if leaf in ("a", "b") else None
+    half = leaf if leaf in ("a", "b", "step") else None
     paths = [f"{module}/kernel", f"{module}/embedding"] if half else [path]
     found = [axes for pattern, axes in table for path in paths if re.search(pattern, path)]
     if len(found) != 1:
         raise ValueError(f"parameter {path} matches {len(found)} rules of its model's PARTITION; it must be one")
     first, last = found[0] if half else (None, None)
-    return {"a": (first, None), "b": (None, last), None: found[0]}[half]
+    return {"a": (first, None), "b": (None, last), "step": (None, last), None: found[0]}[half]
 
 
 def divide(shape, axes, mesh, layout, name):

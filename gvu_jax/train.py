@@ -34,7 +34,7 @@ from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questio
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.methods.internal_gap import InternalGap
-from gvu_jax.methods.uae import UAE
+from gvu_jax.methods.uae import UAE, Loop
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
@@ -84,7 +84,7 @@ def train_alone(config, workdir, stop):
     """`train`, when nobody else does in `workdir`."""
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     settings = config[config.method]
-    how = How(images_per_prompt=settings.group, **config.sampling)
+    how = How(images_per_prompt=settings.group, **config.sampling, **config.rollout)
     optimizer = optim.build(config.optim, config.steps * settings.get("inner_steps", 1))
     train_metas, held_out = prompts_of(config)
     if "pictures" in config and not config.get("world"):
@@ -124,7 +124,7 @@ def train_alone(config, workdir, stop):
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
     ask = build_judge(config, suite.metas)
-    unified = pictures and build_unified(config, method.loop, pictures)
+    unified = pictures and build_unified(config, method, pictures)
     if unified and settings.cold and not config.get("world"):
         data.check_captions(config.pictures.folder, method.loop.encode)
 
@@ -340,8 +340,10 @@ def pictures_of(config, umm):
                  for folder in (config.pictures.folder, config.pictures.held_out))
 
 
-def build_unified(config, loop, pictures):
-    batch = config[config.method].prompts
+def build_unified(config, method, pictures):
+    loop, batch = method.loop, config[config.method].prompts
+    if method.how != method.how.itself:                                                  # what an evaluation is of
+        loop = Loop(method.umm, method.how.itself, method.mesh, config.uae.words, config.uae.waves)
     examples = data.batch(pictures, 0, config.eval.batches * batch)
     judge = None
     if config.get("world"):
@@ -350,13 +352,16 @@ def build_unified(config, loop, pictures):
 
 
 def build_suite(config, umm, programs, how, held_out, lengths):
-    """The suite of the held-out prompts, with the method's own programs where it draws as much in a call."""
+    """The suite of the held-out prompts, with the method's own programs where it draws as much in a call; drawn by the
+    policy itself, whatever draws in training."""
     settings = config[config.method]
     batch, group = (config.eval.get(name, settings[name]) for name in ("prompts", "group"))
     count = config.eval.batches * batch
+    itself = dataclasses.replace(how.itself, images_per_prompt=group)
     if (batch, group) != (settings.prompts, settings.group):
-        programs = compile_programs(
-            umm, dataclasses.replace(how, images_per_prompt=group), programs.sample.mesh, settings.waves)
+        programs = compile_programs(umm, itself, programs.sample.mesh, settings.waves)
+    elif itself != how:
+        programs = programs._replace(sample=compile_programs(umm, itself, programs.sample.mesh, settings.waves).sample)
     metas = choose_prompts(held_out, count, np.random.default_rng(config.seed))
     view = config.reward.view if "reward" in config else "pixels"
     if not config.get("world"):

@@ -220,7 +220,10 @@ class Programs(NamedTuple):
 @functools.lru_cache(maxsize=16)                 # who asks again for the same gets the same, compiled already
 def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
-    there is one wave. words: how long `say` lets an answer be."""
+    there is one wave. words: how long `say` lets an answer be. ValueError for a way that the family does not have."""
+    if how != how.itself and hasattr(umm, "image_moves"):
+        raise ValueError(f"rollout.weights and rollout.cache are for models that draw codes, but one of kind "
+                         f"{umm.kind!r} draws by a flow, where int8 saves little: set both to 'full'")
     def in_waves(function, *batch):
         parts = sharding.split_rows(batch, waves)
         return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)

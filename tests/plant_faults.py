@@ -56,6 +56,9 @@ FAULTS = [Fault(*fault) for fault in (
     # ---- what methods are made of ----
     ("share of clipped tokens counted for the wrong sign", "objectives.py", "((ratio < 1.0 - clip) & (A < 0))",
      "((ratio < 1.0 - clip) & (A > 0))", "test_objectives.py::test_which_tokens_the_clip_holds"),
+    ("importance weights without their limit", "objectives.py",
+     "jnp.minimum(jnp.exp(old_logps - sampler_logps), most)", "jnp.exp(old_logps - sampler_logps)",
+     "test_rollout.py::test_importance_weights_against_numpy"),
     ("words of short texts weigh more", "objectives.py", "axis=1) / jnp.sum(mask, axis=1))",
      "axis=1) / mask.shape[1])", "test_meaning.py::test_a_step_of_the_captioner"),
     ("the last token drawn with the key of the one before", "sampling.py", "(keys, steps - 1), done)",

@@ -224,7 +224,7 @@ def test_any_override_is_taken_or_refused(chosen):
         cli.check_numbers(config)
         assert config.optim.clip_norm > 0 and config.gvu.advantage_eps > 0
         GvU.check(config)
-        How(images_per_prompt=config.gvu.group, **config.sampling)
+        How(images_per_prompt=config.gvu.group, **config.sampling, **config.rollout)
         optim.build(config.optim, config.steps)
         jax.random.key(config.seed)
     except ValueError:

@@ -39,6 +39,22 @@ def test_products_and_convolutions_are_what_xla_counts_itself():
         assert cost.weights == 2 * w.size and cost.data == 4 * (x.size + function(w.astype(jnp.float32), x).size)
 
 
+def test_what_lies_in_int8_is_read_in_int8():
+    """And rounding a weight reads it, as it was, and writes it once. A chip computes with half of the weight."""
+    def product(w, x):
+        q, step = layers.to_int8(w, 0)
+        return jax.lax.scan(lambda x, _: ((x @ q.astype(x.dtype)) * step, None), x, None, length=10)[0]
+
+    def attended(_, k, x):
+        q, step = layers.to_int8(k, -1)
+        return jax.lax.scan(lambda x, _: ((q * step).astype(x.dtype) @ x, None), x, None, length=10)[0]
+
+    w, x, y = jnp.zeros((16, 16), jnp.bfloat16), jnp.zeros((2, 16)), jnp.zeros((16, 2), jnp.bfloat16)
+    cost = counted(product, w, x)
+    assert cost.weights == 256 * (2 + 1 + 10) / 2 and cost.data == 10 * 4 * (32 + 32)
+    assert counted(attended, (), w, y).data == 10 * (256 + 2 * (32 + 32))
+
+
 def forward_flops(c, rows, length, keys):
     """By hand: a forward of `rows` x `length` positions through all layers, each reading `keys` positions."""
     E = c.hidden_size // c.num_attention_heads

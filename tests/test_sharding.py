@@ -50,7 +50,7 @@ def a_step(divisible, mesh, **changes):
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict({"lora.rank": 4} | changes)
     mesh = sharding.make_mesh(mesh) if isinstance(mesh, str) else mesh
-    how = How(images_per_prompt=config.gvu.group, **config.sampling)
+    how = How(images_per_prompt=config.gvu.group, **config.sampling, **config.rollout)
     method = gvu.GvU(umm, config, how, optax.adam(1e-3), mesh)
     base = jax.device_put(params, sharding.shardings(umm.partition, params, mesh))
     state = method.init(base, sharding.put(jax.random.key(1), mesh))
@@ -102,6 +102,13 @@ def test_a_step_divided_three_ways_is_a_step_on_one_device(divided, alone):
     ("data:2,fsdp:2,tensor:2", {"gvu.micro_batches": 2}), ("data:2,tensor:2", {"gvu.waves": 2})])
 def test_a_step_on_several_devices_is_a_step_on_one(divisible, alone, mesh, changes):
     assert_same_step(a_step(divisible, mesh, **changes)[0], alone)
+
+
+def test_a_step_of_rounded_rollouts_divided_three_ways_is_one_on_one_device(divisible):
+    together, alone = (a_step(divisible, mesh, **{"rollout.weights": "int8", "reward.view": "tokens"})[0]
+                       for mesh in ("data:2,fsdp:2,tensor:2", one_device()))
+    assert_same_step(together, alone)
+    assert alone["metrics"]["logp_gap"] > 1e-4 and 0 <= alone["metrics"]["truncated"] < 0.5
 
 
 @pytest.mark.parametrize("family, view", [("janus", "pixels"), ("showo", "tokens")])

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gvu_jax import described, sampling, sharding
+from gvu_jax import described, rollout, sampling
 from gvu_jax.described import Described
 from gvu_jax.models import llama, siglip, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
@@ -118,18 +118,14 @@ class Janus:
     def _variables(self, params):
         return {"params": params["ar"]} | ({"lora": params["adapter"]} if "adapter" in params else {})
 
-    def _rollout(self, params):
-        """The backbone as it is laid out for drawing (see sharding.py)."""
-        backbone = {name: params[name] for name in ("ar", "adapter") if name in params}
-        return sharding.constrain(self.partition, backbone, "rollout")
-
     def sample_image(self, params, prompts, key, how, index=None):
         """Draws how.images_per_prompt pictures a prompt: codes [B*G, N] int32 and the policy's log-probs [B*G, N].
 
         index: [B*G] int, the place of each sample in the whole that `key` is for; None where this batch is the whole.
         """
+        backbone = rollout.backbone(self.partition, params, how)
         return sampling.decode(
-            llama.Llama(self.ar), self._variables(self._rollout(params)), prompts.tokens, prompts.mask, key, how,
+            llama.Llama(self.ar), self._variables(backbone), prompts.tokens, prompts.mask, key, how,
             steps=self.image_tokens, head="image_logits", offset=self.ar.vocab_size, index=index,
             negative=llama.without_prompt(prompts.tokens, prompts.mask, self.pad))
 
@@ -222,7 +218,7 @@ class Janus:
         on words repeat it at log-probability 0; a row that has not come to its end by then counts whole. index as in
         `sample_image`; how's guidance is for pictures and not applied.
         """
-        backbone = self._rollout(params)
+        backbone = rollout.backbone(self.partition, params, how)
         asked, mask, aligned = self._asked(backbone, seen, prompts)
         end, how = self.tokenizer.eos_token_id, dataclasses.replace(how, guidance=1.0)
         words, logps = sampling.decode(

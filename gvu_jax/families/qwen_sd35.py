@@ -20,7 +20,7 @@ import numpy as np
 from flax import struct, traverse_util
 from PIL import Image
 
-from gvu_jax import described, flow, lora, sampling, sharding
+from gvu_jax import described, flow, lora, rollout, sampling
 from gvu_jax.described import Described
 from gvu_jax.models import clip, clip_vision, qwen25_vl, sd3, siglip, text_encoders, torch_keys, vae
 from gvu_jax.tensor_files import Source, TensorFile, small_files, weight_files
@@ -350,7 +350,7 @@ class QwenSD35:
         `sample_image`; how's guidance is for pictures and not applied.
         """
         captioner = {name: {"llm": params[name]["llm"]} for name in ("ar", "adapter") if "llm" in params.get(name, {})}
-        captioner = sharding.constrain(self.partition, captioner, "rollout")
+        captioner = rollout.backbone(self.partition, captioner, how)
         asked, mask, place = self._asked(seen, prompts)
         count = count_positions(jnp.pad(mask, ((0, 0), (0, steps)), constant_values=True))
         end, how = self._id(STOP), dataclasses.replace(how, guidance=1.0)

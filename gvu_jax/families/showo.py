@@ -29,7 +29,7 @@ import numpy as np
 from absl import logging
 from PIL import Image
 
-from gvu_jax import described, sampling, sharding
+from gvu_jax import described, rollout, sampling
 from gvu_jax.described import Described
 from gvu_jax.models import clip, magvit, phi, siglip, vq
 from gvu_jax.tensor_files import Source, small_files, weight_files
@@ -155,11 +155,6 @@ class Showo:
     def _variables(self, params):
         return {"params": params["ar"]} | ({"lora": params["adapter"]} if "adapter" in params else {})
 
-    def _rollout(self, params):
-        """The backbone as it is laid out for drawing (see sharding.py)."""
-        backbone = {name: params[name] for name in ("ar", "adapter") if name in params}
-        return sharding.constrain(self.partition, backbone, "rollout")
-
     def _contexts(self, variables, prompts, negative):
         """What pictures are drawn behind, as pairs of keys and values and mask [R, P]: the prompts, and with `negative`
         the empty text, one row for all.
@@ -211,7 +206,7 @@ class Showo:
 
     def reveal(self, params, prompts, codes, noise, how):
         """`sampling.reveal` of pictures of which codes [B*G, N] are known, with the given noise."""
-        model, variables = phi.Phi(self.ar), self._variables(self._rollout(params))
+        model, variables = phi.Phi(self.ar), self._variables(rollout.backbone(self.partition, params, how))
         contexts = self._contexts(variables, prompts, how.guidance != 1.0)
 
         def logits_of(codes):
@@ -370,7 +365,7 @@ class Showo:
         on words repeat it at log-probability 0; a row that has not come to its end by then counts whole. index as in
         `sample_image`; how's guidance is for pictures and not applied.
         """
-        backbone, how = self._rollout(params), dataclasses.replace(how, guidance=1.0)
+        backbone, how = rollout.backbone(self.partition, params, how), dataclasses.replace(how, guidance=1.0)
         asked, mask, aligned, model = self._asked(backbone, seen, prompts)
         words, logps = sampling.decode(model, self._variables(backbone), asked, mask, key, how, steps=steps,
                                        head="text_logits", offset=0, index=index, stop=self._stop, seen=aligned)

@@ -16,7 +16,7 @@ from absl import logging
 from PIL import Image
 from transformers import AutoTokenizer
 
-from gvu_jax import described, sampling, sharding
+from gvu_jax import described, rollout, sampling
 from gvu_jax.described import Described
 from gvu_jax.models import flux, siglip_vq, text_encoders, vae, xomni
 from gvu_jax.tensor_files import Source, TensorFile, small_files, weight_files
@@ -167,18 +167,13 @@ class XOmni:
     def _variables(self, params):
         return {"params": params["ar"]} | ({"lora": params["adapter"]} if "adapter" in params else {})
 
-    def _rollout(self, params):
-        """The backbone as it is laid out for drawing (see sharding.py)."""
-        backbone = {name: params[name] for name in ("ar", "adapter") if name in params}
-        return sharding.constrain(self.partition, backbone, "rollout")
-
     def sample_image(self, params, prompts, key, how, index=None):
         """Draws how.images_per_prompt pictures a prompt: codes [B*G, N] int32 and the policy's log-probs [B*G, N].
 
         index: [B*G] int, the place of each sample in the whole that `key` is for; None where this batch is the whole.
         """
         negative = jnp.array(self._ids(self.image_header), jnp.int32)
-        backbone = self._rollout(params)
+        backbone = rollout.backbone(self.partition, params, how)
         return sampling.decode(
             xomni.XOmni(self.ar), self._variables(backbone), prompts.tokens, prompts.mask, key, how,
             steps=self.image_tokens, head="image_logits", offset=self.ar.vocab_size, index=index, negative=negative)
@@ -302,7 +297,7 @@ class XOmni:
         pictures and not applied.
         """
         asked, mask = self._asked(seen, prompts)
-        backbone = self._rollout(params)
+        backbone = rollout.backbone(self.partition, params, how)
         end, how = self.tokenizer.eos_token_id, dataclasses.replace(how, guidance=1.0)
         words, logps = sampling.decode(
             xomni.XOmni(self.ar), self._variables(backbone), asked, mask, key, how, steps=steps, head="text_logits",

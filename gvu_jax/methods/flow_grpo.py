@@ -52,7 +52,7 @@ def update_pictures(umm, how, config, state, rows, reward, sampler_logps, **rest
         moves_of = lambda policy, rows: umm.image_moves(policy, *rows[:2], how)
         return update(state, rows, reward, sampler_logps, moves_of=moves_of, of_flow=config.flow, **rest)
     logps_of = lambda policy, rows: (umm.image_logps(policy, *rows[:2], how), None)
-    return grpo.update(state, rows, reward, sampler_logps, logps_of=logps_of, **rest)
+    return grpo.update(state, rows, reward, sampler_logps, logps_of=logps_of, truncate=how.correction, **rest)
 
 
 def update(state, rows, reward, sampler_logps, reference, policy_of, moves_of, settings, of_flow, optimizer,

@@ -34,40 +34,48 @@ def check(settings, name):
 
 @struct.dataclass
 class Batch:
-    """S samples: the rows that tell what they are, the reference's log-probs of them [S, T], and advantages [S]."""
+    """S samples: the rows that tell what they are, the reference's log-probs of them [S, T], and advantages [S]; where
+    another policy drew them than the one that learns, its log-probs [S, T]."""
     rows: object
     ref_logps: jax.Array
     advantages: jax.Array
+    sampler_logps: jax.Array | None = None
 
 
-def loss(trainable, batch, old_logps, first, policy_of, logps_of, settings, penalty=None):
+def loss(trainable, batch, old_logps, first, policy_of, logps_of, settings, penalty=None, truncate=0.0):
     """The objective on one micro-batch (Batch); at the first inner step old = current, so the ratio is exactly 1.
 
     policy_of(trainable) -> params. settings: `clip` and `beta`. penalty(policy, rows) -> (scalar, {name: scalar}) is
-    added. Returns (scalar, (metrics, log-probs [S, T])).
+    added. truncate: the largest of the weights by which tokens that another policy drew count (objectives.importance);
+    0: all count alike. Returns (scalar, (metrics, log-probs [S, T])).
     """
     policy = policy_of(trainable)
     logps, mask = logps_of(policy, batch.rows)
     old_logps = jnp.where(first, jax.lax.stop_gradient(logps), old_logps)
+    weights = objectives.importance(old_logps, batch.sampler_logps, truncate) if truncate else None
     value, metrics = objectives.clipped_policy_loss(
-        logps, old_logps, batch.ref_logps, batch.advantages, settings.clip, settings.beta, mask)
+        logps, old_logps, batch.ref_logps, batch.advantages, settings.clip, settings.beta, mask, weights)
+    if truncate:
+        metrics |= {"truncated": objectives.token_mean(weights == truncate, mask)}
     if penalty:
         more, told = penalty(policy, batch.rows)
         value, metrics = value + more, metrics | told
     return value, (metrics | {"loss": value}, logps)
 
 
-def update(state, rows, reward, sampler_logps, reference, policy_of, logps_of, settings, optimizer, penalty=None):
+def update(state, rows, reward, sampler_logps, reference, policy_of, logps_of, settings, optimizer, penalty=None,
+           truncate=0.0):
     """`inner_steps` optimizer steps on S samples, each over `micro_batches` slices of them.
 
     rows [S, ..], reward [S], sampler_logps [S, T]; reference: params that KL is measured to; settings: also `group` and
-    `advantage_eps`. Returns the state after step + 1 and a dict of scalar metrics.
+    `advantage_eps`; truncate as in `loss`. Returns the state after step + 1 and a dict of scalar metrics.
     """
     split, join = functools.partial(sharding.split_rows, slices=settings.micro_batches), sharding.join_rows
     ref_logps, mask = join(jax.lax.map(functools.partial(logps_of, reference), split(rows)))
     advantages = objectives.group_advantages(reward, settings.group, settings.advantage_eps)
-    batches = split(Batch(rows, ref_logps, advantages))
-    part_loss = functools.partial(loss, policy_of=policy_of, logps_of=logps_of, settings=settings, penalty=penalty)
+    batches = split(Batch(rows, ref_logps, advantages, sampler_logps if truncate else None))
+    part_loss = functools.partial(loss, policy_of=policy_of, logps_of=logps_of, settings=settings, penalty=penalty,
+                                  truncate=truncate)
 
     def inner_step(carry, i):
         trainable, opt_state, old_logps = carry

@@ -133,7 +133,8 @@ class UAE:
         reward = objectives.pool_equal(reward, words, group)
         said = asked.repeat(group).replace(words=words, words_mask=mask)
         seen = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), seen)
-        update = functools.partial(grpo.update, logps_of=lambda policy, rows: self.umm.text_logps(policy, *rows))
+        update = functools.partial(grpo.update, logps_of=lambda policy, rows: self.umm.text_logps(policy, *rows),
+                                   truncate=self.how.correction)
         state, metrics = self._compare(update, state, base, (seen, said), reward, logps)
         return state, metrics | {"duplicates": objectives.duplicates(words, group),
                                  "caption/length": jnp.mean(jnp.sum(mask, axis=1))}

@@ -54,6 +54,8 @@ class Dense(nn.Module):
     The adapter lives in its own collection, `lora`: `a` [in, r] and `b` [r, out], already scaled by alpha / r (see
     `lora.scaled`). A call whose variables lack that collection runs exactly the program of the base model.
 
+    The kernel may be int8, with the `step` [1, out] of its columns beside it (see rollout.py): (x @ kernel) * step.
+
     divided: the side of the matrix, 0 (in) or 1 (out), that stays divided over the mesh axis `tensor` in the product.
     columns: those of `out` that are computed, where not all are wanted.
     """
@@ -66,6 +68,8 @@ class Dense(nn.Module):
     def __call__(self, x, columns=slice(None)):                                       # [..., in] -> [..., out]
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = x @ gathered(kernel, self.divided)[:, columns].astype(x.dtype)
+        if self.has_variable("params", "step"):
+            y = (y * self.get_variable("params", "step")[0, columns]).astype(x.dtype)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,))[columns].astype(x.dtype)
         if self.has_variable("lora", "a"):
@@ -106,6 +110,15 @@ def gathered(matrix, divided):
     sides = ["tensor" if i == divided and size % mesh.shape["tensor"] == 0 else None
              for i, size in enumerate(matrix.shape)]
     return jax.lax.with_sharding_constraint(matrix, PartitionSpec(*sides))
+
+
+def to_int8(x, axis):
+    """x -> q int8 and step float32, whose `axis` is 1: step = max |x| / 127 along it and q = round(x / step), so that
+    no entry of q * step is farther than half a step from x. -128 is left out: both sides of zero are alike."""
+    x = x.astype(jnp.float32)
+    greatest = jnp.max(jnp.abs(x), axis=axis, keepdims=True)
+    step = jnp.where(greatest > 0, greatest, 1.0) / 127                 # where all are zero any will do
+    return jnp.round(x / step).astype(jnp.int8), step
 
 
 class Embed(nn.Module):

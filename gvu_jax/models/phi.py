@@ -81,7 +81,7 @@ class Attention(nn.Module):
         else:
             if cache is not None:
                 cache = cache.write(layer, at, k, v)
-                k, v = cache.read(layer)                                                            # [B, S, K, E]
+                k, v = cache.read(layer, k.dtype)                                                   # [B, S, K, E]
             y = attention(q, k, v, mask)                                                            # [B, T, H, E]
         y = y.reshape(B, T, c.num_attention_heads * c.head_dim)
         return Dense(c.hidden_size, True, 0, name="dense")(y), cache, kept

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import struct
 
 from gvu_jax.models import splash
-from gvu_jax.models.layers import Dense, RMSNorm, attention, beside, platform, repeat, rotary, spread
+from gvu_jax.models.layers import Dense, RMSNorm, attention, beside, platform, repeat, rotary, spread, to_int8
 
 # What of a layer is computed again in the backward pass: "nothing", "all", or all but the results of its matrix
 # products ("elementwise").
@@ -26,17 +26,21 @@ def check_remat(remat):
 @struct.dataclass
 class Cache:
     """Keys and values of the positions read so far: each [layers, B, K, S, E], S slots allocated up front; or those of
-    one layer by itself, [B, K, S, E], whose `layer` is None.
+    one layer by itself, [B, K, S, E], whose `layer` is None. In int8, each key and each value has a step [.., S, 1].
 
     Heads stand before slots, as the products of attention read them: otherwise every step would move the whole cache.
     """
     k: jax.Array
     v: jax.Array
+    k_step: jax.Array | None = None       # float32
+    v_step: jax.Array | None = None
 
     @staticmethod
     def empty(config, batch, slots, dtype):
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        def zeros(width, dtype):
+            shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, width)
+            return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+        return Cache(*zeros(config.head_dim, dtype), *(zeros(1, jnp.float32) if dtype == jnp.int8 else ()))
 
     def repeat(self, times, rows=1):
         """Each `rows` neighbouring rows `times` times: one prompt's prefill serves all samples of its group."""
@@ -56,13 +60,18 @@ class Cache:
             if layer is not None:
                 new, where = new[None], (layer, *where)
             return spread(jax.lax.dynamic_update_slice(slots, new, where), "tensor", axis=slots.ndim - 4)
-        return Cache(put(self.k, k), put(self.v, v))
+        if self.k_step is None:
+            return Cache(put(self.k, k), put(self.v, v))
+        (k, k_step), (v, v_step) = to_int8(k, -1), to_int8(v, -1)
+        return Cache(put(self.k, k), put(self.v, v), put(self.k_step, k_step), put(self.v_step, v_step))
 
-    def read(self, layer):                                                            # two of [B, S, K, E]
-        if layer is None:
-            return self.k.swapaxes(1, 2), self.v.swapaxes(1, 2)
-        take = lambda slots: jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False).swapaxes(1, 2)
-        return take(self.k), take(self.v)
+    def read(self, layer, dtype):                                                     # two of [B, S, K, E]
+        def take(slots, step):
+            if layer is not None:
+                slots = jax.lax.dynamic_index_in_dim(slots, layer, axis=0, keepdims=False)
+            slots = slots.swapaxes(1, 2)
+            return slots if step is None else (slots * take(step, None)).astype(dtype)
+        return take(self.k, self.k_step), take(self.v, self.v_step)
 
 
 class Attention(nn.Module):
@@ -81,7 +90,7 @@ class Attention(nn.Module):
         if mask.ndim == 2:
             y = splash.attention(q, k, v, mask, causal=True)                                        # [B, T, H, E]
         else:
-            k, v = (k, v) if cache is None else cache.read(layer)                                   # [B, S, K, E]
+            k, v = (k, v) if cache is None else cache.read(layer, k.dtype)                          # [B, S, K, E]
             y = attention(q, k, v, mask, causal=cache is None)                                      # [B, T, H, E]
         y = y.reshape(B, T, c.num_attention_heads * c.head_dim)
         return Dense(c.hidden_size, divided=0, name="o_proj")(y), cache
