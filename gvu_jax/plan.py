@@ -377,14 +377,14 @@ def describe(plan):
     table("Parameters (from their layout), GiB", ["part", "parameters", "per chip"],
           [[name, f"{part['parameters']:,}", gib(part["bytes"])] for name, part in plan["parts"].items()]
           + [["all, resident", "", gib(plan["resident"])]])
-    columns = ["arguments", "temporaries", "results", "peak", "needs"]
+    columns = ["arguments", "temporaries", "results", "peak", "needs"] if plan["compiled"] else ["results", "needs"]
     table(f"Memory per chip (from the compiler), GiB; needs: resident, batch, temporaries, results; fits to {FITS:.0%}"
           if plan["compiled"] else
           f"Memory (counted, not compiled), GiB; needs: resident, batch, results, but NO temporaries; up to {FITS:.0%}",
-          ["program", *columns, "of the chip", "fits", "compiled in"],
+          ["program", *columns, "of the chip", "fits", *["compiled in"] * plan["compiled"]],
           [[name, *(gib(p[c]) if c in p else "-" for c in columns),
             f"{p['needs'] / plan['memory_of_chip']:.0%}" if "needs" in p else "-", FIT[p["fits"]],
-            f"{p['compiled_in']:.0f} s" if plan["compiled"] else "-"] for name, p in programs.items()])
+            *[f"{p['compiled_in']:.0f} s"] * plan["compiled"]] for name, p in programs.items()])
     lines += [textwrap.fill(f"{name}: {p['error']}", 118) for name, p in programs.items() if "error" in p]
     table("Between chips (from the compiler), a call", ["program", "kind", "where", "moves", "times", "GiB", "largest"],
           [[name, c["kind"], c["where"], c["moves"], f"{c['times']:,}", gib(c["bytes"]), c["largest"][:34]]
@@ -397,7 +397,7 @@ def describe(plan):
     table("Kinds of step, seconds at best" if several else "A step, seconds at best",
           ["kind", "of a run", *PHASES, "seconds", "pictures", "a second", "chip-hours"],
           [[name, f"{kind['times']:,}", *(f"{s:.1f}" for s in kind["phases"].values()), f"{kind['seconds']:.1f}",
-            kind["pictures"], f"{kind['pictures_per_second']:.2f}", f"{hours(kind['chip_hours'])}"]
+            kind["pictures"], f"{kind['pictures_per_second']:.2f}", hours(kind['chip_hours'])]
            for name, kind in plan["kinds"].items()])
     lines += [f"At most {kind['more']:,} more of {name} (replay, probes): {hours(kind['more_chip_hours'])} chip-hours."
               for name, kind in plan["kinds"].items() if kind["more"]]
