@@ -24,7 +24,7 @@ import textwrap
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -220,8 +220,7 @@ def make_plan(config, umm, params, mesh, chip):
     steps, base, state = rehearse(config, umm, params, mesh)
     parts = {name: {"parameters": sum(x.size for x in jax.tree.leaves(part)), "bytes": held(part)}
              for name, part in (base | {"trained": state}).items()}
-    resident, known = held(base) + held(state), {}
-    kinds = {}
+    resident, known, kinds = held(base) + held(state), {}, {}
     for kind, step in steps.items():
         programs = {}
         for name, call in step.calls.items():
