@@ -12,10 +12,11 @@ Which prompts of the benchmark the paper took is not known here: these are the t
 and where they are fewer than 6,000, some are drawn for twice. Presets: sft, dpo, and csft, cdpo with the curriculum;
 of the 1B, or of the 7B with a hyphen, as in :csft-7b.
 
-Memory and disk for the weights are as in configs/janus_pro.py. What a step takes on top is less than there, for no
-picture is drawn or read while it trains: plan for that config (gvu_jax.plan knows the steps of GvU alone). A call that
-draws makes 16 x 10 pictures; where they do not fit, --config.internal_gap.waves=2 or more draws them one part after
-the other.
+Memory and disk for the weights are as in configs/janus_pro.py. No picture is drawn or read in an update; a call that
+draws makes 16 x 10 pictures, and where they do not fit, --config.internal_gap.waves=2 or more draws them one part after
+the other. What both take, and on which chips they fit:
+
+    python -m gvu_jax.plan --config=configs/janus_pro_gap.py:csft --topology=v5e:2x2
 
 Ours are an adapter instead of the language model's own weights, which in bfloat16 are too coarse to be trained
 (lora.rank, and lora.targets for which matrices), batch, rate and threshold, and that pictures are drawn with guidance

@@ -12,8 +12,9 @@ A folder holds pictures; the caption of ID.png, which the cold start alone reads
 
 Pictures are cut to 384 px. SigLIP reads them, VQ-16 gives the codes that the cold start learns to draw, and what is
 drawn of a caption is compared with the original by SigLIP's features. Memory and disk for the weights are as in
-configs/janus_pro.py; a step of captions or pictures is GvU's of 16 x 8 samples, whose plan is that of
-configs/janus_pro.py, with up to 256 words a caption on top.
+configs/janus_pro.py; what a step of each stage takes, and on which chips it fits:
+
+    python -m gvu_jax.plan --config=configs/janus_pro_uae.py:1b --topology=v5e:2x2
 """
 import runpy
 from pathlib import Path

@@ -130,15 +130,16 @@ def phases(umm, params, batches, pictures, wanted):
     mesh = sharding.make_mesh({}, jax.devices()[:1])
     counts = {name: [pictures] for name in PHASES} | {"sample": batches}
     for name, S in [(name, S) for name in PHASES if name in wanted for S in counts[name]]:
-        program, args = plan.step_of(step_config(umm, S), umm, params, mesh)[0][name]
-        yield name, program.jitted, args, S
+        call = plan.rehearse(step_config(umm, S), umm, params, mesh)[0]["step"].calls[name]
+        yield name, call.program.jitted, call.args, S
 
 
 def step_config(umm, pictures):
-    """What plan.step_of asks of a config: a step of GvU with an adapter of rank 8, in micro-batches of 8 pictures."""
+    """What plan.rehearse asks of a config: a step of GvU with an adapter of rank 8, in micro-batches of 8 pictures."""
     group = min(GROUP, pictures)
     return ConfigDict(dict(
-        steps=1, sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)), rollout={},
+        method="gvu", steps=1, rollout={},
+        sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)),
         gvu=dict(prompts=pictures // group, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
                  inner_steps=1, micro_batches=pictures // group, waves=1),
         reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),

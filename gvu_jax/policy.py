@@ -3,7 +3,6 @@
 The subtree is {"adapter": ...} for LoRA, {"ar": ...} for full fine-tuning, or only those parts of them that
 config.trains names. The policy is the base with that subtree laid over it; the reference is the base itself.
 """
-import functools
 import re
 
 import jax
@@ -76,11 +75,10 @@ def skipped(opt_state):
             "skipped_in_a_row": optax.tree.get(opt_state, "notfinite_count", 0)}
 
 
-def place_state(umm, base, config, optimizer, key, mesh):
-    """The state before the first step, each part of it where it stays on the mesh."""
-    begin = functools.partial(init_state, umm, config=config, optimizer=optimizer)
-    where = sharding.shardings(umm.partition, jax.eval_shape(begin, base, key=key), mesh)
-    return sharding.Program(begin, mesh, out_shardings=where)(base, key=key)
+def place_state(umm, begin, base, key, mesh):
+    """The state before the first step, begin(base, key), each part of it where it stays on the mesh."""
+    where = sharding.shardings(umm.partition, jax.eval_shape(begin, base, key), mesh)
+    return sharding.Program(begin, mesh, out_shardings=where)(base, key)
 
 
 def init_state(umm, base, config, optimizer, key):

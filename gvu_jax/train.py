@@ -32,9 +32,8 @@ from ml_collections import config_flags
 import gvu_jax
 from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
-from gvu_jax.methods.gvu import GvU
-from gvu_jax.methods.internal_gap import InternalGap
-from gvu_jax.methods.uae import UAE, Loop
+from gvu_jax.methods import method_of
+from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
@@ -240,16 +239,6 @@ def train_alone(config, workdir, stop):
 
 
 # ---- the parts named above ---------------------------------------------------------------------------------------
-
-METHODS = {"gvu": GvU, "internal_gap": InternalGap, "uae": UAE}
-
-
-def method_of(config):
-    """The class that config.method names; its settings stand in the config under the same name."""
-    if config.method not in METHODS:
-        raise ValueError(f"config.method is {config.method!r}; it must be one of {', '.join(METHODS)}")
-    return METHODS[config.method]
-
 
 @contextlib.contextmanager
 def alone(workdir):

@@ -13,7 +13,7 @@ from gvu_jax import checkpoint, convert, data, families, optim, sampling, shardi
 from gvu_jax.methods import anchor
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.sampling import How
-from gvu_jax.train import METHODS
+from gvu_jax.methods import METHODS
 from gvu_jax.umm import Lengths, Prompts, gather_logps
 
 W, V, T = 5, 4, 2          # words and codes there are, codes of a picture

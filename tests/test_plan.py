@@ -1,4 +1,6 @@
-"""Plans of small slices by the real TPU compiler, of the full-size model by its shapes, and what is refused."""
+"""Plans of small slices by the real TPU compiler, of the full-size model by its shapes, and what is refused; and that
+what a method says of its steps is what they run."""
+import collections
 import dataclasses
 import importlib.util
 import json
@@ -8,9 +10,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from conftest import load_config, tiny_config
-from gvu_jax import plan, sharding
+from conftest import load_config, one_device, tiny_config
+from gvu_jax import optim, plan, sharding
 from gvu_jax.families import xomni
+from gvu_jax.methods import method_of
+from gvu_jax.sampling import How
+from gvu_jax.train import pictures_of, prompts_of
+from gvu_jax.umm import Prompts
 
 
 @pytest.fixture(scope="module")
@@ -30,22 +36,23 @@ def planned(small):
 
 
 def test_decoding_moves_activations_and_no_weights(planned):
-    moved = planned["programs"]["sample"]["collectives"]
+    moved = planned["kinds"]["step"]["programs"]["sample"]["collectives"]
     assert {c["moves"] for c in moved if c["where"] == "decode loop"} == {"data"}
     assert any(c["moves"] == "weights" and c["where"] == "once" for c in moved)             # before the first token
 
 
 def test_a_plan_adds_up(small, planned):
     config, umm, params = small
-    assert list(planned["programs"]) == ["sample", "render", "see", "read", "update"] and planned["fits"]
+    step = planned["kinds"]["step"]
+    assert list(step["programs"]) == ["sample", "render", "see", "read", "update"] and planned["fits"] is True
     parts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     assert {name: part["parameters"] for name, part in planned["parts"].items() if name != "trained"} == parts
-    for program in planned["programs"].values():
+    for program in step["programs"].values():
         assert program["needs"] >= planned["resident"] + program["temporaries"]
         assert program["seconds"] == max(program["seconds_of"].values()) > 0
         assert program["flops"] > 0 and program["collectives"]
-    assert planned["seconds"] == pytest.approx(sum(program["seconds"] for program in planned["programs"].values()))
-    assert planned["images_per_second"] == pytest.approx(16 / planned["seconds"])
+    assert planned["seconds"] == pytest.approx(sum(program["seconds"] for program in step["programs"].values()))
+    assert step["pictures_per_second"] == pytest.approx(16 / planned["seconds"])
     assert planned["chip_hours"] == pytest.approx(config.steps * planned["seconds"] * 4 / 3600)
 
 
@@ -74,7 +81,7 @@ def test_what_a_program_needs_and_takes():
     program = types.SimpleNamespace(jitted=types.SimpleNamespace(
         trace=lambda *args: types.SimpleNamespace(jaxpr=traced.jaxpr, lower=lambda: lowered)))
     chip = plan.Chip(memory=8000, flops=100.0, bandwidth=10.0, links=1.0)
-    found = plan.plan_program(umm, program, (base, x), mesh, chip, resident=1000, busy=4, decoded=None)
+    found = plan.plan_program(umm, program, (base, x), mesh, chip, resident=1000, waves=1, turns=None)
     batch = 16 * 8 * 4 // 2                                                      # rows over fsdp, alike over tensor
     assert found["needs"] == 1000 + batch + 5000 + (700 - 400) and found["fits"] == (found["needs"] <= 0.9 * 8000)
     assert found["flops"] == 2 * 16 * 8 * 12 / 4
@@ -83,7 +90,102 @@ def test_what_a_program_needs_and_takes():
     assert found["seconds_of"] == {"compute": found["flops"] / 100, "memory": read / 10, "links": 32 * 4 * 3 / 4}
     assert found["seconds"] == 96 and [c["bytes"] for c in found["collectives"]] == [96]
     less = dataclasses.replace(chip, memory=7000)
-    assert not plan.plan_program(umm, program, (base, x), mesh, less, 1000, 4, None)["fits"]
+    assert not plan.plan_program(umm, program, (base, x), mesh, less, 1000, 1, None)["fits"]
+
+
+def config_of(name, family, changes):
+    config = tiny_config(name, {"shapes_gap": "sft"}.get(name, "smoke"), family)
+    config.update_from_flattened_dict({"steps": 2} | changes)
+    return config
+
+
+GAP = {"internal_gap.pool": 10, "internal_gap.batch": 12, "internal_gap.anchor": 1.0}
+UAE = {"uae.cold": 1, "uae.pairs": 8, "uae.stages": "caption:1,draw:1", "steps": 3}
+
+
+@pytest.mark.parametrize("name, family, changes", [
+    ("shapes", "janus", {"gvu.anchor": 1.0, "reward.mean": "yes"}), ("shapes_uae", "janus", UAE),
+    ("shapes_gap", "showo", GAP | {"reward.view": "tokens", "reward.mean": "geometric"})])
+def test_what_is_planned_is_what_runs(name, family, changes, tmp_path, monkeypatch):
+    """A whole run whose programs are stand-ins that give ones: each program runs as often as the plan counts it, on
+    batches of the same shapes. Lengths of texts are the plan's own."""
+    config = config_of(name, family, changes)
+    (umm, params), ran = plan.model_of(config), collections.Counter()
+
+    def look(program, args):
+        leaves = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, Prompts))
+        return program.jitted.__wrapped__.__name__, *(
+            x.tokens.shape[0] if isinstance(x, Prompts) else (x.shape, x.dtype) for x in leaves
+            if isinstance(x, Prompts) or x.ndim)
+
+    def stand_in(program, *args):
+        ran[look(program, args)] += 1
+        with jax.set_mesh(program.mesh):
+            like = jax.eval_shape(program.jitted, *args)
+        return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), like)
+
+    monkeypatch.setattr(sharding.Program, "__call__", stand_in)
+    steps, *_ = plan.rehearse(config, umm, params, one_device())
+    metas, how = prompts_of(config)[0], How(images_per_prompt=4, **config.sampling)
+    lengths = umm.lengths([meta["prompt"] for meta in metas])
+    method = method_of(config)(umm, config, how, optim.build(config.optim, 10), one_device(), lengths, tmp_path)
+    base = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), params)
+    state, stream = method.init(base, jax.random.key(0)), pictures_of(config, umm)[0] if "pictures" in config else metas
+    ran.clear()
+    clock = types.SimpleNamespace(lap=lambda phase, result: result, stopped=lambda: False)
+    for step in range(config.steps):
+        method.update(state, base, *method.rollout(state, base, step, stream, jax.random.key(step), clock))
+    expected = collections.Counter()
+    for step in steps.values():
+        for call in step.calls.values():
+            expected[look(call.program, call.args)] += step.times * call.times
+    assert expected == {look: times for look, times in ran.items() if look[0] not in ("geometric_mean", "yes")}
+
+
+def test_a_run_of_several_kinds_of_step_adds_up(monkeypatch):
+    """By hand: every program takes 2 s. Ten prompts are drawn in two calls of four programs, four updates have one. The
+    replay draws at most all again, and steps 1 and 2 may probe for it."""
+    config = config_of("shapes_gap", "xomni", GAP | {"steps": 4, "internal_gap.replay": 3, "internal_gap.probe": 1})
+    monkeypatch.setattr(plan, "plan_program", lambda *_: {"seconds": 2.0, "fits": True, "compiled_in": 0.0})
+    mesh = sharding.make_mesh("data:2", jax.devices()[:2])
+    found = plan.make_plan(config, *plan.model_of(config), mesh, plan.CHIPS["v5e"])
+    assert {name: (kind["times"], kind["more"], kind["seconds"]) for name, kind in found["kinds"].items()} == {
+        "draw": (2, 4, 8.0), "update": (4, 0, 2.0)}
+    assert found["kinds"]["draw"]["phases"] == {"sample": 2.0, "render": 2.0, "reward": 4.0, "update": 0.0}
+    assert found["seconds"] == pytest.approx((2 * 8 + 4 * 2) / 4)
+    hours = pytest.approx((2 * 24 / 3600, 2 * 32 / 3600))
+    assert (found["chip_hours"], found["more_chip_hours"]) == hours and found["fits"] is True
+
+
+def test_captions_are_drawn_without_moving_weights():
+    """Of UAE, by the real compiler: what draws captions, whose loop is as long as a caption may be."""
+    config = config_of("shapes_uae", "xomni", UAE | {"uae.prompts": 8})
+    config.model.ar.num_key_value_heads = 2
+    umm, params = plan.model_of(config)
+    mesh = sharding.make_mesh("fsdp:2,tensor:2", plan.chips_of("v5e:2x2"))
+    say = plan.rehearse(config, umm, params, mesh)[0]["caption"].calls["say"]
+    found = plan.plan_program(umm, say.program, say.args, mesh, plan.CHIPS["v5e"], 0, 1, say.turns)
+    assert say.turns == config.uae.words - 1 and found["fits"]
+    assert {c["moves"] for c in found["collectives"] if c["where"] == "decode loop"} == {"data"}
+
+
+def test_a_gpu_is_counted_and_not_compiled(small):
+    """It can show what does not fit, and never what does; and it says so."""
+    config, umm, params = small
+    mesh, card = sharding.make_mesh("fsdp:-1", plan.chips_of("h100")), plan.CHIPS["h100"]
+    found = plan.make_plan(config, umm, params, mesh, card)
+    assert found["fits"] is None and "temporaries are not counted" in plan.describe(found)
+    programs = found["kinds"]["step"]["programs"]
+    assert programs["see"]["needs"] > found["resident"] and not any("temporaries" in p for p in programs.values())
+    assert programs["update"]["results"] == 0                                  # they take the place of the state
+    less = dataclasses.replace(card, memory=found["resident"])
+    assert plan.make_plan(config, umm, params, mesh, less)["fits"] is False
+
+
+def test_a_method_that_does_not_say_what_it_runs(small, monkeypatch):
+    monkeypatch.delattr("gvu_jax.methods.gvu.GvU.rehearse")
+    with pytest.raises(ValueError, match="gvu does not say what its steps run"):
+        plan.rehearse(*small, one_device())
 
 
 def test_a_plan_as_text_and_as_json(planned):
@@ -100,8 +202,8 @@ def test_what_the_compiler_finds_too_large(small):
     config = config.copy_and_resolve_references()
     config.gvu.update(prompts=2 ** 16, group=64)
     mesh = sharding.make_mesh("fsdp:4", plan.chips_of("v5e:2x2"))
-    step, _, _ = plan.step_of(config, umm, params, mesh)
-    see = plan.plan_program(umm, *step["see"], mesh, plan.CHIPS["v5e"], resident=0, busy=4, decoded=None)
+    see = plan.rehearse(config, umm, params, mesh)[0]["step"].calls["see"]
+    see = plan.plan_program(umm, see.program, see.args, mesh, plan.CHIPS["v5e"], resident=0, waves=1, turns=None)
     assert not see["fits"] and "HBM" in see["error"] and see["seconds"] > 0
 
 
@@ -121,10 +223,11 @@ def test_a_mesh_that_cannot_work_is_refused_with_the_reason(small):
     config.gvu.micro_batches = 4
     for sizes, reason in (("tensor:4", "heads"), ("fsdp:8", "micro-batches"), ("fsdp:16", "16 devices")):
         with pytest.raises(ValueError, match=reason):
-            plan.step_of(config, umm, params, sharding.make_mesh(sizes))
+            plan.rehearse(config, umm, params, sharding.make_mesh(sizes))
 
 
-@pytest.mark.parametrize("topology, word", [("v9:2x2", "v5e, v5p, v6e"), ("v5e:3x5", "no slice v5e:3x5")])
+@pytest.mark.parametrize("topology, word", [
+    ("v9:2x2", "v5e, v5p, v6e"), ("h100:2", "h100"), ("v5e:3x5", "no slice v5e:3x5")])
 def test_slices_that_do_not_exist(topology, word):
     with pytest.raises(ValueError, match=word):
         plan.chips_of(topology)

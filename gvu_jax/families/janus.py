@@ -80,6 +80,11 @@ class Janus:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    @property
+    def _stop(self):
+        """Id of what ends a text."""
+        return self.tokenizer.eos_token_id
+
     def said(self, text):
         """A text as an answer, behind the open turn: what its words' ids are of."""
         return " " + text.strip()
@@ -95,7 +100,7 @@ class Janus:
     def _encode(self, texts, questions, end):
         words = ids_of_words(self, texts, questions, MOST_TOKENS)
         chats = self._ids([f"{USER}: {text.strip()}\n\n{ASSISTANT}:{BEGIN}" for text in texts])
-        stop = [self.tokenizer.eos_token_id] if end else []
+        stop = [self._stop] if end else []
         return ([[self._id(BOS), *ids] for ids in chats], [list(self._around(question)[1]) for question in questions],
                 [ids + stop for ids in words])
 
@@ -220,7 +225,7 @@ class Janus:
         """
         backbone = rollout.backbone(self.partition, params, how)
         asked, mask, aligned = self._asked(backbone, seen, prompts)
-        end, how = self.tokenizer.eos_token_id, dataclasses.replace(how, guidance=1.0)
+        end, how = self._stop, dataclasses.replace(how, guidance=1.0)
         words, logps = sampling.decode(
             llama.Llama(self.ar), self._variables(backbone), asked, mask, key, how, steps=steps, head="text_logits",
             offset=0, index=index, stop=end, seen=aligned)
@@ -320,7 +325,7 @@ PUBLISHED = {                                  # the published models in numbers
 
 class Sizes(Janus):
     """The published model where its folder is not: texts have lengths here, and ids that mean nothing."""
-    pad = 0
+    pad = _stop = 0
 
     def _id(self, token):
         return 0

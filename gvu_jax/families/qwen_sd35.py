@@ -453,6 +453,9 @@ class Sizes(QwenSD35):
     """The published model where its folder is not: texts have lengths here, and ids that mean nothing."""
     pad = 0
 
+    def _id(self, token):
+        return 0
+
     def _ids(self, text):
         return [0] * 8
 

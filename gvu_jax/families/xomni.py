@@ -80,6 +80,11 @@ class XOmni:
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    @property
+    def _stop(self):
+        """Id of what ends a turn."""
+        return self.tokenizer.eos_token_id
+
     def said(self, text):
         """A text as an answer: what its words' ids are of."""
         return text
@@ -107,7 +112,7 @@ class XOmni:
             check_plain(tokenizer, texts, "prompt {}")
         check_plain(self.tokenizer, list(dict.fromkeys(questions)), "question {}")
         self._check_read_whole(texts, words)
-        stop = [self.tokenizer.eos_token_id] if end else []
+        stop = [self._stop] if end else []
         return (self._ids([text + self.image_header for text in texts]),
                 [list(self._around(question, self.grid)[1]) for question in questions],
                 [ids + stop for ids in words])
@@ -298,7 +303,7 @@ class XOmni:
         """
         asked, mask = self._asked(seen, prompts)
         backbone = rollout.backbone(self.partition, params, how)
-        end, how = self.tokenizer.eos_token_id, dataclasses.replace(how, guidance=1.0)
+        end, how = self._stop, dataclasses.replace(how, guidance=1.0)
         words, logps = sampling.decode(
             xomni.XOmni(self.ar), self._variables(backbone), asked, mask, key, how, steps=steps, head="text_logits",
             offset=0, index=index, stop=end)
@@ -443,6 +448,7 @@ PUBLISHED = dict(                                                            # f
 
 class Sizes(XOmni):
     """The published model where its folder is not: texts have lengths here, and ids that mean nothing."""
+    _stop = 0
 
     def _ids(self, text):
         return [0] * 8

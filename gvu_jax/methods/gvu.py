@@ -18,7 +18,7 @@ import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, flow_grpo, grpo
-from gvu_jax.policy import check_trainable, place_state, policy_params
+from gvu_jax.policy import check_trainable, init_state, place_state, policy_params
 from gvu_jax.umm import check_shared, compile_programs
 
 
@@ -65,9 +65,13 @@ class GvU:
             raise ValueError("reward.mean = 'oracle' is the checker of the shapes world, which reads pixels: it needs "
                              "configs/shapes.py and reward.view = 'pixels'")
 
+    def begin(self, base, key):
+        """The state before the first step. Pure: see policy.init_state."""
+        return init_state(self.umm, base, self.config, self.optimizer, key)
+
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        return place_state(self.umm, base, self.config, self.optimizer, key, self.mesh)
+        return place_state(self.umm, self.begin, base, key, self.mesh)
 
     def rollout(self, state, base, step, stream, key, clock):
         """Programs 1 to 3 for the prompts of `step`: what `update` takes after (state, base).
@@ -87,6 +91,22 @@ class GvU:
         asked = anchor.questions(self.umm, texts, self.lengths, self.mesh, self.config.gvu.group) if (
             self.config.gvu.anchor) else None
         return grouped, drawn, logps, reward, seen, asked
+
+    def rehearse(self, on):
+        """What a step runs, and on what: plan.Rehearsal."""
+        gvu, S = self.config.gvu, self.pictures
+        teacher = on.base if self.config.reward.teacher == "base" else on.policy
+        prompts, grouped = on.prompts(gvu.prompts), on.prompts(S)
+        on.step("step", self.config.steps, S)
+        drawn, logps = on.run("sample", "sample", self.programs.sample, on.policy, prompts, on.key)
+        seen = on.shapes(self.umm.seen_of, drawn)
+        if self.config.reward.view == "pixels":
+            pixels = on.run("render", "render", self.programs.render, on.base, drawn, prompts, on.key)
+            seen = on.run("reward", "see", self.programs.see, teacher, pixels)
+        on.run("reward", "read", self.programs.read, teacher, seen,
+               on.questions(2 * S) if self.config.reward.mean == "yes" else grouped)
+        on.run("update", "update", self.update, on.state, on.base, grouped, drawn, logps, on.floats(S), seen,
+               on.questions(S) if gvu.anchor else None)
 
     def sample(self, policy, prompts, key):
         """-> drawn [S, ..], logps [S, T] of the sampler."""

@@ -32,7 +32,7 @@ from flax import struct
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, grpo
 from gvu_jax.metrics import read_json, replace_file, replacing
-from gvu_jax.policy import State, check_trainable, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, init_state, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import check_shared, compile_programs
 
@@ -91,9 +91,37 @@ class InternalGap:
         rewards.check(config.reward, rewards.MEANS)
         check_trainable(config)
 
+    def begin(self, base, key):
+        """The state before the first step. Pure: see policy.init_state."""
+        return init_state(self.umm, base, self.config, self.optimizer, key)
+
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        return place_state(self.umm, base, self.config, self.optimizer, key, self.mesh)
+        return place_state(self.umm, self.begin, base, key, self.mesh)
+
+    def rehearse(self, on):
+        """What a call that draws and an update run, and on what: plan.Rehearsal. A round of the pool is sure; replay
+        and probes draw for discarded prompts alone, and how many these are nobody knows before."""
+        gap, S = self.settings, self.settings.prompts * self.settings.group
+        calls, steps = -(-gap.pool // gap.prompts), self.config.steps
+        more = calls if 0 < gap.replay < steps else 0
+        if gap.probe:
+            more += (min(gap.replay, steps) - 1) // gap.probe
+        judge = on.base if self.config.reward.teacher == "base" else on.policy
+        by_pixels, prompts = self.config.reward.view == "pixels", on.prompts(gap.prompts)
+        on.step("draw", calls, S, more)
+        drawn, _ = on.run("sample", "sample", self.programs.sample, on.policy, prompts, on.key)
+        pixels = on.run("render", "render", self.programs.render, on.base, drawn, prompts, on.key,
+                        times=1 if by_pixels else 1 / calls)                      # a round's first pictures are shown
+        seen = on.run("reward", "see", self.programs.see, judge, pixels) if by_pixels else (
+            on.shapes(self.umm.seen_of, drawn))
+        on.run("reward", "read", self.programs.read, judge, seen,
+               on.questions(2 * S) if self.config.reward.mean == "yes" else on.prompts(S))
+        rows = gap.batch
+        some, asked = on.rows(self.umm.drawn_shapes(rows)), on.questions(rows) if gap.anchor else None
+        on.step("update", steps, rows)
+        on.run("update", "update", self.update, on.state, on.base, on.prompts(rows), asked, some, some, on.floats(rows),
+               on.floats(rows, bool), {}, on.key)
 
     # ---- 1. draw and 3. replay -----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ The last two take turns as `uae.stages` says; one alone is an ablation. Both are
 picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where one backbone
 does both, what a stage teaches the other one meets in its next turn.
 """
+import collections
 import dataclasses
 import functools
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import flow_grpo, grpo
-from gvu_jax.policy import State, check_trainable, init_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, init_state, place_state, policy_params, skipped
 from gvu_jax.umm import Lengths, compile_programs
 
 
@@ -61,13 +62,14 @@ class UAE:
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
 
+    def begin(self, base, key):
+        """The state before the first step. Pure: see policy.init_state."""
+        state = init_state(self.umm, base, self.config, self.optimizer, key)
+        return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
+
     def init(self, base, key):
         """The state before the first step, each part where it stays."""
-        def begin(base, key):
-            state = init_state(self.umm, base, self.config, self.optimizer, key)
-            return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
-        where = sharding.shardings(self.umm.partition, jax.eval_shape(begin, base, key), self.mesh)
-        return sharding.Program(begin, self.mesh, out_shardings=where)(base, key)
+        return place_state(self.umm, self.begin, base, key, self.mesh)
 
     def stage(self, step):
         """The stage that `step` belongs to."""
@@ -102,6 +104,30 @@ class UAE:
             return stage, *told, reward
         prompts = sharding.place_prompts(self.umm, texts, loop.lengths, self.mesh, uae.group)
         return stage, prompts, drawn, logps, reward
+
+    def rehearse(self, on):
+        """What a step of each stage runs, and on what: plan.Rehearsal."""
+        uae, loop = self.config.uae, self.loop
+        B, S = uae.prompts, uae.prompts * uae.group
+        steps = collections.Counter(map(self.stage, range(self.config.steps)))
+        prompts = functools.partial(on.prompts, words=uae.words)
+        if steps["cold"]:
+            on.step("cold", steps["cold"], uae.pairs)
+            seen, target = on.run("sample", "learn", self.programs.learn, on.base, on.pixels(uae.pairs))
+            on.run("update", "update", self.updates["cold"], on.state, on.base, seen, target, prompts(uae.pairs),
+                   on.key)
+        for stage, telling, drawing, captions in (("caption", loop.groups, loop.singles, S),
+                                                  ("draw", loop.singles, loop.groups, B)):
+            if not steps[stage]:
+                continue
+            on.step(stage, steps[stage], S)
+            seen = on.run("sample", "see", loop.groups.see, on.base, on.pixels(B))
+            told = on.run("sample", "say", telling.say, on.policy, seen, prompts(B), on.key)
+            drawn, logps = on.run("render", "sample", drawing.sample, on.policy, prompts(captions), on.key)
+            pictures = on.run("render", "render", drawing.render, on.base, drawn, prompts(captions), on.key)
+            on.run("reward", "alike", loop.alike, on.base, pictures, on.pixels(B))
+            batch = (seen, prompts(B), *told) if stage == "caption" else (prompts(S), drawn, logps)
+            on.run("update", "update", self.updates[stage], on.state, on.base, *batch, on.floats(S))
 
     def update(self, state, base, stage, *batch):
         """Returns the state after step + 1 and a dict of scalar metrics."""
@@ -170,18 +196,22 @@ class Loop:
     a time (umm.Programs), `singles` those that draw one sample."""
 
     def __init__(self, umm, how, mesh, words, waves=1):
-        self.umm, self.mesh = umm, mesh
-        least = umm.lengths(["-"])
-        self.lengths = Lengths(least.prompt + words, least.question, words)
+        self.umm, self.mesh, self.words = umm, mesh, words
         self.groups, self.singles = (
             compile_programs(umm, dataclasses.replace(how, images_per_prompt=count), mesh, waves, words)
             for count in (how.images_per_prompt, 1))
         self.alike = sharding.Program(self._alike, mesh)
 
+    @functools.cached_property
+    def lengths(self):
+        """umm.Lengths that hold any caption."""
+        least = self.umm.lengths(["-"])
+        return Lengths(least.prompt + self.words, least.question, self.words)
+
     def say(self, programs, policy, base, pixels, key):
         """pixels [B, H, W, 3] -> seen [B], the question asked (Prompts [B]), words, logps and mask [S, T]."""
         asked = sharding.place_prompts(self.umm, ["-"] * len(pixels), self.lengths, self.mesh)
-        seen = programs.see(base, pixels)
+        seen = self.groups.see(base, pixels)                      # one program for both: a picture is seen once
         return seen, asked, *programs.say(policy, seen, asked, key)
 
     def encode(self, captions):
