@@ -16,8 +16,11 @@ judge might say, so that judges of different manners compare; and an answer is r
 """
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
+import gvu_jax
+from gvu_jax import cli, hub
 from gvu_jax.nouns import NUMBERS, Thing, phrase
 from gvu_jax.suite import by_category
 
@@ -187,3 +190,30 @@ def lines(answers, metas):
             asked = [{"skill": atom.skill, "question": atom.question, "right": atom.answers[atom.right][0],
                       "probability": round(float(p), 6)} for atom, p in zip(atoms, row)]
             yield {"prompt": meta["prompt"], "picture": place, "soft": round(float(score), 6), "atoms": asked}
+
+
+# ---- in training ---------------------------------------------------------------------------------------------------
+
+def check_judge(config):
+    """Raises ValueError or FileNotFoundError where config.eval.judge, if there is one, cannot be asked."""
+    if name := config.eval.get("judge"):
+        if jax.process_count() > 1:
+            raise ValueError("eval.judge is asked on one host: leave it out here, and ask it about the run afterwards, "
+                             "with python -m gvu_jax.evaluate --suite=questions --checkpoint=WORKDIR --judge=..")
+        if not hub.is_name(name) and not cli.path(name).exists():
+            raise FileNotFoundError(f"no model folder or run {cli.path(name)} (config.eval.judge)")
+
+
+def build_judge(config, metas):
+    """What config.eval.judge says of G pictures of each of the prompts: (uint8 [prompts, G, H, W, 3]) -> {"soft_..",
+    "hard_..": mean} over all and by category; None where there is no judge. It lies on all devices as its own sizes
+    divide, which need not be the run's mesh."""
+    if not config.eval.get("judge"):
+        return None
+    model = gvu_jax.load(config.eval.judge)
+    atoms = atoms_for(model.umm, metas)
+
+    def ask(pictures):
+        found = scores(judge(model, pictures, atoms), metas)
+        return {f"{how}_{tag}": mean for how in ("soft", "hard") for tag, (mean, *_) in found[how].items()}
+    return ask

@@ -74,7 +74,7 @@ def train(config, workdir, stop=Stop()):
     method_of(config).check(config)
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
-    check_judge(config)
+    questions.check_judge(config)
     with alone(workdir):
         return train_alone(config, workdir, stop)
 
@@ -122,7 +122,7 @@ def train_alone(config, workdir, stop):
         state = adapters.start_from(state, umm, config.lora.adapter, mesh)
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
-    ask = build_judge(config, suite.metas)
+    ask = questions.build_judge(config, suite.metas)
     unified = pictures and build_unified(config, method, pictures)
     if unified and settings.cold and not config.get("world"):
         data.check_captions(config.pictures.folder, method.loop.encode)
@@ -358,31 +358,6 @@ def build_suite(config, umm, programs, how, held_out, lengths):
     from gvu_jax.shapes import suite, world
     return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed, view)
-
-
-def check_judge(config):
-    """Raises ValueError or FileNotFoundError where config.eval.judge, if there is one, cannot be asked."""
-    if judge := config.eval.get("judge"):
-        if jax.process_count() > 1:
-            raise ValueError("eval.judge is asked on one host: leave it out here, and ask it about the run afterwards, "
-                             "with python -m gvu_jax.evaluate --suite=questions --checkpoint=WORKDIR --judge=..")
-        if not hub.is_name(judge) and not cli.path(judge).exists():
-            raise FileNotFoundError(f"no model folder or run {cli.path(judge)} (config.eval.judge)")
-
-
-def build_judge(config, metas):
-    """What config.eval.judge says of G pictures of each of the prompts: (uint8 [prompts, G, H, W, 3]) -> {"soft_..",
-    "hard_..": mean} over all and by category (see questions.py); None where there is no judge. It lies on all devices
-    as its own sizes divide, which need not be the run's mesh."""
-    if not config.eval.get("judge"):
-        return None
-    judge = gvu_jax.load(config.eval.judge)
-    atoms = questions.atoms_for(judge.umm, metas)
-
-    def ask(pictures):
-        found = questions.scores(questions.judge(judge, pictures, atoms), metas)
-        return {f"{how}_{tag}": mean for how in ("soft", "hard") for tag, (mean, *_) in found[how].items()}
-    return ask
 
 
 def judge_pictures(suite, policy, drawn, config):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import one_device, tiny_config
-from gvu_jax import data, questions, suite, train
+from gvu_jax import data, questions, suite
 from gvu_jax.questions import YES_NO, Atom
 from gvu_jax.shapes import checker, world
 from gvu_jax.shapes import suite as shapes_suite
@@ -253,14 +253,14 @@ def test_the_judge_of_a_run(tiny, monkeypatch, split, tmp_path):
     model, config = gvu_jax.Model(*tiny[1:], one_device()), tiny_config()
     monkeypatch.setattr(gvu_jax, "load", lambda path: model)
     metas = suite.choose_prompts(split[1], 6, np.random.default_rng(0))
-    assert train.build_judge(config, metas) is None
+    assert questions.build_judge(config, metas) is None
     config.eval.judge = str(tmp_path)
-    train.check_judge(config)
+    questions.check_judge(config)
     pictures = shapes_suite.renderings(metas, np.random.default_rng(0))
-    told = train.build_judge(config, metas)(pictures)
+    told = questions.build_judge(config, metas)(pictures)
     answers = questions.judge(model, pictures, questions.atoms_for(model.umm, metas))
     np.testing.assert_allclose([told["soft_overall"], told["hard_overall"]], [answers.soft.mean(), answers.hard.mean()])
     assert f"soft_{metas[0]['tag']}" in told
     config.eval.judge = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="eval.judge"):
-        train.check_judge(config)
+        questions.check_judge(config)
