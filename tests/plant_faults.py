@@ -1,4 +1,4 @@
-"""Plants forty faults, one at a time, and says which of them the tests notice. Run by hand:
+"""Plants faults, one at a time, and says which of them the tests notice. Run by hand:
 
     python tests/plant_faults.py [--only=WORD] [--from=N] [--to=M]
 
