@@ -66,7 +66,9 @@ def get_config(preset="normal"):
     # levels of noise are moved towards noise; 1 leaves them even.
     config.model.flow = dict(steps=16, shift=2.0)
     config.model.diffusion_steps = 2         # steps of noise to a picture
-    config.model.remat = "all"               # on a CPU, computing a layer again takes less time than keeping it
+    # all: layers are computed again in the backward pass, which saves memory and, on a CPU, time; nothing: they are
+    # kept; elementwise: all but the products are computed again.
+    config.model.remat = "all"
     config.model.instruction = "Describe the image."                   # what the prompt is read as the answer to
 
     # ---- pretraining of the base ----
@@ -99,12 +101,12 @@ def get_config(preset="normal"):
     # ---- GvU ----
     # temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p: the share of
     # probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the most probable
-    # one; 0: none. guidance: classifier-free; 1 is none. steps: steps of the flow, in families that draw by one, as
-    # are the settings that follow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy
-    # step, sde, dance or cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all but the
-    # last are trained. between: where the window may lie; () anywhere. even: an even grid of noise levels. same_noise:
-    # the pictures of a prompt begin with the same noise. negative_gradient: the branch of guidance without a prompt is
-    # trained through as well.
+    # one; 0: none. guidance: classifier-free; 1 is none. steps: steps of the flow, in families that draw by one, as are
+    # the settings that follow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy
+    # step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are noisy and trained;
+    # 0: all are noisy, and all but the last are trained. between: where the window may lie; () anywhere. even: an even
+    # grid of noise levels. same_noise: the pictures of a prompt begin with the same noise. negative_gradient: the
+    # branch of guidance without a prompt is trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
                            flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
@@ -113,10 +115,11 @@ def get_config(preset="normal"):
     # token by token. truncate: with int8, the largest weight by which a token counts that the policy itself would have
     # drawn more often; 0: all count alike.
     config.rollout = dict(weights="full", cache="full", truncate=2.0)
-    # Flow-GRPO's, where the family draws by a flow. clip: how far the ratio of mean log-probabilities may move from 1.
-    # beta: weight of the KL to the base. spread: whose spread of rewards divides an advantage, all or group.
-    # advantage_max: advantages are cut at plus and minus this; 0: nowhere. ratio: plain, guard or guard_published. kl:
-    # gaussian or published; see gvu_jax/flow.py.
+    # Flow-GRPO's, where the family draws by a flow, in place of the method's own clip and beta. clip: how far the ratio
+    # of mean log-probabilities may move from 1. beta: weight of the KL to the base. spread: whose spread of rewards
+    # divides an advantage, all or group. advantage_max: advantages are cut at plus and minus this; 0: nowhere. ratio:
+    # plain, guard (GRPO-Guard's) or guard_published (with the mistake of its published line). kl: gaussian, of the two
+    # steps' distributions, or published, the same distance over another variance.
     config.flow = dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
     # teacher: whose reading judges, the frozen base's or the policy's own. view: pixels, or tokens: read what was
     # drawn without rendering it. mean: geometric, product, minimum, yes (asked about the sentence), or oracle (the
@@ -128,7 +131,7 @@ def get_config(preset="normal"):
     # the base's. advantage_eps: added to the standard deviation that advantages are divided by. Where all pictures of a
     # prompt are right, their rewards differ little, and what makes one better is a taste for some corner or color.
     # inner_steps: updates on the same pictures. micro_batches: parts that an update is computed in. waves: parts that
-    # pictures are drawn, rendered and read in; both save memory.
+    # pictures are drawn, rendered and read in. More parts take less memory and more time.
     config.gvu = dict(prompts=24, group=12, clip=0.2, beta=0.03, anchor=20.0, advantage_eps=0.03,
                       inner_steps=1, micro_batches=1, waves=1)
     # rank: the adapter's; 0 trains the whole backbone. alpha: the adapter is scaled by alpha / rank. targets: the

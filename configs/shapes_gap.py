@@ -20,14 +20,14 @@ def get_config(preset="sft"):
     # yes: as in the paper the model is asked "Does this image describe ..?", and what it answers with yes rather than
     # no is accepted. The prompt's words judge as well: geometric, with a threshold of eval.words.
     config.reward.mean = "yes"
-    # objective: sft or dpo. pool: prompts of the first round. prompts: prompts of a call that draws. group:
-    # candidates of each prompt. waves: parts of a call. threshold: a score above it is accepted. keep: most accepted
-    # candidates of a prompt that SFT learns from; of one alone it learns that picture by heart. batch: rows of an
-    # update. micro_batches: parts that an update is computed in. beta: DPO's. nll: weight of the accepted picture's
-    # own likelihood in DPO. draws: where a family cannot compute a picture's likelihood exactly, DPO takes the mean
-    # of so many estimates of it. anchor: weight of a KL that holds reading to the base's. replay: the step at which
-    # discarded prompts are drawn again; 0: never. probe: steps between looks whether it is time for the replay, 0:
-    # none; replay is then the latest.
+    # objective: sft or dpo. pool: prompts of the first round. prompts: prompts of a call that draws. group: candidates
+    # of each prompt. waves: parts of a call; more take less memory and more time. threshold: a score above it is
+    # accepted. keep: most accepted candidates of a prompt that SFT learns from; of one alone it learns that picture by
+    # heart. batch: rows of an update. micro_batches: parts that an update is computed in. beta: DPO's. nll: weight of
+    # the accepted picture's own likelihood in DPO. draws: where a family cannot compute a picture's likelihood exactly,
+    # DPO takes the mean of so many estimates of it. anchor: weight of a KL that holds reading to the base's. replay:
+    # the step at which discarded prompts are drawn again; 0: never. probe: steps between looks whether it is time for
+    # the replay, 0: none; replay is then the latest.
     config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=4,
                                batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=10.0, replay=0, probe=0)
     config.trains = "backbone"              # what learns: backbone (its layers), backbone+projector, or all

@@ -34,16 +34,18 @@ def get_config(method="uae"):
     # min_p: leaves improbable words out; 0 leaves out none. guidance: classifier-free; 1 is none. logps: of which
     # policy the log-probabilities are, guided as what was drawn, or "conditional", which takes the steps as if there
     # were no guidance. steps: of the flow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of
-    # the noisy step, sde, dance or cps. window: so many steps in a row are noisy and trained; 0: all are noisy, and all
-    # but the last are trained. between: where the window may lie; () anywhere. even: an even grid of noise levels.
-    # same_noise: the pictures of a prompt begin with the same noise. negative_gradient: the branch of guidance without
-    # a prompt is trained through as well.
+    # the noisy step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are noisy and
+    # trained; 0: all are noisy, and all but the last are trained. between: where the window may lie; () anywhere. even:
+    # an even grid of noise levels. same_noise: the pictures of a prompt begin with the same noise. negative_gradient:
+    # the branch of guidance without a prompt is trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=4.5, logps="guided",
                            flow=dict(steps=10, noise=0.7, kind="sde", window=0, between=(), even=False,
                                      same_noise=False, negative_gradient=True))
-    # clip: how far the ratio of mean log-probabilities may move from 1. beta: weight of the KL to the base. spread:
-    # whose spread of rewards divides an advantage, all or group. advantage_max: advantages are cut there; 0: nowhere.
-    # ratio: plain, guard or guard_published. kl: gaussian or published; see gvu_jax/flow.py.
+    # In place of gvu.clip and gvu.beta, which are of no effect here. clip: how far the ratio of mean log-probabilities
+    # may move from 1. beta: weight of the KL to the base. spread: whose spread of rewards divides an advantage, all or
+    # group. advantage_max: advantages are cut there; 0: nowhere. ratio: plain, guard (GRPO-Guard's) or guard_published
+    # (with the mistake of its published line). kl: gaussian, of the two steps' distributions, or published, the same
+    # distance over another variance.
     config.flow = dict(clip=1e-4, beta=0.04, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian")
     config[method].update(prompts=16, group=24, micro_batches=48)
     targets = {"gvu": r"^dit/.*attn/(to|add)_", "uae": r"^llm/layers/|^dit/.*attn/(to|add)_"}[method]

@@ -20,12 +20,13 @@ def get_config(preset="csft"):
     config.method = "internal_gap"
     config.reward.mean = "yes"
     # objective: sft or dpo. pool: prompts of the first round. prompts: prompts of a call that draws. group: candidates
-    # of each prompt. waves: parts of a call. threshold: a score above it is accepted. keep: most accepted candidates of
-    # a prompt that SFT learns from. batch: rows of an update. micro_batches: parts that an update is computed in. beta:
-    # DPO's. nll: weight of the accepted picture's own likelihood in DPO. draws: where a family cannot compute a
-    # picture's likelihood exactly, DPO takes the mean of so many estimates of it. anchor: weight of a KL that holds
-    # reading to the base's. replay: the step at which discarded prompts are drawn again; 0: never. probe: steps between
-    # looks whether it is time for the replay, 0: none; replay is then the latest.
+    # of each prompt. waves: parts of a call; more take less memory and more time. threshold: a score above it is
+    # accepted. keep: most accepted candidates of a prompt that SFT learns from. batch: rows of an update.
+    # micro_batches: parts that an update is computed in. beta: DPO's. nll: weight of the accepted picture's own
+    # likelihood in DPO. draws: where a family cannot compute a picture's likelihood exactly, DPO takes the mean of so
+    # many estimates of it. anchor: weight of a KL that holds reading to the base's. replay: the step at which discarded
+    # prompts are drawn again; 0: never. probe: steps between looks whether it is time for the replay, 0: none; replay
+    # is then the latest.
     config.internal_gap = dict(objective=preset[-3:], pool=6400, prompts=16, group=10, waves=1, threshold=0.5, keep=1,
                                batch=64, micro_batches=4, beta=0.1, nll=1.0, draws=1, anchor=0.0, replay=0, probe=0)
     config.trains = "backbone"              # what learns: backbone (its layers), backbone+projector, or all

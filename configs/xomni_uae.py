@@ -18,11 +18,11 @@ def get_config():
     # folder: pictures to train on, with ID.txt beside ID.png for the cold start. held_out: those to evaluate with.
     config.pictures = dict(folder="pictures/train", held_out="pictures/held_out")
     # prompts: pictures of a step. group: captions of a picture, or pictures of its caption, which are compared. cold:
-    # steps of the cold start. pairs: pictures with captions in each step of the cold start. stages: what is trained
-    # in turn after that, and for how many steps. words: the most tokens of a caption. clip: how far the probability
-    # ratio may move from 1. beta: weight of the KL to the model after the cold start. advantage_eps: added to the
-    # standard deviation that advantages are divided by. inner_steps: updates on the same samples. micro_batches:
-    # parts that an update is computed in. waves: parts that samples are drawn in.
+    # steps of the cold start. pairs: pictures with captions in each step of the cold start. stages: what is trained in
+    # turn after that, and for how many steps. words: the most tokens of a caption. clip: how far the probability ratio
+    # may move from 1. beta: weight of the KL to the model after the cold start. advantage_eps: added to the standard
+    # deviation that advantages are divided by. inner_steps: updates on the same samples. micro_batches: parts that an
+    # update is computed in. waves: parts that samples are drawn in; more parts take less memory and more time.
     config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=256, clip=0.2,
                       beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
     config.steps = config.uae.cold + 2000
