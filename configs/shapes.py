@@ -112,8 +112,9 @@ def get_config(preset="normal"):
                                      same_noise=False, negative_gradient=True))
     # What draws in training; evaluations are drawn in full. weights: full, the policy's own, or int8, which reads half
     # of bfloat16's bytes in each step. cache: full or int8, of keys and values, where pictures or answers are drawn
-    # token by token. truncate: with int8, the largest weight by which a token counts that the policy itself would have
-    # drawn more often; 0: all count alike.
+    # token by token. truncate: with int8, the largest weight by which a token counts, in GvU and UAE, that the policy
+    # itself would have drawn more often; 0: all count alike. Internal Gap learns from what is accepted, whoever drew
+    # it.
     config.rollout = dict(weights="full", cache="full", truncate=2.0)
     # Flow-GRPO's, where the family draws by a flow, in place of the method's own clip and beta. clip: how far the ratio
     # of mean log-probabilities may move from 1. beta: weight of the KL to the base. spread: whose spread of rewards

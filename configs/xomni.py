@@ -45,8 +45,9 @@ def get_config():
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.03, guidance=1.0)
     # What draws in training; evaluations are drawn in full. weights: full, the policy's own, or int8, which reads half
     # of bfloat16's bytes in each step. cache: full or int8, of keys and values, where pictures or answers are drawn
-    # token by token. truncate: with int8, the largest weight by which a token counts that the policy itself would have
-    # drawn more often; 0: all count alike.
+    # token by token. truncate: with int8, the largest weight by which a token counts, in GvU and UAE, that the policy
+    # itself would have drawn more often; 0: all count alike. Internal Gap learns from what is accepted, whoever drew
+    # it.
     config.rollout = dict(weights="full", cache="full", truncate=2.0)
     # teacher: whose reading judges, the frozen base's or the policy's own; the published code means the base but
     # leaves the adapter on. view: pixels, or tokens: read what was drawn without rendering it. mean: geometric, or

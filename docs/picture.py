@@ -53,7 +53,8 @@ def compose(of, pictures, ground, ink, pale):
     most = int(np.argmax(rise))
     font, small = ImageFont.load_default(17), ImageFont.load_default(15)
     high, rows = 3 * LINE + SIDE + 2 * GAP, -(-len(prompts) // COLUMNS)
-    canvas = Image.new("RGB", (COLUMNS * (WIDE + 3 * GAP) - 2 * GAP, rows * high + 2 * (SIDE + 2 * GAP) + 3 * LINE), ground)
+    size = COLUMNS * (WIDE + 3 * GAP) - 2 * GAP, rows * high + 2 * (SIDE + 2 * GAP) + 3 * LINE
+    canvas = Image.new("RGB", size, ground)
     pen = ImageDraw.Draw(canvas)
 
     def put(picture, x, y):
@@ -71,8 +72,8 @@ def compose(of, pictures, ground, ink, pale):
     for j, (moment, readings) in enumerate(of.items()):
         y, reading = rows * high + GAP + j * (SIDE + 2 * GAP), readings[most]
         put(pictures[moment][most], 0, y)
-        pen.text((SIDE + 2 * GAP, y + LINE), f"drawn {moment} training, reward {reading['reward']:.2f}", fill=pale, font=small)
-        x = SIDE + 2 * GAP
+        x, told = SIDE + 2 * GAP, f"drawn {moment} training, reward {reading['reward']:.2f}"
+        pen.text((x, y + LINE), told, fill=pale, font=small)
         for word, probability in zip(reading["words"], reading["probabilities"], strict=True):
             color, width = probability_color(probability), round(font.getlength(word)) + 2 * GAP
             pen.rounded_rectangle((x, y + 2 * LINE + GAP, x + width, y + 4 * LINE), radius=4, fill=color)

@@ -14,10 +14,13 @@ def flatten(config):
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
+BEFORE = {"rollout.weights": "full", "rollout.cache": "full", "rollout.truncate": 2.0}
+
+
 def differing(ours, theirs):
     """The names of the settings in which two configs (dicts) differ. One that an earlier version did not have is off
-    where it is nothing (0, "")."""
-    ours, theirs = (traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
+    where it is nothing (0, "") or what BEFORE says."""
+    ours, theirs = (BEFORE | traverse_util.flatten_dict(config, sep=".") for config in (ours, theirs))
     return sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name)
                   and (ours.get(name) or theirs.get(name) or name in ours and name in theirs))
 

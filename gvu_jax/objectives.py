@@ -87,7 +87,8 @@ def token_mean(values, mask):
 def importance(old_logps, sampler_logps, most):
     """w = min(pi_old / pi_sampler, C): what each token counts that another policy than pi_old has drawn, one of rounded
     weights (truncated importance sampling; Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
-    RL training"). Without the limit a few tokens would outweigh all others.
+    RL training"). Without the limit a few tokens would outweigh all others. It weighs the gain alone: KL
+    and entropy stay estimated from the tokens that the other policy drew.
 
     old_logps, sampler_logps [S, N]; most: C. Returns w [S, N], through which no gradient goes.
     """

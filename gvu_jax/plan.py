@@ -10,7 +10,8 @@ published sizes are planned for. The compiler is told to spare its tuning, which
 convolutions; memory differs from a run's by a few percent.
 
 --topology=h100 is one GPU, for which nothing is compiled: its time is counted as well, but of its memory only what is
-there between programs, what one takes and what it gives. So it can show what does not fit, and never what does.
+there between programs, what one takes and what it gives. So it can show what does not fit, and never what does. Its
+attention is counted as a CPU's, which writes its scores to memory; a GPU's need not.
 """
 import dataclasses
 import functools
@@ -125,6 +126,7 @@ class Call(NamedTuple):
     program: sharding.Program
     args: tuple                  # shapes on the mesh
     times: float                 # it runs so often in such a step; less than 1 where some steps do without
+    waves: int                   # parts that its batch is cut into, one after the other
     turns: int | None            # of its loop, where it draws token by token
 
 
@@ -144,20 +146,20 @@ class Rehearsal:
     of a reward, are left out.
     """
 
-    def __init__(self, umm, mesh, base, policy, state, key):
+    def __init__(self, umm, mesh, waves, base, policy, state, key):
         self.umm, self.mesh, self.base, self.policy, self.state, self.key = umm, mesh, base, policy, state, key
-        self.steps = {}
+        self.waves, self.steps = waves, {}
 
     def step(self, name, times, pictures, more=0):
         """Begins a kind of step, see Step."""
         self.steps[name] = self.now = Step(times, more, pictures, {})
 
-    def run(self, phase, name, program, *args, times=1):
-        """Has the step begun last run a program. Returns its results."""
+    def run(self, phase, name, program, *args, times=1, waves=None):
+        """Has the step begun last run a program, in the config's waves unless told. Returns its results."""
         with jax.set_mesh(self.mesh):
             results = self.rows(jax.eval_shape(program.jitted, *args))
         turns = results[1].shape[1] - 1 if name in ("sample", "say") else None                  # logps [S, T]
-        self.now.calls[name] = Call(phase, program, args, times, turns)
+        self.now.calls[name] = Call(phase, program, args, times, waves or self.waves, turns)
         return results
 
     def rows(self, tree):
@@ -191,16 +193,17 @@ def rehearse(config, umm, params, mesh):
     Raises ValueError for a mesh on which a step cannot be divided, and for a method that does not say what it runs.
     """
     optimizer, how = optim.build(config.optim, config.steps), How(
-        images_per_prompt=config[config.method].group, **config.sampling, **config.rollout)
+        images_per_prompt=config[config.method].group, **config.sampling, **config.get("rollout", {}))
     method = method_of(config)(umm, config, how, optimizer, mesh)
-    if not hasattr(method, "rehearse"):
-        raise ValueError(f"the method {config.method} does not say what its steps run: give its class a `rehearse`, as "
-                         f"gvu_jax/methods/gvu.py has one")
+    if not (hasattr(method, "rehearse") and hasattr(method, "begin")):
+        raise ValueError(f"the method {config.method} does not say what its steps run: give its class `begin` and "
+                         f"`rehearse`, as gvu_jax/methods/gvu.py has them")
     key = jax.eval_shape(lambda: jax.random.key(0))
     place = functools.partial(sharding.place, umm.partition, mesh=mesh)
     base = place(params)
     state = place(jax.eval_shape(method.begin, base, key))
-    on = Rehearsal(umm, mesh, base, place(jax.eval_shape(method.policy, base, state.trainable)), state, key)
+    policy = place(jax.eval_shape(method.policy, base, state.trainable))
+    on = Rehearsal(umm, mesh, config[config.method].waves, base, policy, state, key)
     method.rehearse(on)
     return on.steps, base, state
 
@@ -226,8 +229,7 @@ def make_plan(config, umm, params, mesh, chip):
         for name, call in step.calls.items():
             same = call.program, jax.tree.structure(call.args), *jax.tree.leaves(call.args)
             if same not in known:
-                known[same] = plan_program(umm, call.program, call.args, mesh, chip, resident,
-                                           config[config.method].waves, call.turns)
+                known[same] = plan_program(umm, call.program, call.args, mesh, chip, resident, call.waves, call.turns)
                 if chip.compiled:
                     took = known[same]["compiled_in"]
                     print(f"{kind}, {name}: compiled in {took:.0f} s", file=sys.stderr, flush=True)

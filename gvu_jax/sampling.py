@@ -8,7 +8,7 @@ The cache of a token by token rollout grows a few times on the way (`stretches`)
 The order of the filters is that of transformers' generation: guidance, suppressed tokens, temperature, top-k, top-p,
 min-p, each on what the one before left. The log-probability that comes back with a token is that of the policy it was
 drawn from, guidance included and nothing filtered, so that it equals what teacher-forced forwards find
-(`policy_logits`).
+(`policy_logits`); of a rounded policy, where `weights` or `cache` is int8, what forwards of that one find.
 """
 import dataclasses
 import functools
@@ -51,8 +51,8 @@ class How:
         for name in ("weights", "cache"):
             if getattr(self, name) not in ("full", "int8"):
                 raise ValueError(f"rollout.{name} is {getattr(self, name)!r}; it must be full or int8")
-        if not 0 <= self.truncate < math.inf:
-            raise ValueError(f"rollout.truncate is {self.truncate}; it must be a number from 0 on; 0 corrects nothing")
+        if not (self.truncate == 0 or 1 <= self.truncate < math.inf):
+            raise ValueError(f"rollout.truncate is {self.truncate}; it must be 1 or more, or 0, which corrects nothing")
         if self.correction and self.logps == "conditional" and self.guidance != 1.0:
             raise ValueError("sampling.logps = 'conditional' takes another policy than the one that draws, which the "
                              "correction of int8 would undo: set rollout.truncate = 0, or sampling.logps = 'guided'")

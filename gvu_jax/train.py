@@ -30,17 +30,16 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questions, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, families, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods import method_of
-from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite, Unified, choose_prompts
-from gvu_jax.umm import compile_programs
+from gvu_jax.umm import check_rollout, compile_programs
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
@@ -72,6 +71,7 @@ def train(config, workdir, stop=Stop()):
     """
     cli.check_numbers(config)
     method_of(config).check(config)
+    check_rollout(families.of(config).MODEL, How(**config.get("rollout", {})))
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
     questions.check_judge(config)
@@ -83,7 +83,7 @@ def train_alone(config, workdir, stop):
     """`train`, when nobody else does in `workdir`."""
     mesh, first_process = sharding.make_mesh(config.mesh), jax.process_index() == 0
     settings = config[config.method]
-    how = How(images_per_prompt=settings.group, **config.sampling, **config.rollout)
+    how = How(images_per_prompt=settings.group, **config.sampling, **config.get("rollout", {}))
     optimizer = optim.build(config.optim, config.steps * settings.get("inner_steps", 1))
     train_metas, held_out = prompts_of(config)
     if "pictures" in config and not config.get("world"):
@@ -123,7 +123,7 @@ def train_alone(config, workdir, stop):
     suite = build_suite(config, umm, method.programs, how, held_out, lengths)
     method.judge = suite.judge                                                  # heard only by reward.mean = "oracle"
     ask = questions.build_judge(config, suite.metas)
-    unified = pictures and build_unified(config, method, pictures)
+    unified = pictures and build_unified(config, method.plain, pictures)
     if unified and settings.cold and not config.get("world"):
         data.check_captions(config.pictures.folder, method.loop.encode)
 
@@ -329,10 +329,8 @@ def pictures_of(config, umm):
                  for folder in (config.pictures.folder, config.pictures.held_out))
 
 
-def build_unified(config, method, pictures):
-    loop, batch = method.loop, config[config.method].prompts
-    if method.how != method.how.itself:                                                  # what an evaluation is of
-        loop = Loop(method.umm, method.how.itself, method.mesh, config.uae.words, config.uae.waves)
+def build_unified(config, loop, pictures):
+    batch = config[config.method].prompts
     examples = data.batch(pictures, 0, config.eval.batches * batch)
     judge = None
     if config.get("world"):

@@ -34,7 +34,8 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
 
 A family that draws by a flow has one call more, image_moves(params, prompts, drawn, how) -> flow.Moves (flow.py).
 `exact_likelihood` says whether `image_logps` with a key and `image_nll` are log p(picture) itself; where they are
-estimates or bounds, no KL and no entropy follows from them.
+estimates or bounds, no KL and no entropy follows from them. `int8` names what of config.rollout can be int8 when it
+draws, "weights" and "cache", the keys and values of what it draws token by token.
 
 Besides these, a model says what its arrays are like: `kind`, its name in families/__init__.py, which model folders
 write down; `of_shapes`, whether it is a model of the shapes world, whose suites then need no files; `lengths(texts)`,
@@ -197,6 +198,15 @@ def gather_logps(logits, ids):
     return jnp.take_along_axis(logits, ids[:, :, None], axis=-1)[:, :, 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
+def check_rollout(umm, how):
+    """ValueError where `how` rounds what this family, or a model of it, cannot draw with rounded."""
+    for name in ("weights", "cache"):
+        if getattr(how, name) == "int8" and name not in umm.int8:
+            why = "do not draw pictures token by token" if umm.int8 else "draw by a flow"
+            raise ValueError(f"rollout.{name} = 'int8' is not for models of kind {umm.kind!r}, which {why}: set "
+                             f"rollout.{name} = 'full'")
+
+
 def check_shared(umm, setting):
     """ValueError where a setting reads what was drawn as it is, and the family cannot."""
     if jax.eval_shape(umm.seen_of, umm.drawn_shapes(1)) is None:
@@ -221,9 +231,8 @@ class Programs(NamedTuple):
 def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
     there is one wave. words: how long `say` lets an answer be. ValueError for a way that the family does not have."""
-    if how != how.itself and hasattr(umm, "image_moves"):
-        raise ValueError(f"rollout.weights and rollout.cache are for models that draw codes, but one of kind "
-                         f"{umm.kind!r} draws by a flow, where int8 saves little: set both to 'full'")
+    check_rollout(umm, how)
+
     def in_waves(function, *batch):
         parts = sharding.split_rows(batch, waves)
         return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)

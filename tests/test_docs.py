@@ -17,10 +17,10 @@ import gvu_jax
 from conftest import ROOT, load_config, one_device
 from gvu_jax import checkpoint, cli, data, optim, rewards, umm
 from gvu_jax.__main__ import COMMANDS
+from gvu_jax.methods import method_of
 from gvu_jax.metrics import Stopwatch
 from gvu_jax.pictures import probability_color
 from gvu_jax.sampling import How
-from gvu_jax.train import method_of
 from test_families import PICTURES, Toy, settings
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "launch/README.md",
@@ -121,8 +121,8 @@ def test_what_is_said_to_run_runs(page, command, tiny, tmp_path, monkeypatch, ca
 def test_the_readme_is_short_and_has_its_picture():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 130
-    pictures = [ROOT / target for target in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)]
-    assert pictures and sum(picture.stat().st_size for picture in pictures) < 300_000
+    pictures = [ROOT / target for target in re.findall(r'(?:srcset|src)="([^"]+)"', text)]
+    assert len(pictures) == 2 and sum(picture.stat().st_size for picture in pictures) < 300_000
     assert text.index("What has been run") < text.index("## Two commands")
 
 

@@ -106,4 +106,7 @@ def test_settings_that_a_run_did_not_have_are_off():
     assert cli.differing(new | {"steps": 4}, old) == ["steps"]
     new["reward"]["own"] = 0.5
     assert cli.differing(new, old) == ["reward.own"]
+    how = {"weights": "full", "cache": "full", "truncate": 2.0}
+    assert cli.differing(new | {"rollout": how}, new) == [] == cli.differing(new, new | {"rollout": how})
+    assert cli.differing(new | {"rollout": how | {"weights": "int8"}}, new) == ["rollout.weights"]
     assert cli.differing({"a": 0}, {"a": 1}) == ["a"] and cli.differing({"a": 0}, {"a": ""}) == ["a"]

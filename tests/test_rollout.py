@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from conftest import one_device
-from gvu_jax import lora, objectives, rollout
-from gvu_jax.methods import grpo
+from conftest import one_device, tiny_config
+from gvu_jax import families, lora, objectives, rollout
+from gvu_jax.methods import UAE, grpo
 from gvu_jax.models import qwen2
 from gvu_jax.models.layers import to_int8
 from gvu_jax.sampling import How
-from gvu_jax.umm import compile_programs
+from gvu_jax.train import build_suite, train
+from gvu_jax.umm import check_rollout, compile_programs
+from test_uae import uae_config
 
 TEXTS = ["a photo of a red circle", "an image of two squares"]
 
@@ -148,12 +150,52 @@ def test_tokens_count_by_the_policy_at_the_start_of_the_step_against_the_sampler
 
 @pytest.mark.parametrize("bad, word", [
     (dict(weights="int4"), "rollout.weights"), (dict(cache="half"), "rollout.cache"),
-    (dict(truncate=-1.0), "rollout.truncate"),
+    (dict(truncate=-1.0), "rollout.truncate"), (dict(truncate=0.5), "rollout.truncate"),
     (dict(truncate=float("nan")), "rollout.truncate"),
     (dict(weights="int8", guidance=5.0, logps="conditional"), "sampling.logps")])
 def test_settings_that_mean_nothing_are_refused(bad, word):
     with pytest.raises(ValueError, match=word):
         How(**bad)
+
+
+@pytest.mark.parametrize("family, how, word", [
+    ("qwen_sd35", How(weights="int8"), "by a flow"), ("qwen_sd35", How(cache="int8"), "rollout.cache"),
+    ("showo", How(cache="int8"), "token by token")])
+def test_what_a_family_cannot_round_is_refused_before_anything_is_made(family, how, word, tmp_path):
+    with pytest.raises(ValueError, match=word):
+        check_rollout(families.of({"family": family}).MODEL, how)
+    config = tiny_config(family=family)
+    config.rollout = dict(weights=how.weights, cache=how.cache, truncate=2.0)
+    with pytest.raises(ValueError, match=word):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_estimates_correct_nothing(tiny_showo):
+    _, umm, params = tiny_showo
+    umm = dataclasses.replace(umm, estimates=2)
+    with pytest.raises(ValueError, match="rollout.truncate = 0, or model.override.estimates"):
+        jax.eval_shape(lambda drawn: umm.image_logps(params, umm.encode_prompts(TEXTS), drawn, How(weights="int8")),
+                       umm.drawn_shapes(2))
+
+
+def test_evaluations_are_drawn_by_the_policy_itself(tiny, split):
+    """Those of prompts and those of captions, whatever draws in training; and each update knows who has drawn."""
+    config, umm = tiny[0].copy_and_resolve_references(), tiny[1]
+    metas, mesh = split[1], one_device()
+    lengths = umm.lengths([meta["prompt"] for meta in metas])
+    how = How(images_per_prompt=config.gvu.group, weights="int8", cache="int8")
+    for eval_group in (config.gvu.group, 2 * config.gvu.group):
+        config.eval.group = eval_group
+        programs = compile_programs(umm, how, mesh, 1)
+        suite = build_suite(config, umm, programs, how, metas, lengths)
+        assert suite.programs.sample is compile_programs(
+            umm, dataclasses.replace(how.itself, images_per_prompt=eval_group), mesh, 1).sample is not programs.sample
+    for drawn_by in (how, how.itself):
+        method = UAE(umm, uae_config(), drawn_by, None, mesh)
+        assert method.plain.groups is compile_programs(umm, how.itself, mesh, 1, method.loop.words)
+        assert (method.plain is method.loop) == (drawn_by == how.itself)
+        assert method.how.correction == (2 if drawn_by == how else 0)
 
 
 def test_only_rounded_rollouts_are_corrected():

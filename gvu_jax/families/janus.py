@@ -48,6 +48,7 @@ class Janus:
     of_shapes: bool = False                             # whether this is a model of the shapes world
 
     kind = "janus"
+    int8 = ("weights", "cache")
     exact_likelihood = True
     trains = llama.TRAINS
     partition = {"ar": llama.PARTITION, "adapter": llama.PARTITION, "vision": siglip.PARTITION, "vq": vq.PARTITION}

@@ -67,6 +67,7 @@ class QwenSD35:
     layout: str = "published"                           # of the captioner's folder: one of qwen25_vl.RULES
 
     kind = "qwen_sd35"
+    int8 = ()
     exact_likelihood = False                            # of a picture nobody knows more than a bound
     asks_first = True                                   # a question stands before the picture, see shapes/pretrain.py
     loads = None                                        # no class of transformers has both halves

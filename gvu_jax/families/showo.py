@@ -67,6 +67,7 @@ class Showo:
     of_shapes: bool = False                             # whether this is a model of the shapes world
 
     kind = "showo"
+    int8 = ("weights",)
     exact_likelihood = False                            # of a picture from anywhere; of choices made it is
     loads = None                                        # no class of transformers reads the published folder
     trains = phi.TRAINS
@@ -233,6 +234,9 @@ class Showo:
             return self.masked_logps(params, prompts, codes, self._mask(jax.random.split(key, len(codes))), how)
         if not self.estimates:
             return self._logps(params, prompts, codes, drawn["round"], self.rounds, how)
+        if how.correction:
+            raise ValueError("model.override.estimates tells no log-probability of what was drawn, by which int8 is "
+                             "corrected: set rollout.truncate = 0, or model.override.estimates = 0")
         own = jnp.sum(codes.astype(jnp.uint32) * (31 ** jnp.arange(self.image_tokens, dtype=jnp.uint32)), axis=1)
         masks = jax.vmap(lambda i: self._mask(sampling.sample_keys(jax.random.key(i), own)))(jnp.arange(self.estimates))
         return jnp.mean(jax.vmap(lambda mask: self.masked_logps(params, prompts, codes, mask, how))(masks), axis=0)

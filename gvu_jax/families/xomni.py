@@ -49,6 +49,7 @@ class XOmni:
     clip_tokenizer: Any = None
 
     kind = "xomni"
+    int8 = ("weights", "cache")
     exact_likelihood = True
     loads = "AutoModelForCausalLM"                      # the class of transformers that reads the published folder
     guidance = 1.0                                      # of the backbone; the head that paints has its own

@@ -87,7 +87,7 @@ def update(state, rows, reward, sampler_logps, reference, policy_of, logps_of, s
     start = (state.trainable, state.opt_state, split(jnp.zeros_like(sampler_logps)))
     (trainable, opt_state, old_logps), metrics = jax.lax.scan(inner_step, start, jnp.arange(settings.inner_steps))
     metrics = jax.tree.map(lambda x: x[-1], metrics) | told(reward, settings.group, opt_state) | {
-        "entropy": -objectives.token_mean(join(old_logps), mask),    # nats a token; unbiased if sampling is unfiltered
+        "entropy": -objectives.token_mean(join(old_logps), mask),    # nats a token; unbiased where it draws, unfiltered
         "logp_gap": objectives.token_mean(jnp.abs(join(old_logps) - sampler_logps), mask)}
     return state.replace(step=state.step + 1, trainable=trainable, opt_state=opt_state), metrics
 

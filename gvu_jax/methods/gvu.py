@@ -103,10 +103,16 @@ class GvU:
         if self.config.reward.view == "pixels":
             pixels = on.run("render", "render", self.programs.render, on.base, drawn, prompts, on.key)
             seen = on.run("reward", "see", self.programs.see, teacher, pixels)
-        on.run("reward", "read", self.programs.read, teacher, seen,
-               on.questions(2 * S) if self.config.reward.mean == "yes" else grouped)
+        if self.own:
+            on.run("reward", "read", self.programs.read, teacher, seen,
+                   on.questions(2 * S) if self.config.reward.mean == "yes" else grouped)
         on.run("update", "update", self.update, on.state, on.base, grouped, drawn, logps, on.floats(S), seen,
                on.questions(S) if gvu.anchor else None)
+
+    @property
+    def own(self):
+        """The share of the model's own reading in the reward."""
+        return self.config.reward.get("own", 0.0) if self.function else float(self.config.reward.mean != "oracle")
 
     def sample(self, policy, prompts, key):
         """-> drawn [S, ..], logps [S, T] of the sampler."""
@@ -124,7 +130,7 @@ class GvU:
         """
         teacher = base if self.config.reward.teacher == "base" else policy
         seen = self.programs.see(teacher, pixels) if pixels is not None else self.umm.seen_of(drawn)
-        own = self.config.reward.get("own", 0.0) if self.function else float(self.config.reward.mean != "oracle")
+        own = self.own
         read = self.read(teacher, seen, prompts, metas) if own else None
         if own == 1:
             return read, seen

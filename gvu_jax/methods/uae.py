@@ -45,7 +45,9 @@ class UAE:
         sharding.check(umm, mesh, config.uae, self.pictures)
         flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
-        self.loop = Loop(umm, how, mesh, config.uae.words, config.uae.waves)
+        loop = functools.partial(Loop, umm, mesh=mesh, words=config.uae.words, waves=config.uae.waves)
+        self.loop = loop(how)
+        self.plain = self.loop if how == how.itself else loop(how.itself)          # what evaluations are drawn by
         self.programs = self.loop.groups
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in
@@ -125,7 +127,7 @@ class UAE:
             told = on.run("sample", "say", telling.say, on.policy, seen, prompts(B), on.key)
             drawn, logps = on.run("render", "sample", drawing.sample, on.policy, prompts(captions), on.key)
             pictures = on.run("render", "render", drawing.render, on.base, drawn, prompts(captions), on.key)
-            on.run("reward", "alike", loop.alike, on.base, pictures, on.pixels(B))
+            on.run("reward", "alike", loop.alike, on.base, pictures, on.pixels(B), waves=1)
             batch = (seen, prompts(B), *told) if stage == "caption" else (prompts(S), drawn, logps)
             on.run("update", "update", self.updates[stage], on.state, on.base, *batch, on.floats(S))
 
