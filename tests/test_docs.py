@@ -76,7 +76,9 @@ def test_every_command_is_one_that_the_package_takes(page, monkeypatch):
     monkeypatch.setattr("absl.app.run", parse)
     monkeypatch.chdir(ROOT)
     of_module = flags.FLAGS.find_module_defining_flag
-    for _, code in blocks(page, "bash"):
+    for mark, code in blocks(page, "bash"):
+        if mark.startswith("needs: a clone of GenEval"):                                   # those are its own commands
+            continue
         for words in commands(code):
             if words[:2] == ["python", "-m"] and words[2].startswith("gvu_jax"):
                 forget([name for name in flags.FLAGS if name.startswith("config.") or of_module(name).startswith("gvu_jax")])
