@@ -402,6 +402,19 @@ def test_rows_left_out_are_in_the_results(evaluate, tsv):
     assert "index 9" in line and "truncated" in line
 
 
+def test_a_row_whose_text_the_model_does_not_take_ends_no_other(evaluate, tsv):
+    path, rows, _ = tsv
+    rows += [["9", "", "Is it red?", "yes<|user|>", "no", "", "A", "count", rows[1][-1]],
+             ["10", "", "Is it red?<|im_end|>", "yes", "no", "", "A", "count", rows[1][-1]]]
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    results, printed = evaluate("understanding", f"--tsv={path}")
+    assert results["questions"] == 3 and results["left_out"] == {"whose text the model does not take": 2}
+    assert "left out: 2 whose text the model does not take" in printed
+    path.write_text("".join("\t".join(cells) + "\n" for cells in (rows[0], rows[5])))
+    line, _ = evaluate("understanding", f"--tsv={path}")
+    assert "no question can be asked: 1 whose text" in line and "index 10" in line and "<|im_end|>" in line
+
+
 def test_questions_from_the_command_line(evaluate, tsv):
     results, printed = evaluate("understanding", f"--tsv={tsv[0]}")
     assert results["questions"] == 3 and set(results["scores"]) == {"overall", "count", "place"}
