@@ -148,6 +148,7 @@ NO_ANSWER = "without an answer that is the letter of one option"
 @pytest.mark.parametrize("row, column, value, reason", [
     (1, 6, "D", NO_ANSWER), (2, 6, "C", NO_ANSWER), (1, 6, "", NO_ANSWER), (1, 6, "nan", NO_ANSWER),
     (1, 6, "AB", NO_ANSWER), (1, 2, " ", "without a question"), (1, 2, "NaN", "without a question"),
+    (1, 4, "#NAME?", "with an error of a spreadsheet (#NAME?) in place of text"),
     (3, 4, "", "with fewer than two options"), (2, 8, "", "without a picture"), (2, 8, "1", "without a picture"),
     (2, 8, "x/0.png", "whose picture is a file that is not there"),
     (2, 8, "x" * 5000 + ".png", "whose picture is a file that is not there"),
