@@ -43,6 +43,8 @@ def read_prompts(source, key="prompt"):
     is wrong, and the keys that are there.
     """
     path = cli.path(source)
+    if not key:
+        raise ValueError("the key of a prompt is empty: leave out --prompt_key, or name one")
     if str(source).startswith("tfds:"):
         metas = [(f"{source}, record {i}", {"prompt": text}) for i, text in enumerate(read_tfds(str(source)))]
     elif path.is_dir():
@@ -55,7 +57,9 @@ def read_prompts(source, key="prompt"):
                          f"key), nor .csv")
     elif path.suffix == ".csv":
         rows = csv.DictReader(io.StringIO(read_text(path), newline=""))
-        metas = [(place, meta) for number, row in enumerate(rows, 1)
+        filled = ((number, row) for number, row in enumerate(rows, 1) if any(
+            cell and str(cell).strip() for cell in row.values()))
+        metas = [(place, meta) for number, row in filled
                  for place in [f"{path}, row {number}"] for meta in metas_of(place, row, key)]
     else:
         lines = enumerate(read_text(path).split("\n"), 1)        # splitlines() would also cut JSON at a raw U+2028
@@ -144,7 +148,7 @@ def keys_of(record, before=""):
 def check_prompt(place, meta):
     """Raises ValueError, naming the place, for a dict whose "prompt" is no text, or whose "tag" (if any) is none."""
     prompt, tag = meta["prompt"], meta.get("tag", "")
-    if not isinstance(prompt, str) or not prompt.strip():
+    if not isinstance(prompt, str) or not prompt.strip() or prompt.strip() in NOTHING:
         raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word, but {str(prompt)[:40]!r}")
     if not isinstance(tag, str):
         raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
@@ -224,6 +228,7 @@ def batch(stream, step, size):
 NOTHING = {"nan", "NaN", "NAN", "-nan", "-NaN", "<NA>", "NaT", "#N/A", "#NA", "#N/A N/A", "1.#QNAN", "-1.#QNAN",
            "1.#IND", "-1.#IND"}
 PERHAPS = {"None", "none", "NONE", "null", "NULL", "Null", "NA", "N/A", "n/a", "undefined"}
+ERRORS = {"#NAME?", "#VALUE!", "#REF!", "#DIV/0!", "#NULL!", "#NUM!"}           # of a spreadsheet, in place of text
 USED = {"index", "image", "image_path", "question", "hint", "answer", "category", *string.ascii_uppercase}
 
 
@@ -249,6 +254,8 @@ def read_choices(path, left_out=None):
         try:
             if "torn" in row:
                 raise ValueError("whose cells do not fit the columns (a quote that is not closed?)")
+            if ERRORS & {row["question"], row.get("hint"), *options.values()}:
+                raise ValueError("with an error of a spreadsheet (#NAME?) in place of text")
             if not row["question"]:
                 raise ValueError("without a question")
             if len(options) < 2:

@@ -152,25 +152,34 @@ def build_shapes(model):
 
 def understanding(model, choices, left_out):
     """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world.
-    left_out: the Counter of read_choices; what turns out to be no picture, or none for this model, is left out too."""
+    left_out: the Counter of read_choices; what turns out to be no picture or no text for this model is left out, too."""
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})
-    asked, refusals, broken = [], [], []
+    asked, refusals, broken, unread = [], [], [], []
     for choice in choices:
         try:
-            if refusal := model.refusal(data.decode_choice(choice).shape[:2]):
-                refusals.append(f"{choice['name']}: {refusal}")
-            else:
-                asked.append(choice)
+            refusal = model.refusal(data.decode_choice(choice).shape[:2])
         except ValueError as error:
             left_out["whose picture cannot be read"] += 1
             broken.append(str(error))
+            continue
+        if refusal:
+            refusals.append(f"{choice['name']}: {refusal}")
+            continue
+        try:                                                            # one row's text ends no other row
+            model.umm.lengths(choice["options"], [choice["question"]] * len(choice["options"]))
+        except ValueError as error:
+            left_out["whose text the model does not take"] += 1
+            unread.append(f"{choice['name']}: {error}")
+            continue
+        asked.append(choice)
     if not asked:
-        told = [data.count_reasons(left_out)] * bool(left_out) + refusals[:1] + broken[:1]
+        told = [data.count_reasons(left_out)] * bool(left_out) + refusals[:1] + broken[:1] + unread[:1]
         raise ValueError(f"no question can be asked: {'; '.join(told)}")
-    if broken:
-        print(f"note: {len(broken)} pictures cannot be read. The first: {broken[0]}", file=sys.stderr)
+    for what, told in ("pictures cannot be read", broken), ("rows have text that the model does not take", unread):
+        if told:
+            print(f"note: {len(told)} {what}. The first: {told[0]}", file=sys.stderr)
     right = suite.choose(model, asked)
     metas = [{"prompt": choice["name"], "tag": choice["category"]} for choice in asked]
     found = {"overall": share(right)} | {tag: share(right[rows]) for tag, rows in suite.rows_by_tag(metas).items()}

@@ -82,6 +82,7 @@ def main(_):
     cli.keep_compiled()
     given = {"diffusion_steps": _STEPS.value, "adapter": _ADAPTER.value}
     folder = hub.model_folder(_CHECKPOINT.value)
+    out.mkdir(parents=True, exist_ok=True)                              # which may fail, so before the work
     model = gvu_jax.load(folder, **{name: value for name, value in given.items() if value})
     if _GUIDANCE.value is None:
         how = dataclasses.replace(how, guidance=model.umm.guidance)
@@ -98,7 +99,6 @@ def main(_):
             replace_file(row[0].parent.parent / "metadata.jsonl", json.dumps(meta) + "\n")
     if layout == "geneval2":
         named = {prompt: str(row[0].resolve()) for prompt, row in zip(prompts, files)}
-        out.mkdir(parents=True, exist_ok=True)
         replace_file(out / "images.json", json.dumps(named, indent=1))
     with Progress(len(metas), "prompt", "drawing", done=len(metas) - len(places)) as progress:
         for batch in model.draw(prompts, _SEED.value, count, how, batch=_BATCH.value, places=places):

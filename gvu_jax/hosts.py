@@ -39,8 +39,10 @@ def watch(timeout):
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
     timer.start()
-    yield
-    timer.cancel()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def gather(host, port, count, index, ends):

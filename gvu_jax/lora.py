@@ -80,8 +80,9 @@ def from_peft(tensors, params, rules):
             if not misshapen:
                 adapter[f"{module}/{half}"] = np.stack(rows) if leaf.ndim == 3 else rows[0]
     if missing or misshapen or tensors:
-        raise ValueError(f"the adapter does not fit the model: missing keys {missing}, misshapen keys {misshapen}, "
-                         f"unknown keys {sorted(tensors)}")
+        told = [f"{len(names)} {what} keys ({', '.join(names[:2])}{', ..' * (len(names) > 2)})" for what, names in (
+            ("missing", missing), ("misshapen", misshapen), ("unknown", sorted(tensors))) if names]
+        raise ValueError(f"the adapter does not fit the model, so it is of another one: {', '.join(told)}")
     return traverse_util.unflatten_dict(adapter, sep="/")
 
 

@@ -101,7 +101,12 @@ def join_hosts(how, timeout=300):
     """
     if how == "auto":
         with hosts.watch(timeout):
-            return jax.distributed.initialize(initialization_timeout=2 * timeout)
+            try:
+                return jax.distributed.initialize(initialization_timeout=2 * timeout)
+            except ValueError as error:                        # "coordinator_address should be defined."
+                raise ValueError("--hosts=auto: nothing here tells of other machines, as TPU pods and Slurm do: give "
+                                 "--hosts=ADDRESS:PORT,COUNT,INDEX, or leave it out where there is one machine"
+                                 ) from error
     try:
         address, count, index = how.split(",")
         count, index = int(count), int(index)

@@ -17,7 +17,7 @@ from test_decode import some
 
 @pytest.mark.parametrize("name, content, word", [
     ("p.txt", b"\n \n", "no prompts"), ("p.tsv", b"a\n", "neither"), ("p.txt", b"\xff\xfe\x00", "UTF-8"),
-    ("p.csv", b"a\nb\n", "row 1 has no"),
+    ("p.csv", b"a\nb\n", "row 1 has no"), ("p.csv", b"prompt,b\na,1\n , \nnan,2\n", "row 3 has no .* 'nan'"),
     ("p.jsonl", b'{"prompt": "a"}\n{"text": "b"}\n', "line 2"), ("p.jsonl", b'{"prompt": "a"}\n{oops\n', "line 2"),
     ("p.jsonl", b'"a"\n', "line 1"), ("p.jsonl", b'{"prompt": " "}\n', "line 1")])
 def test_a_bad_file_is_refused_with_the_place(tmp_path, name, content, word):
@@ -100,6 +100,13 @@ def test_the_keys_that_are_there_are_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=words):
         data.read_prompts(tmp_path / name)
+
+
+def test_rows_of_nothing_are_blank_and_an_empty_key_is_refused(tmp_path):
+    (tmp_path / "p.csv").write_text("prompt,tag\na cat,x\n,\n , \na dog,x\n")
+    assert [meta["prompt"] for meta in data.read_prompts(tmp_path / "p.csv")] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match="key of a prompt is empty"):
+        data.read_prompts(tmp_path / "p.csv", "")
 
 
 KEY = st.text("ab/", min_size=1, max_size=3)

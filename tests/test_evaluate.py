@@ -148,6 +148,7 @@ NO_ANSWER = "without an answer that is the letter of one option"
 @pytest.mark.parametrize("row, column, value, reason", [
     (1, 6, "D", NO_ANSWER), (2, 6, "C", NO_ANSWER), (1, 6, "", NO_ANSWER), (1, 6, "nan", NO_ANSWER),
     (1, 6, "AB", NO_ANSWER), (1, 2, " ", "without a question"), (1, 2, "NaN", "without a question"),
+    (1, 4, "#NAME?", "with an error of a spreadsheet (#NAME?) in place of text"),
     (3, 4, "", "with fewer than two options"), (2, 8, "", "without a picture"), (2, 8, "1", "without a picture"),
     (2, 8, "x/0.png", "whose picture is a file that is not there"),
     (2, 8, "x" * 5000 + ".png", "whose picture is a file that is not there"),
@@ -400,6 +401,19 @@ def test_rows_left_out_are_in_the_results(evaluate, tsv):
     line, _ = evaluate("understanding", f"--tsv={path}")
     assert "no question can be asked: 1 whose picture cannot be read" in line
     assert "index 9" in line and "truncated" in line
+
+
+def test_a_row_whose_text_the_model_does_not_take_ends_no_other(evaluate, tsv):
+    path, rows, _ = tsv
+    rows += [["9", "", "Is it red?", "yes<|user|>", "no", "", "A", "count", rows[1][-1]],
+             ["10", "", "Is it red?<|im_end|>", "yes", "no", "", "A", "count", rows[1][-1]]]
+    path.write_text("".join("\t".join(cells) + "\n" for cells in rows))
+    results, printed = evaluate("understanding", f"--tsv={path}")
+    assert results["questions"] == 3 and results["left_out"] == {"whose text the model does not take": 2}
+    assert "left out: 2 whose text the model does not take" in printed
+    path.write_text("".join("\t".join(cells) + "\n" for cells in (rows[0], rows[5])))
+    line, _ = evaluate("understanding", f"--tsv={path}")
+    assert "no question can be asked: 1 whose text" in line and "index 10" in line and "<|im_end|>" in line
 
 
 def test_questions_from_the_command_line(evaluate, tsv):

@@ -293,6 +293,14 @@ def test_one_process_alone_says_who_is_missing(command, tmp_path, index, missing
     assert not (tmp_path / "w").exists()
 
 
+def test_machines_that_do_not_know_each_other_are_told_so(tmp_path):
+    ended = subprocess.run([sys.executable, "-m", "gvu_jax.train", f"--config={ROOT}/configs/shapes.py", "--hosts=auto",
+                            f"--workdir={tmp_path}/w"], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"JAX_PLATFORMS": "cpu"})
+    assert ended.returncode == 1 and not (tmp_path / "w").exists()
+    assert ended.stderr.count("\n") == 1 and "--hosts=ADDRESS:PORT,COUNT,INDEX" in ended.stderr
+
+
 def test_processes_meet_or_all_of_them_hear_why_not(monkeypatch):
     def meet(count, *indices, timeout=20):
         """What each process says, or None where it has met the others; by its place in `indices`."""
