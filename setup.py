@@ -20,6 +20,7 @@ setup(
         "Development Status :: 3 - Alpha", "Intended Audience :: Science/Research",
         "Operating System :: POSIX :: Linux", "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.11", "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=["gvu_jax", "gvu_jax.*"]),
     package_data={"gvu_jax": ["*.html.j2"]},

@@ -365,12 +365,12 @@ def decode_choice(choice):
 
 
 def picture_files(folder):
-    """The pictures of a folder, sorted. FileNotFoundError where there is no such folder, ValueError where it has none.
-    """
+    """The pictures of a folder, sorted, without the grid.png in which gvu_jax.generate shows others of them. Raises
+    FileNotFoundError where there is no such folder, ValueError where it has none."""
     folder = cli.path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder of pictures {folder}")
-    paths = list_files(folder, SUFFIXES)
+    paths = [path for path in list_files(folder, SUFFIXES) if path.name != "grid.png"]
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(SUFFIXES)})")
     return paths

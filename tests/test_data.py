@@ -61,6 +61,7 @@ def test_files_that_nobody_meant_are_not_read(tmp_path):
     (tmp_path / "a.txt").write_text("a cat")
     (tmp_path / "b.TXT").write_text("a dog")
     (tmp_path / "license.png").write_bytes(b"")
+    (tmp_path / "grid.png").write_bytes(b"")                                         # gvu_jax.generate's, of the others
     assert data.read_prompts(tmp_path) == [{"id": "a", "prompt": "a cat"}, {"id": "b", "prompt": "a dog"}]
     assert [path.name for path in data.picture_files(tmp_path)] == ["license.png"]
     (tmp_path / "license.png").unlink()
