@@ -14,6 +14,7 @@ def flatten(config):
     return traverse_util.flatten_dict(config.to_dict(), sep=".")
 
 
+# What settings are that a run of an earlier version does not have, where that is something.
 BEFORE = {"rollout.weights": "full", "rollout.cache": "full", "rollout.truncate": 2.0}
 
 

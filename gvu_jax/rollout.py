@@ -35,4 +35,3 @@ def rounded(params):
         if path[-1] == "kernel" and kernel.ndim <= 3:                   # more than three axes: a convolution's
             flat[path], flat[path[:-1] + ("step",)] = to_int8(kernel, -2)
     return traverse_util.unflatten_dict(flat)
-
