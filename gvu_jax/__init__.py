@@ -9,6 +9,7 @@
 """
 import dataclasses
 import glob
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
@@ -19,6 +20,11 @@ ACCELERATORS = "/dev/accel*", "/dev/vfio/*", "/dev/nvidia*", "/dev/kfd", "/dev/d
 if importlib.util.find_spec("libtpu") and not any(map(glob.glob, ACCELERATORS)):
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")       # else it tells everyone that torch is not installed
+# On a CPU the newer convolutions of jaxlib 0.10 take up to twice as long as its older ones; those of 0.12 do not. XLA
+# ends a process that names a flag it does not know, so that no other version hears of this one.
+KERNELS, given = "--xla_cpu_experimental_ynn_fusion_type", os.environ.get("XLA_FLAGS", "")
+if importlib.metadata.version("jaxlib").startswith("0.10.") and KERNELS not in given:
+    os.environ["XLA_FLAGS"] = f"{given} {KERNELS}=-individual_convolution".lstrip()
 
 import jax
 import jax.numpy as jnp
