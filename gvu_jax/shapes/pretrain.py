@@ -19,6 +19,7 @@ import numpy as np
 from flax import struct
 
 from gvu_jax import checkpoint, cli, families, objectives, rewards
+from gvu_jax.models.layers import platform
 from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.learn import fit, muon
 
@@ -61,7 +62,9 @@ def build(config):
     """The untrained model of a config: (umm, params)."""
     umm = families.tiny_of(config).tiny(config)
     checkpoint.shapes(umm)
-    return umm, jax.jit(umm.init)(jax.random.key(config.pretrain.seed))
+    # It runs once, and is hundreds of small kernels: on a CPU most of its time is to compile them well.
+    options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
+    return umm, jax.jit(umm.init, compiler_options=options)(jax.random.key(config.pretrain.seed))
 
 
 def pretrain(config):
