@@ -154,12 +154,12 @@ class Rehearsal:
         """Begins a kind of step, see Step."""
         self.steps[name] = self.now = Step(times, more, pictures, {})
 
-    def run(self, phase, name, program, *args, times=1, waves=None):
-        """Has the step begun last run a program, in the config's waves unless told. Returns its results."""
+    def run(self, phase, name, program, *args, times=1):
+        """Has the step begun last run a program. Returns its results."""
         with jax.set_mesh(self.mesh):
             results = self.rows(jax.eval_shape(program.jitted, *args))
         turns = results[1].shape[1] - 1 if name in ("sample", "say") else None                  # logps [S, T]
-        self.now.calls[name] = Call(phase, program, args, times, waves or self.waves, turns)
+        self.now.calls[name] = Call(phase, program, args, times, self.waves, turns)
         return results
 
     def rows(self, tree):

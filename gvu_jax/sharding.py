@@ -322,6 +322,14 @@ def join_rows(tree):
     return jax.tree.map(join, tree)
 
 
+def in_waves(function, *batch, waves=1):
+    """function(*batch) of trees [S, ..] -> a tree [S, ..], whose rows go through it in so many parts, one after the
+    other, where all at once would not fit into memory. ValueError as in `split_rows`."""
+    if waves == 1:
+        return function(*batch)
+    return join_rows(jax.lax.map(lambda part: function(*part), split_rows(batch, waves)))
+
+
 def _shards(slices):
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if slices == 1 or mesh.empty else batch_shards(mesh)

@@ -232,10 +232,7 @@ def compile_programs(umm, how, mesh, waves=1, words=32):
     """The interface on a mesh, for one way of sampling. The rows of a call are a multiple of waves x data x fsdp, or
     there is one wave. words: how long `say` lets an answer be. ValueError for a way that the family does not have."""
     check_rollout(umm, how)
-
-    def in_waves(function, *batch):
-        parts = sharding.split_rows(batch, waves)
-        return sharding.join_rows(jax.lax.map(lambda part: function(*part), parts)) if waves > 1 else function(*batch)
+    in_waves = functools.partial(sharding.in_waves, waves=waves)
 
     def places(prompts, times):                                                         # [B, G]: of the B*G samples
         rows = prompts.tokens.shape[0]

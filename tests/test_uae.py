@@ -93,6 +93,16 @@ def test_kl_is_measured_to_what_the_cold_start_left(method, tmp_path):
     assert step_of(built, base, stream, again, 3)[2]["kl"] == metrics["kl"]
 
 
+def test_pictures_are_compared_in_waves_as_all_at_once(method):
+    built, base, _ = method
+    pictures = jax.random.uniform(jax.random.key(0), (8, *built.umm.picture_size, 3))               # two of each
+    whole, parts = (uae.Loop(built.umm, built.how, built.mesh, 4, waves).alike(base, pictures, pictures[::2])
+                    for waves in (1, 2))
+    assert whole.shape == (8,) and len(set(whole[1::2].tolist())) == 4
+    np.testing.assert_allclose(whole[::2], 1.0, atol=1e-5)                 # a picture is like itself, and in its place
+    np.testing.assert_allclose(parts, whole, atol=1e-6)
+
+
 def test_a_caption_that_cannot_be_drawn_is_drawn_as_a_dash(method):
     built, _, _ = method
     ids = lambda text: built.umm.tokenizer(text, add_special_tokens=False, padding="max_length", max_length=12,

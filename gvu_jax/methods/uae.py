@@ -127,7 +127,7 @@ class UAE:
             told = on.run("sample", "say", telling.say, on.policy, seen, prompts(B), on.key)
             drawn, logps = on.run("render", "sample", drawing.sample, on.policy, prompts(captions), on.key)
             pictures = on.run("render", "render", drawing.render, on.base, drawn, prompts(captions), on.key)
-            on.run("reward", "alike", loop.alike, on.base, pictures, on.pixels(B), waves=1)
+            on.run("reward", "alike", loop.alike, on.base, pictures, on.pixels(B))
             batch = (seen, prompts(B), *told) if stage == "caption" else (prompts(S), drawn, logps)
             on.run("update", "update", self.updates[stage], on.state, on.base, *batch, on.floats(S))
 
@@ -198,7 +198,7 @@ class Loop:
     a time (umm.Programs), `singles` those that draw one sample."""
 
     def __init__(self, umm, how, mesh, words, waves=1):
-        self.umm, self.mesh, self.words = umm, mesh, words
+        self.umm, self.mesh, self.words, self.waves = umm, mesh, words, waves
         self.groups, self.singles = (
             compile_programs(umm, dataclasses.replace(how, images_per_prompt=count), mesh, waves, words)
             for count in (how.images_per_prompt, 1))
@@ -243,6 +243,8 @@ class Loop:
 
     def _alike(self, base, pictures, originals):
         """The reward [S] of pictures [S, H, W, 3], those of one of the originals [B, H, W, 3] side by side."""
-        features = self.umm.features(base, originals)
-        return rewards.similarity(self.umm.features(base, pictures),
-                                  jnp.repeat(features, len(pictures) // len(originals), axis=0))
+        def compare(pictures, originals):
+            features = self.umm.features(base, originals)
+            return rewards.similarity(self.umm.features(base, pictures),
+                                      jnp.repeat(features, len(pictures) // len(originals), axis=0))
+        return sharding.in_waves(compare, pictures, originals, waves=self.waves)
