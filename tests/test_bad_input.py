@@ -49,7 +49,7 @@ def tiny(folder):
     """(config, umm, params) as in conftest, but all parameters are zero: nothing here is compiled for them."""
     config, zeros = tiny_config(), lambda shape: np.zeros(shape.shape, shape.dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", lambda init: lambda key: jax.tree.map(zeros, jax.eval_shape(init, key)))
+        patch.setattr(jax, "jit", lambda init, **_: lambda key: jax.tree.map(zeros, jax.eval_shape(init, key)))
         return config, *pretrain.build(config)
 
 
