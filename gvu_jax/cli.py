@@ -1,4 +1,5 @@
 """How every command line of this package starts and how it fails."""
+import atexit
 import os
 import re
 import sys
@@ -128,4 +129,14 @@ def run(main):
     # The flag of the configs reads sys.argv itself, and a preset may follow its path.
     sys.argv[1:] = [f"--config={os.path.expanduser(argument.partition('=')[2])}"
                     if argument.startswith(("--config=~", "-config=~")) else argument for argument in sys.argv[1:]]
-    app.run(guarded, flags_parser=parse)
+    try:
+        app.run(guarded, flags_parser=parse)
+    except SystemExit as ended:
+        if not isinstance(ended.code, str) or main.__module__ != "__main__":
+            raise
+        # Said now, and without waiting for threads: where a disk had no room for a state's folder, those of Orbax wait
+        # for it ten minutes longer.
+        print(ended.code, file=sys.stderr)
+        atexit._run_exitfuncs()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)

@@ -34,6 +34,15 @@ def run(*arguments, **environment):
     return done.stdout, done.stderr
 
 
+def test_a_command_that_fails_ends_though_a_thread_of_a_library_waits():
+    program = ("import threading, time\nfrom gvu_jax import cli\ndef main(_):\n"
+               "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+               "    print('said before')\n    raise OSError('the disk is full')\ncli.run(main)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout, done.stderr) == (1, "said before\n", "error: the disk is full\n")
+
+
 @pytest.mark.skipif(any(map(glob.glob, ACCELERATORS)), reason="this machine has accelerators, whose libraries may speak")
 def test_a_machine_without_accelerators_hears_nothing_of_them():
     program = "import gvu_jax.train, gvu_jax.evaluate, jax; print(jax.default_backend(), jax.config.jax_platforms)"
