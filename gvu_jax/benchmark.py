@@ -36,6 +36,7 @@ from ml_collections import ConfigDict
 
 from gvu_jax import cli, families, full_size, lora, objectives, optim, report, sampling, sharding
 from gvu_jax.methods import gvu
+from gvu_jax.models import qwen2
 from gvu_jax.metrics import replace_file
 from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.sentences import vocabulary
@@ -392,6 +393,10 @@ _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2
 _BATCHES = flags.DEFINE_list("batches", "8,32", "Of a published size: how many pictures are drawn at once.")
 _PICTURES = flags.DEFINE_integer("pictures", 32, "Of a published size: pictures of all phases but sample.",
                                  lower_bound=2)
+_REMAT = flags.DEFINE_enum("remat", "nothing", list(qwen2.REMAT), "Of a published size: what the update's backward pass "
+                           "computes again; all where memory is short.")
+_MICRO = flags.DEFINE_integer("micro", full_size.GROUP, "Of a published size: how many pictures an update takes at once.",
+                              lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
 _REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
@@ -448,7 +453,7 @@ def on_a_card():
     if _REPORT.value:
         Path(_REPORT.value).mkdir(parents=True, exist_ok=True)
     found = full_size.measure(_SIZE.value, [int(n) for n in counts[:-1]], _PICTURES.value, wanted, _ROUNDS.value,
-                              functools.partial(print, flush=True))
+                              functools.partial(print, flush=True), _REMAT.value, _MICRO.value)
     if _REPORT.value:
         replace_file(Path(_REPORT.value) / "benchmark.json", json.dumps(found, indent=1))
 

@@ -10,10 +10,11 @@ phase is the program of a GvU step with an adapter of rank 8, and its floor is t
 
 both measured at the start (costs.py counts). "Of the floor" is the floor over the time: at these rates no program
 exceeds 100 %. A phase holds what it uses and nothing else, so this says nothing about what fits together: that is
-plan.py's. Where the family has a peer and PyTorch sees the card, it draws as many pictures without an adapter, with
-random weights as well; that both sides compute the same is seen at the small sizes.
+plan.py's. `sample_int8` draws with weights and cache in int8 (rollout.py). The last line is the whole step: a step runs
+these programs one after the other. Where the family has a peer and PyTorch sees the card, it draws as many pictures
+without an adapter, with random weights as well; that both sides compute the same is seen at the small sizes.
 """
-import contextlib
+import dataclasses
 import functools
 import gc
 import importlib
@@ -31,25 +32,27 @@ from ml_collections import ConfigDict
 
 from gvu_jax import costs, families, plan, sharding
 
-PHASES = ("sample", "render", "see", "read", "update")
+PHASES = ("sample", "sample_int8", "render", "see", "read", "update")
+STEP = tuple(name for name in PHASES if name != "sample_int8")            # what one step runs
 GROUP = 8                              # pictures of a prompt, where there are so many
 PRODUCTS = 10                          # of matrices, that are timed together
 
 
-def measure(size, batches, pictures, wanted, rounds, say):
-    """Every figure of one of families.SIZES, as a dict. batches: how many pictures `sample` draws at once, one line for
-    each; pictures: of the other phases; wanted: of PHASES; say(line) is told what is known as soon as it is."""
+def measure(size, batches, pictures, wanted, rounds, say, remat="nothing", micro=GROUP):
+    """Every figure of one of families.SIZES, as a dict. batches: how many pictures are drawn at once, one line for
+    each; pictures: of the other phases; wanted: of PHASES; say(line) is told what is known as soon as it is; remat: of
+    qwen2.REMAT, for the update; micro: pictures of one of its micro-batches, at most."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # the peer needs memory as well, one by one
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
     if jax.default_backend() == "cpu":
         raise ValueError(f"--size={size} is for a card, and JAX sees none here; tiny, small and medium are for CPUs")
-    umm, params = model_of(size)
-    peers = peer_seconds(families.SIZES[size][0], umm, batches) if "sample" in wanted else {}
+    umm, params = model_of(size, remat)
+    peers = peer_seconds(families.SIZES[size][0], umm, batches, say) if "sample" in wanted else {}
     card = probe()
     say(f"{size} on {card.name}: {card.flops / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s; "
         f"jax {jax.__version__}")
-    found = [trace_phase(*phase) for phase in phases(umm, params, batches, pictures, wanted)]
+    found = [trace_phase(*phase) for phase in phases(umm, params, batches, pictures, wanted, micro)]
     with ThreadPoolExecutor(8) as pool:                                 # the compiler works outside of Python
         compiled = list(pool.map(lambda phase: phase.lowered.compile(), found))
     say(f"compiled\n\n{HEADER}")
@@ -59,20 +62,24 @@ def measure(size, batches, pictures, wanted, rounds, say):
         if phase.name == "sample" and phase.pictures in peers:
             lines[-1]["peer"] = peers[phase.pictures]
         say(row(lines[-1]))
-    return dict(size=size, card=card._asdict(), phases=lines)
+    if (step := whole_step(lines, pictures)):
+        say(row(step))
+    return dict(size=size, card=card._asdict(), remat=remat, micro=micro, phases=lines, step=step)
 
 
-def model_of(size):
+def model_of(size, remat="nothing"):
     """(umm, shapes of its params in bfloat16) of one of families.SIZES."""
     family, override, name = families.SIZES[size]
     umm = families.FAMILIES[family].published(override, name)
+    umm = dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat))
     return umm, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16),
                              jax.eval_shape(umm.init, jax.random.key(0)))
 
 
-def peer_seconds(family, umm, batches):
+def peer_seconds(family, umm, batches, say):
     """{pictures: seconds} of what a PyTorch user would draw with, {} where nothing is installed that could. It runs
-    first and gives its memory back: JAX does not give back what it has had."""
+    first and gives its memory back: JAX does not give back what it has had. say(line) is told where it fails: there are
+    versions of transformers whose Janus does not draw (5.17)."""
     name = f"{families.__name__}.{family}_peers"
     if importlib.util.find_spec(name) is None or importlib.util.find_spec("peft") is None:
         return {}
@@ -81,10 +88,12 @@ def peer_seconds(family, umm, batches):
     if not torch.cuda.is_available() or not hasattr(peers, "sampler"):
         return {}
     found, sample = {}, peers.sampler(umm, "cuda", torch.bfloat16)
-    with contextlib.suppress(torch.OutOfMemoryError):                    # then the larger batches have no peer
-        sample(1, 2, plan.PROMPT)                                        # loads what the first call loads
+    try:
+        sample(1, 2, plan.PROMPT, 4)                                     # loads what the first call loads
         for S in sorted(batches):
             found[S] = seconds(lambda: sample(S // min(GROUP, S), min(GROUP, S), plan.PROMPT))
+    except Exception as error:                                           # whatever it is, ours can be measured
+        say(f"no peer for {'more' if found else 'any'} pictures: {type(error).__name__} in PyTorch's: {error}")
     del sample
     gc.collect()
     torch.cuda.empty_cache()
@@ -125,23 +134,30 @@ def seconds(run):
 
 # ---- phases ----------------------------------------------------------------------------------------------------------
 
-def phases(umm, params, batches, pictures, wanted):
-    """(name, function, its args as shapes, pictures) of each phase that is wanted, `sample` once for each batch."""
+def phases(umm, params, batches, pictures, wanted, micro=GROUP):
+    """(name, function, its args as shapes, pictures) of each phase that is wanted, drawing once for each batch."""
     mesh = sharding.make_mesh({}, jax.devices()[:1])
-    counts = {name: [pictures] for name in PHASES} | {"sample": batches}
+    counts = {name: [pictures] for name in PHASES} | dict.fromkeys(("sample", "sample_int8"), batches)
+
+    @functools.cache                                                    # it traces all phases: seconds
+    def rehearsed(S, width):
+        config = step_config(umm, S, micro, dict(weights=width, cache=width) if width else {})
+        return plan.rehearse(config, umm, params, mesh)[0]["step"].calls
+
     for name, S in [(name, S) for name in PHASES if name in wanted for S in counts[name]]:
-        call = plan.rehearse(step_config(umm, S), umm, params, mesh)[0]["step"].calls[name]
+        program, _, width = name.partition("_")
+        call = rehearsed(S, width)[program]
         yield name, call.program.jitted, call.args, S
 
 
-def step_config(umm, pictures):
-    """What plan.rehearse asks of a config: a step of GvU with an adapter of rank 8, in micro-batches of 8 pictures."""
+def step_config(umm, pictures, micro=GROUP, rollout={}):
+    """What plan.rehearse asks of a config: a step of GvU with an adapter of rank 8."""
     group = min(GROUP, pictures)
     return ConfigDict(dict(
-        method="gvu", steps=1, rollout={},
+        method="gvu", steps=1, rollout=rollout,
         sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)),
         gvu=dict(prompts=pictures // group, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
-                 inner_steps=1, micro_batches=pictures // group, waves=1),
+                 inner_steps=1, micro_batches=max(1, pictures // micro), waves=1),
         reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),
         flow=dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian"),
         optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
@@ -218,6 +234,20 @@ def time_phase(phase, program, card, rounds):
     floors = dict(compute=cost.flops / card.flops, memory=(cost.weights + cost.data) / card.bandwidth)
     return line | dict(floors=floors, tflop=cost.flops / 1e12, gbytes=(cost.weights + cost.data) / 1e9,
                        of_floor=max(floors.values()) / took, pictures_per_second=phase.pictures / took)
+
+
+def whole_step(lines, pictures):
+    """The line of a step that runs all its phases for so many pictures, one after the other; None where one is not
+    among the lines. It takes the sum of their medians: nothing else of a step has weight."""
+    ran = [line for line in lines if line["phase"] in STEP and line["pictures"] == pictures and "seconds" in line]
+    if len(ran) != len(STEP):
+        return None
+    total = lambda name: sum(line[name] for line in ran)
+    took = sum(statistics.median(line["seconds"]) for line in ran)
+    floors = {bound: sum(line["floors"][bound] for line in ran if max(line["floors"], key=line["floors"].get) == bound)
+              for bound in ("compute", "memory")}
+    return dict(phase="the whole step", pictures=pictures, seconds=[took], floors=floors, tflop=total("tflop"),
+                gbytes=total("gbytes"), of_floor=sum(floors.values()) / took, pictures_per_second=pictures / took)
 
 
 HEADER = ("| phase | pictures | s | pictures/s | of the floor | TFLOP | GB | peer, s | peer / ours |\n"

@@ -13,11 +13,12 @@ from pathlib import Path
 # Programs of tests run for milliseconds, so they had better be compiled fast than well, and in one piece where a core
 # has no other to share with. The second and third flags are ones that XLA may take back, and it ends a process that
 # names a flag it does not know.
-ALONE = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    ALONE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+ALONE = os.environ.get("XLA_FLAGS", "")
+if os.environ.setdefault("JAX_PLATFORMS", "cpu") == "cpu":       # the TPU compiler is installed, but there is no TPU
+    ALONE += " --xla_backend_optimization_level=0"
+    if importlib.metadata.version("jaxlib").startswith("0.10."):
+        ALONE += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{ALONE} --xla_force_host_platform_device_count=8"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")          # the TPU compiler is installed, but there is no TPU
 
 import jax
 import numpy as np

@@ -66,13 +66,36 @@ def test_a_line_says_how_far_it_is_from_the_floor(found):
     assert {full_size.row(line).count("|") for line in lines} == {full_size.HEADER.split("\n")[0].count("|")}
 
 
+def test_a_step_is_the_sum_of_its_phases(found):
+    see = full_size.time_phase(found["see"], lambda arrays: jnp.zeros(()), CARD, 1)
+    bound = lambda line, compute, memory: line | dict(floors=dict(compute=compute, memory=memory))
+    lines = [bound(see, 1.0, 3.0) | dict(phase="sample", pictures=2, seconds=[6.0, 4.0, 5.0]),
+             bound(see, 1.0, 3.0) | dict(phase="sample", pictures=8, seconds=[50.0]),
+             bound(see, 1.0, 3.0) | dict(phase="sample_int8", pictures=2, seconds=[50.0]),
+             *(bound(see, 2.0, 1.0) | dict(phase=name, pictures=2, seconds=[3.0])
+               for name in ("render", "see", "read", "update"))]
+    step = full_size.whole_step(lines, 2)
+    assert step["seconds"] == [17.0] and step["pictures_per_second"] == 2 / 17
+    assert step["floors"] == dict(compute=8.0, memory=3.0) and step["of_floor"] == 11 / 17
+    assert "| the whole step | 2 | 17.000 | 0.12 | 65%" in full_size.row(step)
+    assert full_size.whole_step(lines, 8) is None                       # only drawing was measured
+
+
+def test_drawing_in_int8_reads_less(umm, shapes):
+    phases = list(full_size.phases(umm, shapes, [2], 2, ("sample_int8",)))
+    assert [(name, S) for name, _, _, S in phases] == [("sample_int8", 2)]
+    text = str(jax.make_jaxpr(phases[0][1])(*phases[0][2]))
+    assert "i8[" in text
+
+
 def test_what_cannot_be_measured_is_refused(monkeypatch):
     set_to = lambda flag, value, present=False: monkeypatch.setattr(
         benchmark, flag, types.SimpleNamespace(value=value, present=present, name=flag[1:].lower()))
     for flag in ("_FAMILY", "_TOKENS", "_PROMPTS", "_GROUP", "_REPORT"):
         set_to(flag, None)
     set_to("_SIZE", "janus-pro-1b")
-    for name, default in (("_BATCHES", ["8", "32"]), ("_PICTURES", 32), ("_PHASES", None), ("_ROUNDS", 1)):
+    for name, default in (("_BATCHES", ["8", "32"]), ("_PICTURES", 32), ("_PHASES", None), ("_ROUNDS", 1),
+                          ("_REMAT", "nothing"), ("_MICRO", 8)):
         set_to(name, default)
     with pytest.raises(ValueError, match="is for a card, and JAX sees none here"):
         benchmark.main(None)

@@ -12,11 +12,30 @@ from PIL import Image
 
 from conftest import janus_params
 from gvu_jax import objectives, rewards, sampling, sharding, umm
-from gvu_jax.models import llama, siglip, torch_keys, vq
+from gvu_jax.models import llama, qwen2, siglip, torch_keys, vq
 
 TINY = llama.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
                     num_key_value_heads=2, vocab_size=50, image_vocab_size=8, code_width=4, vision_width=12,
                     image_head_width=24)
+
+
+# ------------------------------------------------------------------ how the layers are run
+
+@pytest.mark.parametrize("remat", ["nothing", "all"])
+def test_layers_written_out_on_a_gpu_give_the_same_gradients(remat, monkeypatch, key):
+    config = dataclasses.replace(TINY, remat=remat)
+    params, tokens = llama.init(config, key), jnp.arange(12).reshape(2, 6)
+
+    def loss(params):
+        hidden, _ = llama.Llama(config).apply({"params": params}, tokens, jnp.ones_like(tokens, bool))
+        return jnp.sum(hidden ** 2)
+
+    loops = lambda: jax.jit(jax.grad(lambda params: loss(params))).lower(params).as_text().count("stablehlo.while")
+    expected, before = jax.jit(jax.grad(loss))(params), loops()
+    monkeypatch.setattr(qwen2, "platform", lambda: "gpu")
+    assert before == 2 and loops() == (0 if remat == "nothing" else 2)       # forwards and backwards
+    found = jax.jit(jax.grad(lambda params: loss(params)))(params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), found, expected)
 
 
 # ------------------------------------------------------------------ the golden model, read in one program

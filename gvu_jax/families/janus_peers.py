@@ -105,11 +105,15 @@ def generate(umm, model, prompts, group, steps):
 
 
 def sampler(umm, device, dtype):
-    """For full_size.py: (B, group, P) -> codes on the host, of prompts that mean nothing, by a model with random
-    weights."""
+    """For full_size.py: (B, group, P, steps) -> codes on the host, of prompts that mean nothing, by a model with random
+    weights; steps: fewer than a picture has codes, to warm up."""
     model = model_of(umm, None, device, dtype)
-    prompts = lambda B, P: torch.ones((B, P), dtype=torch.long, device=device)
-    return lambda B, group, P: generate(umm, model, prompts(B, P), group, umm.image_tokens).cpu()
+
+    def sample(B, group, P, steps=umm.image_tokens):
+        model.model.vision_model.config.num_image_tokens = steps         # where generate reads how many
+        return generate(umm, model, torch.ones((B, P), dtype=torch.long, device=device), group, steps).cpu()
+
+    return sample
 
 
 class Backbone:

@@ -135,10 +135,17 @@ def rematted(layer, config):
 
 def stack(layer, config, length, per_layer, shared):
     """`length` layers in a scan. layer: a module class called with a carry, `per_layer` arguments that differ from
-    layer to layer and `shared` ones; it returns the carry and None."""
+    layer to layer and `shared` ones; it returns the carry and None.
+
+    On a GPU, XLA copies each layer's weights out of their stack before it multiplies with them, and what the backward
+    pass needs into stacks and out of them again: a sixth of an update. The loop is therefore written out there; but not
+    where layers are computed again, which keeps little, and which a loop keeps apart from the first time.
+    """
+    written_out = platform() == "gpu" and config.remat == "nothing"
     return nn.scan(
         rematted(layer, config), variable_axes={"params": 0, "lora": 0, "intermediates": 0},
-        split_rngs={"params": True}, in_axes=(0,) * per_layer + (nn.broadcast,) * shared, length=length)(config)
+        split_rngs={"params": True}, in_axes=(0,) * per_layer + (nn.broadcast,) * shared, length=length,
+        unroll=length if written_out else 1)(config)
 
 
 def readable(mask, T, at, head_dim, window=None):
