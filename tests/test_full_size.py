@@ -66,6 +66,21 @@ def test_a_line_says_how_far_it_is_from_the_floor(found):
     assert {full_size.row(line).count("|") for line in lines} == {full_size.HEADER.split("\n")[0].count("|")}
 
 
+def test_a_peer_that_fails_is_told_and_what_it_drew_before_stays(umm, monkeypatch):
+    import torch
+
+    def sample(B, group, P, steps=4):
+        if B > 1:
+            raise TypeError("the library changed")
+        return torch.zeros(B * group, steps)
+
+    told = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(janus_peers, "sampler", lambda *_: sample)
+    assert list(full_size.peer_seconds("janus", umm, [16, 8], told.append)) == [8]
+    assert told == ["no peer for more pictures: TypeError in PyTorch's: the library changed"]
+
+
 def test_a_step_is_the_sum_of_its_phases(found):
     see = full_size.time_phase(found["see"], lambda arrays: jnp.zeros(()), CARD, 1)
     bound = lambda line, compute, memory: line | dict(floors=dict(compute=compute, memory=memory))
