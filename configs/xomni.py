@@ -71,8 +71,9 @@ def get_config():
 
     config.steps = PROMPTS * EPOCHS // config.gvu.prompts                # updates of the policy
     # every: steps between evaluations. batches: batches of held-out prompts, each as large as a step. judge: another
-    # model, a folder or a name, that is asked about the pictures of each evaluation.
-    config.eval = dict(every=250, batches=4, judge="")
+    # model, a folder or a name, that is asked about the pictures of each evaluation. pictures: False makes none, in GvU
+    # with view=tokens, and leaves all but the backbone out of memory; gvu_jax.generate paints later, elsewhere.
+    config.eval = dict(every=250, batches=4, judge="", pictures=True)
     # Signs that the policy collapses. kl: warn when the KL to the base is above this. entropy: warn when the policy's
     # entropy, in nats a token, is below this. duplicates: warn when more than this share of a group's pictures are
     # the same. stop: end the run instead of warning. skipped: how many steps in a row may be skipped as not finite.

@@ -119,15 +119,22 @@ def describe_model(folder, override=()):
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
 
 
-def load_model(folder, mesh=None, override=()):
+def load_model(folder, mesh=None, override=(), parts=None):
     """A model folder -> (umm, params), each array in the dtype it is stored in and where it belongs on the mesh.
 
     A model too large for one device is never whole in one place. mesh: None takes all devices, see `sharding.mesh_of`.
-    override and errors as in `describe_model`.
+    parts: names of those parts of the params that are read; None: all. override and errors as in `describe_model`.
     """
     umm, found = describe_model(folder, override)
+    found = {name: part for name, part in found.items() if parts is None or name in parts}
     found = sharding.place(umm.partition, found, mesh or sharding.mesh_of(umm))
-    return umm, _read_params(Path(folder).absolute() / "params", lambda params: ocp.load(params, found))
+    some = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=parts is not None))
+
+    def read(params):
+        with ocp.Context(pytree_options=some):
+            return ocp.load(params, found)
+
+    return umm, _read_params(Path(folder).absolute() / "params", read)
 
 
 def _read_params(params, read):

@@ -34,7 +34,7 @@ from jax.experimental import topologies
 from jax.interpreters import partial_eval
 
 from gvu_jax import checkpoint, cli, costs, families, hub, optim, sharding
-from gvu_jax.methods import method_of
+from gvu_jax.methods import method_of, parts_of
 from gvu_jax.models.layers import AXES
 from gvu_jax.policy import State
 from gvu_jax.sampling import How
@@ -105,7 +105,8 @@ def chips_of(topology):
 
 
 def model_of(config):
-    """(umm, shapes of its params) of a config: of its model folder, of the shapes world, or the published ones."""
+    """(umm, shapes of those params that its run holds) of a config: of its model folder, of the shapes world, or the
+    published ones."""
     override, folder = config.model.get("override", {}), config.model.get("checkpoint")
     folder = folder and (hub.place(folder, config.cache) if hub.is_name(folder) else cli.path(folder))
     if folder and not config.get("world") and folder.exists():
@@ -114,6 +115,8 @@ def model_of(config):
         umm, dtype = (families.tiny_of(config).tiny(config), jnp.float32) if config.get("world") else (
             families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
+    if parts := parts_of(config):
+        params = {name: params[name] for name in parts}
     remat = config.model.get("remat", umm.ar.remat)
     return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 

@@ -48,15 +48,18 @@ class Suite:
     is a multiple of `batch`, the prompts of one call. group: pictures of each. lengths: umm.Lengths. judge: (pixels
     [B, H, W, 3] in [0, 1], B metas) -> Verdicts of [B], or None. tests: {name: (pictures [M, H, W, 3], M tuples of
     captions, the true one first)}. view: what rewards are read from, "pixels", or "tokens", what was drawn as it is.
+    paints: whether pictures are made at all; else the tokens themselves stand for them, and no judge sees any.
     """
 
-    def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=(), view="pixels"):
+    def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=(), view="pixels",
+                 paints=True):
         if len(metas) % batch:
             raise ValueError(f"{len(metas)} evaluation prompts are not a multiple of the batch of {batch}")
         self.umm, self.programs, self.metas, self.group, self.lengths = umm, programs, metas, group, lengths
         self.rows = batch * group                                   # samples, or rows of reading, in one call
         self.batches = [metas[i:i + batch] for i in range(0, len(metas), batch)]
         self.key, self.judge, self.tests, self.view = jax.random.key(seed), judge, dict(tests), view
+        self.paints = paints
         self.mesh = programs.sample.mesh
         self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
@@ -79,8 +82,8 @@ class Suite:
             name: means(getattr(verdicts, name)) for name in ("exact", "objects", "asked")}
 
     def sample(self, policy, teacher):
-        """Pictures uint8 [prompts, G, H, W, 3], their rewards [prompts, G], and Verdicts of [prompts, G] or None.
-        policy draws, teacher scores; both are params."""
+        """Pictures uint8 [prompts, G, H, W, 3] (what was drawn, [prompts, G, ..], where none are made), their rewards
+        [prompts, G], and Verdicts of [prompts, G] or None. policy draws, teacher scores; both are params."""
         pictures, verdicts, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
@@ -88,14 +91,16 @@ class Suite:
                                 for times in (1, self.group))
             keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), self.mesh)
             tokens, _ = self.programs.sample(policy, prompts, keys[0])
-            pixels = self.programs.render(policy, tokens, prompts, keys[1])
-            seen = self.umm.seen_of(tokens) if self.view == "tokens" else self.programs.see(teacher, pixels)
+            made = self.programs.render(policy, tokens, prompts, keys[1]) if self.paints else tokens
+            seen = self.umm.seen_of(tokens) if self.view == "tokens" else self.programs.see(teacher, made)
             logps, mask = self.programs.read(teacher, seen, grouped)
-            reward, pixels = sharding.fetch((self.mean(logps, mask), pixels))
+            reward, made = sharding.fetch((self.mean(logps, mask), made))
             scores.append(reward)
             if self.judge:
-                verdicts.append(self.judge(pixels, [meta for meta in metas for _ in range(self.group)]))
-            pictures.append((pixels * 255).round().astype(np.uint8).reshape(len(metas), self.group, *pixels.shape[1:]))
+                verdicts.append(self.judge(made, [meta for meta in metas for _ in range(self.group)]))
+            if self.paints:
+                made = (made * 255).round().astype(np.uint8)
+            pictures.append(made.reshape(len(metas), self.group, *made.shape[1:]))
         in_groups = lambda parts: np.concatenate(parts).reshape(-1, self.group)
         verdicts = Verdicts(*map(in_groups, zip(*verdicts))) if self.judge else None
         return np.concatenate(pictures), in_groups(scores), verdicts
@@ -114,9 +119,11 @@ class Suite:
             sharding.place_prompts, self.mean, words)
         found = []
         for metas, some in zip(self.batches, np.split(pictures, len(self.batches))):
-            pixels = sharding.put(some.reshape(-1, *some.shape[2:]).astype(np.float32) / 255, self.mesh)
+            some = some.reshape(-1, *some.shape[2:])
             asked = place(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh, self.group)
-            scores = score(*self.programs.read(params, self.programs.see(params, pixels), asked))
+            seen = self.programs.see(params, sharding.put(some.astype(np.float32) / 255, self.mesh)) if (
+                self.paints) else self.umm.seen_of(sharding.put(some, self.mesh))
+            scores = score(*self.programs.read(params, seen, asked))
             found.append(sharding.fetch(scores).reshape(-1, self.group))
         scores = np.concatenate(found)
         accepted = scores > least

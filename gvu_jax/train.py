@@ -32,7 +32,7 @@ from ml_collections import config_flags
 import gvu_jax
 from gvu_jax import adapters, alarms, checkpoint, cli, data, families, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
-from gvu_jax.methods import method_of
+from gvu_jax.methods import method_of, parts_of
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
 from gvu_jax.policy import State
 from gvu_jax.report import write_report
@@ -71,6 +71,7 @@ def train(config, workdir, stop=Stop()):
     """
     cli.check_numbers(config)
     method_of(config).check(config)
+    parts_of(config)
     check_rollout(families.of(config).MODEL, How(**config.get("rollout", {})))
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
@@ -177,10 +178,12 @@ def train_alone(config, workdir, stop):
                                     f"captions_{moment}": [of_picture[0] for of_picture in captions[:8]]})
                 if step == start:
                     summary["auc"] = found["auc"]
-                write_closeup(suite, policy, earlier, (drawn, rewards, verdicts), moment, workdir, notes)
-            picture = sample_grid(drawn, suite.metas, verdicts and verdicts.marks)
-            picture.save(notes / "samples" / f"{moment}.png")
-            writer.image(step, "samples", np.asarray(picture))
+                if suite.paints:
+                    write_closeup(suite, policy, earlier, (drawn, rewards, verdicts), moment, workdir, notes)
+            if suite.paints:
+                picture = sample_grid(drawn, suite.metas, verdicts and verdicts.marks)
+                picture.save(notes / "samples" / f"{moment}.png")
+                writer.image(step, "samples", np.asarray(picture))
             timings["evaluation"] += time.time() - began
             replace_file(notes / "summary.json", json.dumps(summary, indent=1))
             writer.write(step, values)                                    # after the rest: it says that that is there
@@ -296,7 +299,7 @@ def load_base(config, workdir, mesh):
     as they are, and score and evaluate would read others.
     """
     folder = gvu_jax.base_of_run(workdir, config)
-    umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}))
+    umm, params = checkpoint.load_model(folder, mesh, config.model.get("override", {}), parts_of(config))
     drawn, read = umm.picture_size, umm.fitted_size(umm.picture_size)
     if read != drawn:
         grid = tuple(cells * side // of for cells, side, of in zip(umm.grid, read, drawn))
@@ -352,7 +355,8 @@ def build_suite(config, umm, programs, how, held_out, lengths):
     metas = choose_prompts(held_out, count, np.random.default_rng(config.seed))
     view = config.reward.view if "reward" in config else "pixels"
     if not config.get("world"):
-        return Suite(umm, programs, metas, batch, group, lengths, config.seed, view=view)
+        return Suite(umm, programs, metas, batch, group, lengths, config.seed, view=view,
+                     paints=config.eval.get("pictures", True))
     from gvu_jax.shapes import suite, world
     return suite.build(umm, programs, metas, batch, group, config.eval.choices, lengths,
                        world.compositions(held_out), config.seed, view)

@@ -208,7 +208,7 @@ def test_convert_generate_and_score_from_the_command_line(fixtures, command, tmp
     assert "reward" in printed and "cube" in printed and (tmp_path / "heat.png").exists()
 
 
-def test_training_on_the_published_model(converted, tmp_path):
+def test_training_on_the_published_model(converted, tmp_path, capsys):
     """configs/xomni.py, cut to the golden checkpoint's size: two steps, an evaluation, and a model that loads."""
     config = load_config("xomni")
     lines = [{"prompt": "two dogs", "tag": "counting"}, {"prompt": "a red cube left of a ball", "tag": "position"}]
@@ -231,6 +231,18 @@ def test_training_on_the_published_model(converted, tmp_path):
         config.model.override.grid = tuple(side - 1 for side in model.umm.grid)
     with pytest.raises(ValueError, match="override.grid|refused"):
         train(config, tmp_path / "small")
+
+    capsys.readouterr()                            # without pictures the backbone is all that is read
+    with config.unlocked():
+        config.model.override.grid, config.eval.pictures = model.umm.grid, False
+    with pytest.raises(ValueError, match="no pictures for this run, which learns from them: GvU with reward.view"):
+        train(config, tmp_path / "unseen")
+    config.reward.view, config.steps = "tokens", 1
+    summary = train(config, tmp_path / "unseen")
+    assert set(summary["after"]) == {"overall", "counting", "position"}
+    assert 0 <= summary["judgement_after"]["non_unification"] <= 1 and not list((tmp_path / "unseen/samples").iterdir())
+    assert re.findall(r"(\w+): [\d,]+ parameters", capsys.readouterr().out) == ["ar"]
+    assert set(gvu_jax.load(tmp_path / "unseen").params) == set(model.params)
 
 
 def test_eight_devices_draw_and_score_as_one_does(converted):

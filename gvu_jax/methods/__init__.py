@@ -11,3 +11,16 @@ def method_of(config):
     if config.method not in METHODS:
         raise ValueError(f"config.method is {config.method!r}; it must be one of {', '.join(METHODS)}")
     return METHODS[config.method]
+
+
+def parts_of(config):
+    """The parts of the model that a run needs on its devices: None for all; with eval.pictures = False the backbone
+    alone, as neither a step nor an evaluation makes a picture. Raises ValueError where one of them has to."""
+    if config.eval.get("pictures", True):
+        return None
+    paints = getattr(method_of(config), "paints", lambda config: True)
+    wants = "the shapes world's checker" if config.get("world") else "eval.judge" if config.eval.get("judge") else (
+        "this run, which learns from them: GvU with reward.view = 'tokens' does not," if paints(config) else "")
+    if wants:
+        raise ValueError(f"eval.pictures = False leaves no pictures for {wants}: leave that out")
+    return ("ar",)

@@ -65,6 +65,11 @@ class GvU:
             raise ValueError("reward.mean = 'oracle' is the checker of the shapes world, which reads pixels: it needs "
                              "configs/shapes.py and reward.view = 'pixels'")
 
+    @staticmethod
+    def paints(config):
+        """Whether a step makes pictures; else it needs no more of the model than its backbone."""
+        return config.reward.view == "pixels"
+
     def begin(self, base, key):
         """The state before the first step. Pure: see policy.init_state."""
         return init_state(self.umm, base, self.config, self.optimizer, key)
