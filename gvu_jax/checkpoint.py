@@ -126,15 +126,11 @@ def load_model(folder, mesh=None, override=(), parts=None):
     parts: names of those parts of the params that are read; None: all. override and errors as in `describe_model`.
     """
     umm, found = describe_model(folder, override)
-    found = {name: part for name, part in found.items() if parts is None or name in parts}
-    found = sharding.place(umm.partition, found, mesh or sharding.mesh_of(umm))
-    some = ocp.options.PyTreeOptions(loading=ocp.options.PyTreeOptions.Loading(partial_load=parts is not None))
-
-    def read(params):
-        with ocp.Context(pytree_options=some):
-            return ocp.load(params, found)
-
-    return umm, _read_params(Path(folder).absolute() / "params", read)
+    wanted = {name: part for name, part in found.items() if parts is None or name in parts}
+    left_out = jax.tree.map(lambda _: ocp.PLACEHOLDER, found)
+    asked = left_out | sharding.place(umm.partition, wanted, mesh or sharding.mesh_of(umm))
+    params = _read_params(Path(folder).absolute() / "params", lambda params: ocp.load(params, asked))
+    return umm, {name: params[name] for name in wanted}
 
 
 def _read_params(params, read):
