@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from PIL import Image
-from transformers import AutoTokenizer
 
 from gvu_jax import described, rollout, sampling
 from gvu_jax.described import Described
@@ -559,6 +558,7 @@ def read_tokenizer(folder, name):
     if name == "t5_tokenizer":
         raise FileNotFoundError(f"there is no {folder / 'tokenizer.json'}")
     described.check_tokenizer_files(folder)
+    from transformers import AutoTokenizer                                           # which imports torch: seconds
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)        # and do not ask whether to
     except Exception as error:                           # transformers raises anything from KeyError to its own
