@@ -238,6 +238,9 @@ def train_alone(config, workdir, stop):
     if first_process:
         report = write_report(workdir)
         print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
+        if not suite.paints:
+            print(f"It made no pictures; these will: python -m gvu_jax.generate --checkpoint={workdir} --prompts=FILE "
+                  f"--out=FOLDER")
     return summary
 
 
