@@ -393,10 +393,10 @@ _GROUP = flags.DEFINE_integer("group", 4, "Pictures of a prompt.", lower_bound=2
 _BATCHES = flags.DEFINE_list("batches", "8,32", "Of a published size: how many pictures are drawn at once.")
 _PICTURES = flags.DEFINE_integer("pictures", 32, "Of a published size: pictures of all phases but sample.",
                                  lower_bound=2)
-_REMAT = flags.DEFINE_enum("remat", "nothing", list(qwen2.REMAT), "Of a published size: what the update's backward pass "
-                           "computes again; all where memory is short.")
-_MICRO = flags.DEFINE_integer("micro", full_size.GROUP, "Of a published size: how many pictures an update takes at once.",
-                              lower_bound=1)
+_REMAT = flags.DEFINE_enum("remat", "nothing", list(qwen2.REMAT), "Of a published size: what the update's backward "
+                           "pass computes again; all where memory is short.")
+_MICRO = flags.DEFINE_integer("micro", full_size.GROUP, "Of a published size: how many pictures an update takes at "
+                              "once, at most.", lower_bound=1)
 _ROUNDS = flags.DEFINE_integer("rounds", 5, "How often each side is timed.", lower_bound=1)
 _REPORT = cli.path_flag("report", "Folder for every timing and the page.")
 
@@ -444,8 +444,8 @@ def on_a_card():
     if given := [f"--{flag.name}" for flag in (_FAMILY, _TOKENS, _PROMPTS, _GROUP) if flag.present]:
         raise ValueError(f"--size={_SIZE.value} says itself what {', '.join(given)} would say: leave that out, and "
                          f"give --batches and --pictures")
-    wanted = _PHASES.value or full_size.PHASES
-    if unknown := [name for name in wanted if name not in full_size.PHASES]:
+    wanted = _PHASES.value
+    if unknown := [name for name in wanted or () if name not in full_size.PHASES]:
         raise ValueError(f"--phases: there is no {', '.join(unknown)}; there are {', '.join(full_size.PHASES)}")
     counts = [*_BATCHES.value, str(_PICTURES.value)]
     if wrong := [n for n in counts if not n.isdecimal() or int(n) < 2 or int(n) % min(full_size.GROUP, int(n))]:

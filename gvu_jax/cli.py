@@ -16,7 +16,7 @@ def flatten(config):
 
 
 # What settings are that a run of an earlier version does not have, where that is something.
-BEFORE = {"rollout.weights": "full", "rollout.cache": "full", "rollout.truncate": 2.0}
+BEFORE = {"rollout.weights": "full", "rollout.cache": "full", "rollout.truncate": 2.0, "eval.pictures": True}
 
 
 def differing(ours, theirs):

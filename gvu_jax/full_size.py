@@ -1,6 +1,7 @@
 """How fast are the published sizes on the card at hand? The part of benchmark.py for machines that can hold them.
 
     python -m gvu_jax.benchmark --size=janus-pro-1b [--batches=8,32] [--pictures=32] [--phases=sample] [--report=DIR]
+    python -m gvu_jax.benchmark --size=janus-pro-7b --remat=all [--micro=8]                        # and the other sizes
 
 Weights are random, in bfloat16, and made on the device: nothing is downloaded, and what is drawn means nothing. Each
 phase is the program of a GvU step with an adapter of rank 8, and its floor is the larger of
@@ -10,9 +11,10 @@ phase is the program of a GvU step with an adapter of rank 8, and its floor is t
 
 both measured at the start (costs.py counts). "Of the floor" is the floor over the time: at these rates no program
 exceeds 100 %. A phase holds what it uses and nothing else, so this says nothing about what fits together: that is
-plan.py's. `sample_int8` draws with weights and cache in int8 (rollout.py). The last line is the whole step: a step runs
-these programs one after the other. Where the family has a peer and PyTorch sees the card, it draws as many pictures
-without an adapter, with random weights as well; that both sides compute the same is seen at the small sizes.
+plan.py's. `sample_int8` draws with weights and cache in int8 (rollout.py), where the family can. The last line is the
+whole step, which runs these programs one after the other, where all of them were timed for --pictures. Where the family
+has a peer and PyTorch sees the card, it draws as many pictures without an adapter, with random weights as well; that
+both sides compute the same is seen at the small sizes.
 """
 import dataclasses
 import functools
@@ -40,14 +42,18 @@ PRODUCTS = 10                          # of matrices, that are timed together
 
 def measure(size, batches, pictures, wanted, rounds, say, remat="nothing", micro=GROUP):
     """Every figure of one of families.SIZES, as a dict. batches: how many pictures are drawn at once, one line for
-    each; pictures: of the other phases; wanted: of PHASES; say(line) is told what is known as soon as it is; remat: of
-    qwen2.REMAT, for the update; micro: pictures of one of its micro-batches, at most."""
+    each; pictures: of the other phases; wanted: of PHASES, None for all that the family has; say(line) is told what is
+    known as soon as it is; remat: of qwen2.REMAT, for the update; micro: pictures of one of its micro-batches, at
+    most. ValueError where a phase is wanted that the family does not have."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")     # the peer needs memory as well, one by one
     if "XLA_CLIENT_MEM_FRACTION" not in os.environ:
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", ".95")
     if jax.default_backend() == "cpu":
         raise ValueError(f"--size={size} is for a card, and JAX sees none here; tiny, small and medium are for CPUs")
     umm, params = model_of(size, remat)
+    if wanted and "sample_int8" in wanted and not umm.int8:
+        raise ValueError(f"--phases=sample_int8: {size} draws by a flow, which is never rounded")
+    wanted = wanted or [name for name in PHASES if name != "sample_int8" or umm.int8]
     peers = peer_seconds(families.SIZES[size][0], umm, batches, say) if "sample" in wanted else {}
     card = probe()
     say(f"{size} on {card.name}: {card.flops / 1e12:.0f} TFLOP/s, {card.bandwidth / 1e9:.0f} GB/s; "
@@ -84,16 +90,20 @@ def peer_seconds(family, umm, batches, say):
     if importlib.util.find_spec(name) is None or importlib.util.find_spec("peft") is None:
         return {}
     import torch
-    peers = importlib.import_module(name)
-    if not torch.cuda.is_available() or not hasattr(peers, "sampler"):
+    if not torch.cuda.is_available():
         return {}
-    found, sample = {}, peers.sampler(umm, "cuda", torch.bfloat16)
+    found, sample = {}, None
     try:
+        peers = importlib.import_module(name)
+        if not hasattr(peers, "sampler"):
+            return {}
+        sample = peers.sampler(umm, "cuda", torch.bfloat16)
         sample(1, 2, plan.PROMPT, 4)                                     # loads what the first call loads
         for S in sorted(batches):
             found[S] = seconds(lambda: sample(S // min(GROUP, S), min(GROUP, S), plan.PROMPT))
     except Exception as error:                                           # whatever it is, ours can be measured
-        say(f"no peer for {'more' if found else 'any'} pictures: {type(error).__name__} in PyTorch's: {error}")
+        first_line = (str(error).splitlines() or [""])[0]
+        say(f"no peer for {'more' if found else 'any'} pictures: {type(error).__name__} in PyTorch's: {first_line}")
     del sample
     gc.collect()
     torch.cuda.empty_cache()
@@ -141,7 +151,7 @@ def phases(umm, params, batches, pictures, wanted, micro=GROUP):
 
     @functools.cache                                                    # it traces all phases: seconds
     def rehearsed(S, width):
-        config = step_config(umm, S, micro, dict(weights=width, cache=width) if width else {})
+        config = step_config(umm, S, micro, dict.fromkeys(umm.int8, width) if width else {})
         return plan.rehearse(config, umm, params, mesh)[0]["step"].calls
 
     for name, S in [(name, S) for name in PHASES if name in wanted for S in counts[name]]:
@@ -152,12 +162,13 @@ def phases(umm, params, batches, pictures, wanted, micro=GROUP):
 
 def step_config(umm, pictures, micro=GROUP, rollout={}):
     """What plan.rehearse asks of a config: a step of GvU with an adapter of rank 8."""
-    group = min(GROUP, pictures)
+    group, parts = min(GROUP, pictures), range(1, pictures + 1)
+    micro_batches = next(n for n in parts if pictures % n == 0 and pictures // n <= micro)
     return ConfigDict(dict(
         method="gvu", steps=1, rollout=rollout,
         sampling=dict(guidance=umm.guidance, flow=dict(steps=10, noise=0.7, window=2)),
         gvu=dict(prompts=pictures // group, group=group, clip=0.2, beta=0.03, anchor=0.0, advantage_eps=1e-4,
-                 inner_steps=1, micro_batches=max(1, pictures // micro), waves=1),
+                 inner_steps=1, micro_batches=micro_batches, waves=1),
         reward=dict(teacher="base", view="pixels", mean="geometric"), lora=dict(rank=8, alpha=32, targets="_proj"),
         flow=dict(clip=1e-3, beta=0.01, spread="all", advantage_max=5.0, ratio="plain", kl="gaussian"),
         optim=dict(lr=1e-6, warmup=0, schedule="constant", b2=0.99, weight_decay=0.0, clip_norm=1.0)))
@@ -239,9 +250,11 @@ def time_phase(phase, program, card, rounds):
 def whole_step(lines, pictures):
     """The line of a step that runs all its phases for so many pictures, one after the other; None where one is not
     among the lines. It takes the sum of their medians: nothing else of a step has weight."""
-    ran = [line for line in lines if line["phase"] in STEP and line["pictures"] == pictures and "seconds" in line]
+    ran = {line["phase"]: line for line in lines
+           if line["phase"] in STEP and line["pictures"] == pictures and "seconds" in line}
     if len(ran) != len(STEP):
         return None
+    ran = ran.values()
     total = lambda name: sum(line[name] for line in ran)
     took = sum(statistics.median(line["seconds"]) for line in ran)
     floors = {bound: sum(line["floors"][bound] for line in ran if max(line["floors"], key=line["floors"].get) == bound)

@@ -48,7 +48,7 @@ class Suite:
     is a multiple of `batch`, the prompts of one call. group: pictures of each. lengths: umm.Lengths. judge: (pixels
     [B, H, W, 3] in [0, 1], B metas) -> Verdicts of [B], or None. tests: {name: (pictures [M, H, W, 3], M tuples of
     captions, the true one first)}. view: what rewards are read from, "pixels", or "tokens", what was drawn as it is.
-    paints: whether pictures are made at all; else the tokens themselves stand for them, and no judge sees any.
+    paints: whether pictures are made at all; else what is read stands for them, and no judge sees any.
     """
 
     def __init__(self, umm, programs, metas, batch, group, lengths, seed, judge=None, tests=(), view="pixels",
@@ -60,6 +60,8 @@ class Suite:
         self.batches = [metas[i:i + batch] for i in range(0, len(metas), batch)]
         self.key, self.judge, self.tests, self.view = jax.random.key(seed), judge, dict(tests), view
         self.paints = paints
+        if not paints and view != "tokens":
+            raise ValueError("a suite that makes no pictures reads what was drawn as it is: give it view = 'tokens'")
         self.mesh = programs.sample.mesh
         self.mean, self.yes = (sharding.Program(call, self.mesh) for call in (rewards.geometric_mean, rewards.yes))
 
@@ -82,8 +84,8 @@ class Suite:
             name: means(getattr(verdicts, name)) for name in ("exact", "objects", "asked")}
 
     def sample(self, policy, teacher):
-        """Pictures uint8 [prompts, G, H, W, 3] (what was drawn, [prompts, G, ..], where none are made), their rewards
-        [prompts, G], and Verdicts of [prompts, G] or None. policy draws, teacher scores; both are params."""
+        """Pictures uint8 [prompts, G, H, W, 3] (where none are made what is read of them, [prompts, G, ..]), their
+        rewards [prompts, G], and Verdicts of [prompts, G] or None. policy draws, teacher scores; both are params."""
         pictures, verdicts, scores = [], [], []
         for i, metas in enumerate(self.batches):
             texts = [meta["prompt"] for meta in metas]
@@ -91,10 +93,10 @@ class Suite:
                                 for times in (1, self.group))
             keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), self.mesh)
             tokens, _ = self.programs.sample(policy, prompts, keys[0])
-            made = self.programs.render(policy, tokens, prompts, keys[1]) if self.paints else tokens
-            seen = self.umm.seen_of(tokens) if self.view == "tokens" else self.programs.see(teacher, made)
+            pixels = self.programs.render(policy, tokens, prompts, keys[1]) if self.paints else None
+            seen = self.umm.seen_of(tokens) if self.view == "tokens" else self.programs.see(teacher, pixels)
             logps, mask = self.programs.read(teacher, seen, grouped)
-            reward, made = sharding.fetch((self.mean(logps, mask), made))
+            reward, made = sharding.fetch((self.mean(logps, mask), pixels if self.paints else seen))
             scores.append(reward)
             if self.judge:
                 verdicts.append(self.judge(made, [meta for meta in metas for _ in range(self.group)]))
@@ -122,7 +124,7 @@ class Suite:
             some = some.reshape(-1, *some.shape[2:])
             asked = place(self.umm, [meta["prompt"] for meta in metas], self.lengths, self.mesh, self.group)
             seen = self.programs.see(params, sharding.put(some.astype(np.float32) / 255, self.mesh)) if (
-                self.paints) else self.umm.seen_of(sharding.put(some, self.mesh))
+                self.paints) else sharding.put(some, self.mesh)
             scores = score(*self.programs.read(params, seen, asked))
             found.append(sharding.fetch(scores).reshape(-1, self.group))
         scores = np.concatenate(found)

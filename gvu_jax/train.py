@@ -239,8 +239,8 @@ def train_alone(config, workdir, stop):
         report = write_report(workdir)
         print(table(summary), f"\n{workdir}: report in {report}, {time.time() - started:.0f} s in all")
         if not suite.paints:
-            print(f"It made no pictures; these will: python -m gvu_jax.generate --checkpoint={workdir} --prompts=FILE "
-                  f"--out=FOLDER")
+            print(f"It made no pictures; this will, and loads the whole model for it: python -m gvu_jax.generate "
+                  f"--checkpoint={workdir} --prompts=FILE --out=FOLDER")
     return summary
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from gvu_jax import benchmark, families, full_size
 from gvu_jax.families import janus_peers
+from gvu_jax.sampling import How
+from gvu_jax.umm import check_rollout
 from test_benchmark import NANO_JANUS
 
 CARD = full_size.Card("here", 1e9, 1e9)
@@ -80,6 +82,13 @@ def test_a_peer_that_fails_is_told_and_what_it_drew_before_stays(umm, monkeypatc
     assert list(full_size.peer_seconds("janus", umm, [16, 8], told.append)) == [8]
     assert told == ["no peer for more pictures: TypeError in PyTorch's: the library changed"]
 
+    def sampler(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nThe rest is long.")
+
+    monkeypatch.setattr(janus_peers, "sampler", sampler)
+    assert full_size.peer_seconds("janus", umm, [8], told.append) == {}
+    assert told[1:] == ["no peer for any pictures: OutOfMemoryError in PyTorch's: CUDA out of memory."]
+
 
 def test_a_step_is_the_sum_of_its_phases(found):
     see = full_size.time_phase(found["see"], lambda arrays: jnp.zeros(()), CARD, 1)
@@ -128,4 +137,16 @@ def test_what_cannot_be_measured_is_refused(monkeypatch):
 @pytest.mark.parametrize("size", families.SIZES)
 def test_the_sizes_are_published_ones(size):
     family, override, name = families.SIZES[size]
-    assert families.FAMILIES[family].published(override, name).kind == family
+    umm = families.FAMILIES[family].published(override, name)
+    assert umm.kind == family
+    rounded = full_size.step_config(umm, 8, rollout=dict.fromkeys(umm.int8, "int8")).rollout
+    check_rollout(umm, How(**rounded))
+    parts = [full_size.step_config(umm, 32, micro).gvu.micro_batches for micro in (8, 12, 3, 1, 64)]
+    assert parts == [4, 4, 16, 32, 1]                                   # of 8, 8, 2, 1 and 32 pictures
+
+
+def test_what_a_family_cannot_round_is_refused_before_anything_is_made(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(full_size, "peer_seconds", lambda *_: pytest.fail("it began"))
+    with pytest.raises(ValueError, match="--phases=sample_int8: sd35 draws by a flow, which is never rounded"):
+        full_size.measure("sd35", [2], 2, ["sample_int8"], 1, print)

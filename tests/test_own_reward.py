@@ -103,6 +103,7 @@ def test_settings_that_a_run_did_not_have_are_off():
     old = {"reward": {"mean": "geometric"}, "steps": 3}
     new = {"reward": {"mean": "geometric", "function": "", "own": 0.0}, "steps": 3}
     assert cli.differing(new, old) == [] == cli.differing(old, new)
+    assert cli.differing({"eval": {"pictures": True}}, {"eval": {}}) == []                  # came later, and is on
     assert cli.differing(new | {"steps": 4}, old) == ["steps"]
     new["reward"]["own"] = 0.5
     assert cli.differing(new, old) == ["reward.own"]

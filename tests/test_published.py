@@ -235,14 +235,14 @@ def test_training_on_the_published_model(converted, tmp_path, capsys):
     capsys.readouterr()                            # without pictures the backbone is all that is read
     with config.unlocked():
         config.model.override.grid, config.eval.pictures = model.umm.grid, False
-    with pytest.raises(ValueError, match="no pictures for this run, which learns from them: GvU with reward.view"):
+    with pytest.raises(ValueError, match="no pictures, and this run learns from them .* does not.: set eval.pictures = True$"):
         train(config, tmp_path / "unseen")
     config.reward.view, config.steps = "tokens", 1
     summary = train(config, tmp_path / "unseen")
     assert set(summary["after"]) == {"overall", "counting", "position"}
     assert 0 <= summary["judgement_after"]["non_unification"] <= 1 and not list((tmp_path / "unseen/samples").iterdir())
     said = capsys.readouterr().out
-    assert re.findall(r"(\w+): [\d,]+ parameters", said) == ["ar"] and "It made no pictures; these will: " in said
+    assert re.findall(r"(\w+): [\d,]+ parameters", said) == ["ar"] and "It made no pictures; this will" in said
     assert set(gvu_jax.load(tmp_path / "unseen").params) == set(model.params)
 
 

@@ -11,13 +11,14 @@ import pytest
 from flax import traverse_util
 from PIL import Image
 
-from conftest import copied
+from conftest import copied, one_device
 from gvu_jax import checkpoint, convert, objectives, rewards, sampling, sharding
 from gvu_jax.families import showo as family
 from gvu_jax.models import phi, torch_keys
 from gvu_jax.sampling import How
 from gvu_jax.tensor_files import Spec
-from gvu_jax.umm import Prompts, gather_logps
+from gvu_jax.suite import Suite
+from gvu_jax.umm import Prompts, compile_programs, gather_logps
 
 GREEDY = How(temperature=0.0)
 
@@ -523,6 +524,23 @@ def test_as_a_setting_pictures_are_scored_under_masks_of_their_own(showo, golden
                               jax.tree.map(lambda x: x[::-1], drawn)))
     np.testing.assert_allclose(turned[::-1], found, atol=1e-4)
     assert ((found != 0).mean(axis=1) > 0.5).all() and np.isfinite(found).all()
+
+
+def test_a_suite_that_makes_no_pictures_reads_what_was_drawn(tiny_showo):
+    """The same rewards and answers as one that makes some and reads the codes."""
+    config, umm, params = tiny_showo
+    metas = [{"prompt": prompt} for prompt in ("a photo of a red circle", "a photo of two crosses")]
+    programs = compile_programs(umm, How(images_per_prompt=2), one_device())
+    lengths, found = umm.lengths([meta["prompt"] for meta in metas]), []
+    backbone = {"ar": params["ar"]}
+    for paints, held in ((True, params), (False, backbone)):
+        suite = Suite(umm, programs, metas, 2, 2, lengths, 0, view="tokens", paints=paints)
+        made, rewards_of, _ = suite.sample(held, held)
+        found.append(rewards_of)
+    assert made.shape == (2, 2, umm.image_tokens) and 0 <= suite.judge_own(backbone, made, None)["non_unification"] <= 1
+    np.testing.assert_array_equal(*found)
+    with pytest.raises(ValueError, match="makes no pictures reads what was drawn as it is"):
+        Suite(umm, programs, metas, 2, 2, lengths, 0, paints=False)
 
 
 def test_masks_have_the_size_that_is_asked_and_every_place_its_turn():

@@ -19,8 +19,8 @@ def parts_of(config):
     if config.eval.get("pictures", True):
         return None
     paints = getattr(method_of(config), "paints", lambda config: True)
-    wants = "the shapes world's checker" if config.get("world") else "eval.judge" if config.eval.get("judge") else (
-        "this run, which learns from them: GvU with reward.view = 'tokens' does not," if paints(config) else "")
-    if wants:
-        raise ValueError(f"eval.pictures = False leaves no pictures for {wants}: leave that out")
+    if wants := ("the checker of the shapes world looks at them" if config.get("world") else
+                 "eval.judge is asked about them" if config.eval.get("judge") else
+                 "this run learns from them (GvU with reward.view = 'tokens' does not)" if paints(config) else ""):
+        raise ValueError(f"eval.pictures = False makes no pictures, and {wants}: set eval.pictures = True")
     return ("ar",)

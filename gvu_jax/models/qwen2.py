@@ -138,8 +138,9 @@ def stack(layer, config, length, per_layer, shared):
     layer to layer and `shared` ones; it returns the carry and None.
 
     On a GPU, XLA copies each layer's weights out of their stack before it multiplies with them, and what the backward
-    pass needs into stacks and out of them again: a sixth of an update. The loop is therefore written out there; but not
-    where layers are computed again, which keeps little, and which a loop keeps apart from the first time.
+    pass needs into stacks and out of them again: an update takes a sixth less without the loop, which is therefore
+    written out there. Not where layers are computed again (`remat`): little is kept there, and without the loop XLA
+    would merge the second computation with the first.
     """
     written_out = platform() == "gpu" and config.remat == "nothing"
     return nn.scan(
