@@ -36,8 +36,8 @@ from ml_collections import ConfigDict
 
 from gvu_jax import cli, families, full_size, lora, objectives, optim, report, sampling, sharding
 from gvu_jax.methods import gvu
-from gvu_jax.models import qwen2
 from gvu_jax.metrics import replace_file
+from gvu_jax.models import qwen2
 from gvu_jax.policy import State, init_trainable
 from gvu_jax.shapes.sentences import vocabulary
 
