@@ -105,7 +105,7 @@ def test_a_step_is_the_sum_of_its_phases(found):
     assert full_size.whole_step(lines, 8) is None                       # only drawing was measured
 
 
-def test_drawing_in_int8_reads_less(umm, shapes):
+def test_drawing_in_int8_is_a_phase_of_rounded_weights(umm, shapes):
     phases = list(full_size.phases(umm, shapes, [2], 2, ("sample_int8",)))
     assert [(name, S) for name, _, _, S in phases] == [("sample_int8", 2)]
     text = str(jax.make_jaxpr(phases[0][1])(*phases[0][2]))

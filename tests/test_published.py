@@ -235,7 +235,7 @@ def test_training_on_the_published_model(converted, tmp_path, capsys):
     capsys.readouterr()                            # without pictures the backbone is all that is read
     with config.unlocked():
         config.model.override.grid, config.eval.pictures = model.umm.grid, False
-    with pytest.raises(ValueError, match="no pictures, and this run learns from them .* does not.: set eval.pictures = True$"):
+    with pytest.raises(ValueError, match="and this run learns from them .* does not.: set eval.pictures = True$"):
         train(config, tmp_path / "unseen")
     config.reward.view, config.steps = "tokens", 1
     summary = train(config, tmp_path / "unseen")
