@@ -301,7 +301,8 @@ def test_golden_reading_of_what_clip_sees(fixtures, folders, showo):
     for i, case in enumerate(told["cases"]):
         with Image.open(folder / case["image"]) as image:
             pixels = umm.fit(np.asarray(image.convert("RGB")))
-        normal = (pixels - np.array(umm.transform.image_mean)) / np.array(umm.transform.image_std)
+        normal = family.clip.fitted(pixels[None], umm.transform)[0] - np.array(umm.transform.image_mean)
+        normal = normal / np.array(umm.transform.image_std)
         np.testing.assert_allclose(np.moveaxis(normal, -1, 0), expected[f"pixel_values_{i}"], atol=1e-5)
         seen = run["see"](params, pixels[None])
         if f"features_{i}" in expected:
@@ -348,7 +349,25 @@ def test_what_was_drawn_is_read_by_clip_as_pil_would_bring_it(folders):
     found = jax.jit(lambda x: family.clip.fitted(x, umm.transform))(pixels)
     np.testing.assert_array_equal(np.round(np.asarray(found) * 255), by_pil)
     assert umm.seen_of(umm.drawn_shapes(1)) is None
-    assert umm.fitted_size((7, 9)) == (side, side) and umm.fitted_size(umm.picture_size) == umm.picture_size
+    assert umm.fitted_size((7, 9)) == (edge, edge) and umm.fitted_size(umm.picture_size) == umm.picture_size
+
+
+@pytest.mark.parametrize("size", [(90, 71), (70, 84)])
+def test_what_clip_does_not_read_is_cut_off_once(folders, size):
+    """Where pictures are resized to more than is cut out of them: fitted on the host and in the program, or by PIL."""
+    umm, _ = checkpoint.load_model(folders["clip"])
+    side = umm.transform.crop_size
+    for edge in (side, side + 3, side + 8):
+        of_it = dataclasses.replace(umm, transform=dataclasses.replace(umm.transform, shortest_edge=edge))
+        picture = np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
+        height, width = (edge * n // min(size) for n in size)
+        top, left = (height - side) // 2, (width - side) // 2
+        by_pil = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+        by_pil = np.asarray(by_pil)[top:top + side, left:left + side]
+        pixels = of_it.fit(picture)
+        assert pixels.shape[:2] == of_it.fitted_size(size)
+        found = family.clip.fitted(pixels[None], of_it.transform)[0]
+        np.testing.assert_array_equal(np.round(np.asarray(found) * 255), by_pil)
 
 
 # ------------------------------------------------------------------ likelihoods

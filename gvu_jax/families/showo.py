@@ -393,10 +393,10 @@ class Showo:
     # ---- pictures of any size, on the host ---------------------------------------------------------------------
 
     def fitted_size(self, size):
-        """(height, width) to which a picture of this (height, width) is brought: as drawn, or as CLIP reads it."""
+        """(height, width) to which a picture of this (height, width) is brought: as drawn, or as `see` resizes it."""
         if self.vision is None or tuple(size) == self.picture_size:
             return self.picture_size
-        return (self.transform.crop_size,) * 2
+        return (self.transform.shortest_edge,) * 2
 
     def fit(self, image):
         """A picture, uint8 or float in [0, 1], [h, w, 3] -> float32 [H, W, 3] in [0, 1], which `see` takes: its shorter
@@ -405,13 +405,16 @@ class Showo:
         image = image if image.dtype == np.uint8 else np.round(image * 255).astype(np.uint8)
         if image.shape[:2] == self.picture_size:
             return image.astype(np.float32) / 255
-        side, shorter = (self.picture_size[0],) * 2 if self.vision is None else (
-            self.transform.crop_size, self.transform.shortest_edge)
-        height, width = clip.covering(image.shape[:2], shorter)
+        # The published codes round what is cut off above and on the left differently: to even numbers, and down. For
+        # CLIP a square is left from which `see` cuts what is read, as it does where a picture was drawn.
+        if self.vision is None:
+            side, start = self.picture_size[0], lambda n: round((n - side) / 2)
+        else:
+            side, crop = self.transform.shortest_edge, self.transform.crop_size
+            start = lambda n: (n - crop) // 2 - (side - crop) // 2
+        height, width = clip.covering(image.shape[:2], side)
         image = siglip.resize(Image.fromarray(image).convert("RGB"), (height, width))
-        # The published codes round what is cut off above and on the left differently: to even numbers, and down.
-        half = (lambda n: round(n / 2)) if self.vision is None else (lambda n: n // 2)
-        top, left = half(height - side), half(width - side)
+        top, left = start(height), start(width)
         return np.asarray(image.crop((left, top, left + side, top + side)), np.float32) / 255
 
     # ---- parameters --------------------------------------------------------------------------------------------
