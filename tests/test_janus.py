@@ -147,7 +147,8 @@ def test_golden_pictures(janus, golden, call):
 def test_golden_logits_of_codes(janus, golden, call):
     umm, _ = golden
     expected, prompts = janus.arrays("generate"), umm.encode_prompts(janus.cases["generate"]["prompts"][:1])
-    prompts, codes = prompts.repeat(2), expected["forced_codes"]
+    codes = expected["forced_codes"]
+    prompts = prompts.repeat(len(codes))
     negative = family.llama.without_prompt(prompts.tokens, prompts.mask, umm.pad)
     conditional, unconditional = (
         call("code_logits", context, prompts.mask, codes) for context in (prompts.tokens, negative))
@@ -213,7 +214,7 @@ def test_a_prompt_is_drawn_alike_whatever_stands_beside_it(janus, golden, call):
     """Padding is masked in the context with the prompt and in that without."""
     umm, _ = golden
     texts, codes = janus.cases["generate"]["prompts"], janus.arrays("generate")["forced_codes"][:1]
-    lengths = umm.lengths([texts[0] * 3])
+    lengths = umm.lengths([text * 3 for text in texts])
     for text in texts:
         found = [call("image_logps", umm.encode_prompts([text], of), codes, DRAWN) for of in (None, lengths)]
         np.testing.assert_allclose(*found, atol=1e-4)
@@ -235,14 +236,15 @@ def test_golden_answers(janus, golden, call):
     theirs = np.load(janus.folder.with_name("janus_hf") / "expected/outputs.npz")["answer_logits"]
     np.testing.assert_allclose(logits[:, :L], theirs, atol=2e-4)
 
-    steps = expected["greedy_tokens"].shape[1]
+    greedy, batch = expected["greedy_tokens"], expected["batch_greedy_tokens"]
+    steps = max(greedy.shape[1], batch.shape[1])
     asked = umm.encode_prompts(["-"] * 2, questions=[told["question"], told["second_question"]])
     words, logps, mask = call("sample_text", seen, asked, jax.random.key(0), FORCED, steps)
-    np.testing.assert_array_equal(words[:1], expected["greedy_tokens"])
-    batch = expected["batch_greedy_tokens"]
+    np.testing.assert_array_equal(words[:1, :greedy.shape[1]], greedy)
     np.testing.assert_array_equal(words[:, :batch.shape[1]], batch)
-    np.testing.assert_allclose(logps[:1], gather_logps(expected["greedy_logits"], words[:1]), atol=2e-4)
-    said = umm.answer(params, seen[:1], told["question"], jax.random.key(0), steps)
+    recorded = gather_logps(expected["greedy_logits"], greedy)
+    np.testing.assert_allclose(logps[:1, :greedy.shape[1]], recorded, atol=2e-4)
+    said = umm.answer(params, seen[:1], told["question"], jax.random.key(0), greedy.shape[1])
     assert said == [told["greedy_text"].strip()]
     forced, _ = call("text_logps", seen, asked.replace(words=words, words_mask=mask))
     np.testing.assert_allclose(np.where(mask, forced, 0), np.where(mask, logps, 0), atol=1e-4)

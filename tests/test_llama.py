@@ -11,7 +11,7 @@ from flax import traverse_util
 from PIL import Image
 
 from conftest import janus_params
-from gvu_jax import objectives, rewards, sampling, sharding, umm
+from gvu_jax import described, objectives, rewards, sampling, sharding, umm
 from gvu_jax.models import llama, qwen2, siglip, torch_keys, vq
 
 TINY = llama.Config(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -54,10 +54,11 @@ class Reader:
         self.patches = janus.configs["vision"].pos_table_side ** 2
         asked, told, drawn = janus.arrays("understand"), janus.cases["reward"]["cases"], janus.arrays("grpo")["codes"]
         longest = max(
-            asked["full_ids"].shape[1], asked["batch_input_ids"].shape[1] + asked["greedy_tokens"].shape[1],
+            asked["full_ids"].shape[1], asked["batch_input_ids"].shape[1] + max(
+                asked[name].shape[1] for name in ("greedy_tokens", "batch_greedy_tokens")),
             len(told[0]["context_ids"]) + max(len(case["target_ids"]) for case in told),
             *(len(case["context_ids"]) for case in janus.cases["yesno"]["cases"]),
-            max(janus.arrays("generate")[name].shape[1] for name in ("prompt_ids", "prompt2_ids")) + drawn.shape[1])
+            max(map(len, [*prompts_of(janus)[2], *policy_prompts(janus)])) + drawn.shape[1])
         self.length = -(-longest // 64) * 64
 
         @jax.jit
@@ -165,23 +166,22 @@ def test_golden_batch_of_chats(janus, reader):
     rows, real = np.zeros((3, P), int), np.zeros((3, P), bool)
     for i, (row, kept) in enumerate([(alone, np.ones(len(alone), bool)), *zip(tokens, mask)]):
         rows[i, P - len(row):], real[i, P - len(row):] = row, kept
-    steps = expected["greedy_tokens"].shape[1]
+    batch = expected["batch_greedy_tokens"]
+    steps = max(expected["greedy_tokens"].shape[1], batch.shape[1])
     drawn, logps = jax.jit(lambda seen: sampling.decode(
         reader.model, {"params": reader.params}, jnp.asarray(rows), jnp.asarray(real), jax.random.key(0),
         sampling.How(temperature=0.0), steps, "text_logits", 0, seen=seen))(jnp.concatenate([seen[:1], seen]))
-    np.testing.assert_array_equal(drawn[:1], expected["greedy_tokens"])
-    batch = expected["batch_greedy_tokens"]
-    np.testing.assert_array_equal(drawn[1:, :batch.shape[1]], batch)
-    logits = expected["batch_greedy_logits"]
-    both = np.concatenate([expected["greedy_logits"][:, :batch.shape[1]], logits])
-    of_them = umm.gather_logps(both, drawn[:, :batch.shape[1]])
-    np.testing.assert_allclose(logps[:, :batch.shape[1]], of_them, atol=2e-4)
+    for of, said, logps_of in (("greedy", drawn[:1], logps[:1]), ("batch_greedy", drawn[1:], logps[1:])):
+        words = expected[f"{of}_tokens"]
+        np.testing.assert_array_equal(said[:, :words.shape[1]], words)
+        recorded = umm.gather_logps(expected[f"{of}_logits"], words)
+        np.testing.assert_allclose(logps_of[:, :words.shape[1]], recorded, atol=2e-4)
     # The same rows without their padding, which a forward whose positions follow the mask is equal to.
     forced = [[*row[kept], *said[:-1]] for row, kept, said in zip(tokens, mask, batch)]
     hidden, _ = reader.read(forced, seen)
     ends = [kept.sum() - 1 for kept in mask]
     found = np.stack([h[end:end + batch.shape[1]] for h, end in zip(hidden, ends)])
-    np.testing.assert_allclose(reader.text(found), logits, atol=2e-4)
+    np.testing.assert_allclose(reader.text(found), expected["batch_greedy_logits"], atol=2e-4)
 
 
 def test_golden_rewards(janus, reader):
@@ -233,6 +233,13 @@ def prompts_of(janus):
     return tokens, jnp.array([[i >= P - len(row) for i in range(P)] for row in alone]), alone
 
 
+def policy_prompts(janus):
+    """The prompt of each picture that the policy is asked about, as rows of ids."""
+    chats = [f"<|User|>: {text}\n\n<|Assistant|>:<begin_of_image>" for text in janus.cases["grpo"]["prompts"]]
+    ids = described.read_tokenizer(janus.folder)(chats, add_special_tokens=False)["input_ids"]
+    return [[janus.cases["tokenizer"]["ids"]["bos"], *ids[i]] for i in janus.arrays("grpo")["prompt_index"]]
+
+
 def unprompted(janus, prompt):
     pad = janus.cases["tokenizer"]["ids"]["pad"]
     prompt = jnp.asarray(prompt)[None]
@@ -244,9 +251,9 @@ def test_golden_image_logits(janus, reader):
     expected = janus.arrays("generate")
     prompt, codes = expected["prompt_ids"][0], expected["forced_codes"]
     negative = unprompted(janus, prompt)
-    np.testing.assert_array_equal(np.stack([prompt, negative] * 2), expected["pair_tokens"])
-    conditional = reader.code_logits([prompt] * 2, codes)
-    unconditional = reader.code_logits([negative] * 2, codes)
+    np.testing.assert_array_equal(np.stack([prompt, negative] * len(codes)), expected["pair_tokens"])
+    conditional = reader.code_logits([prompt] * len(codes), codes)
+    unconditional = reader.code_logits([negative] * len(codes), codes)
     guided = np.asarray(sampling.guided(conditional, unconditional, 5.0))
     np.testing.assert_allclose(conditional, expected["cond_logits"], atol=2e-4)
     np.testing.assert_allclose(unconditional, expected["uncond_logits"], atol=2e-4)
@@ -301,8 +308,7 @@ def test_golden_greedy_pictures(janus, reader):
 def test_golden_policy(janus, reader):
     """Log-probabilities of given codes, entropy, supervised loss, prompt dropout, and the guided policy."""
     expected = janus.arrays("grpo")
-    codes, (_, _, alone) = expected["codes"], prompts_of(janus)
-    prompts = [alone[i] for i in expected["prompt_index"]]
+    codes, prompts = expected["codes"], policy_prompts(janus)
     logits = reader.code_logits(prompts, codes)
     logps = np.asarray(umm.gather_logps(logits, codes))
     np.testing.assert_allclose(logps, expected["logprobs"], atol=2e-4)
@@ -322,8 +328,7 @@ def test_golden_policy(janus, reader):
 def test_golden_gradients(janus, reader):
     expected = janus.arrays("grpo")
     norms = json.loads((janus.folder / "expected/grpo_grad_norms.json").read_text())
-    codes, (_, _, alone) = expected["codes"], prompts_of(janus)
-    prompts = [alone[i] for i in expected["prompt_index"]]
+    codes, prompts = expected["codes"], policy_prompts(janus)
     tokens, mask = reader.rows([[*prompt, *(row[:-1] + reader.first_code)] for prompt, row in zip(prompts, codes)])
     ends = np.array([len(prompt) for prompt in prompts])[:, None] - 1 + np.arange(codes.shape[1])   # [B, N]
 
