@@ -467,13 +467,15 @@ def moved(run):
 def test_the_three_stages_of_uae(uae, tmp_path):
     """Cold start, captions, drawings: a step each; and the adapter of both halves, written for peft and read back."""
     config = smallest(load_config("uae_sd35"), uae, tmp_path)
-    config.uae.update(prompts=1, group=2, cold=1, pairs=2, stages="caption:1,draw:1", words=16, micro_batches=1)
+    texts = [text[:12] for text in uae.expected["captioner_grpo"]["captions"][:2]]
+    config.uae.update(prompts=1, group=2, cold=1, pairs=2, stages="caption:1,draw:1", micro_batches=1,
+                      words=uae.umm.lengths(texts, end=True).words)
     config.pictures.update(folder=str(tmp_path / "pictures"), held_out=str(tmp_path / "pictures"))
     (tmp_path / "pictures").mkdir()
-    for i, text in enumerate(uae.expected["captioner_grpo"]["captions"][:2]):
+    for i, text in enumerate(texts):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 50, 3), np.uint8)).save(
             tmp_path / f"pictures/{i}.png")
-        (tmp_path / f"pictures/{i}.txt").write_text(text[:12])
+        (tmp_path / f"pictures/{i}.txt").write_text(text)
     train(config, tmp_path / "run")
     cold, caption, draw = losses(tmp_path / "run")
     assert cold["cold/draw"] > 0 and "caption/length" in caption and "approx_kl" in draw
