@@ -392,6 +392,17 @@ def test_an_adapter_that_does_not_fit_is_refused(uae, tmp_path):
         family.read_adapters(uae.umm, tmp_path)
 
 
+def test_a_tied_head_is_the_table_of_words(uae, tmp_path):
+    """Under whichever of its two names the files of the captioner hold it."""
+    from safetensors.numpy import save_file
+    umm = dataclasses.replace(uae.umm, ar=dataclasses.replace(uae.umm.ar, tie_word_embeddings=True))
+    table = np.random.default_rng(0).random((umm.ar.vocab_size, umm.ar.hidden_size), np.float32)
+    save_file({"lm_head.weight": table}, tmp_path / "model-00001-of-00001.safetensors")
+    (place, laid), = family.read_adapters(umm, tmp_path)[0].items()
+    assert place == ("ar/llm/lm_embed_tokens/embedding", None)
+    np.testing.assert_array_equal(laid, table)
+
+
 def patch_of(uae):
     """The smallest picture that the drawer draws, in pixels of a side."""
     return uae.umm.dit.patch_size * uae.umm.vae.downscale

@@ -606,6 +606,8 @@ def read_adapters(umm, llm_lora=None, dit_lora=None, scale=2.0):
             for name in file.specs:
                 plain = name.replace("model.base_model.model.", "model.").replace(".base_layer.", ".")
                 tensors[plain.replace(".default.", ".")] = file.read(name)
+        if umm.ar.tie_word_embeddings and "lm_head.weight" in tensors:             # one array that has two names
+            tensors.setdefault("model.embed_tokens.weight", tensors.pop("lm_head.weight"))
         halves = {f"base_model.model.{name}": x for name, x in tensors.items() if ".lora_" in name}
         adapter["llm"] = lora.scaled(_named(llm_lora, lora.from_peft, halves, shapes["ar"]["llm"], rules), scale)
         rest = {name: x for name, x in tensors.items() if ".lora_" not in name}
