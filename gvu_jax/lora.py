@@ -4,6 +4,7 @@ For a kernel W [.., in, out] the adapter holds a [.., in, r] and b [.., r, out],
 x W + (alpha / r) x a b. Layers stacked on a leading axis keep it. b starts at zero, so a new adapter changes nothing.
 """
 import re
+import statistics
 
 import jax
 import jax.numpy as jnp
@@ -65,19 +66,18 @@ def from_peft(tensors, params, rules):
         module, _, kind = path.rpartition("/")
         if kind not in ("kernel", "embedding"):
             continue
-        names = {half: torch_keys.layer_names(_peft_name(f"{module}/{half}", rules), leaf.shape[0]) for half in "ab"}
-        wanted = names["a"] + names["b"]
-        if not set(wanted) & set(tensors):
+        halves = {half: torch_keys.layer_names(_peft_name(f"{module}/{half}", rules), leaf.shape[0]) for half in "ab"}
+        found = {name: np.asarray(tensors.pop(name)) for name in halves["a"] + halves["b"] if name in tensors}
+        if not found:
             continue
-        missing += [name for name in wanted if name not in tensors]
-        if missing:
-            continue
-        for half in "ab":
-            rows = [np.asarray(tensors.pop(name)).T for name in names[half]]
-            side = 0 if half == "a" else 1
-            misshapen += [name for name, row in zip(names[half], rows)
-                          if row.shape[side] != leaf.shape[-2:][side] or row.shape != rows[0].shape]
-            if not misshapen:
+        # Which rank most of them have says which of them are wrong.
+        rank = statistics.mode(x.shape[:1] if name in halves["a"] else x.shape[-1:] for name, x in found.items())
+        fan_in, fan_out = leaf.shape[-2:]
+        for (half, names), shape in zip(halves.items(), ((*rank, fan_in), (fan_out, *rank))):
+            missing += [name for name in names if name not in found]
+            misshapen += [name for name in names if name in found and found[name].shape != shape]
+            if not missing and not misshapen:
+                rows = [found[name].T for name in names]
                 adapter[f"{module}/{half}"] = np.stack(rows) if leaf.ndim == 3 else rows[0]
     if missing or misshapen or tensors:
         told = [f"{len(names)} {what} keys ({', '.join(names[:2])}{', ..' * (len(names) > 2)})" for what, names in (

@@ -668,13 +668,16 @@ def test_adapters_that_do_not_fit_are_named(fixtures, converted, tmp_path):
     file = tmp_path / "adapter/adapter_model.safetensors"
     umm = checkpoint.read_metadata(converted)
     tensors = load_file(file)
-    key = next(name for name in sorted(tensors) if name.endswith("lora_B.weight"))
-    for change, message in (({key: None}, rf"1 missing keys \({key}\)"),
-                            ({key: np.zeros((7, tensors[key].shape[1]), np.float32)}, rf"1 misshapen keys \({key}\)"),
-                            ({"other": np.zeros(1, np.float32)}, r"1 unknown keys \(other\)")):
-        save(file, {k: v for k, v in (tensors | change).items() if v is not None})
-        with pytest.raises(ValueError, match=message):
-            adapters.read_peft(tmp_path / "adapter", umm)
+    for module in ("", ".layers.0."):                    # one layer of a stack is named as a module by itself is
+        key = min(name for name in tensors if module in name and name.endswith("lora_B.weight"))
+        rows, rank = tensors[key].shape
+        for change, message in (({key: None}, rf": 1 missing keys \({key}\)$"),
+                                ({key: np.zeros((rows + 1, rank), np.float32)}, rf": 1 misshapen keys \({key}\)$"),
+                                ({key: np.zeros((rows, rank + 1), np.float32)}, rf": 1 misshapen keys \({key}\)$"),
+                                ({"other": np.zeros(1, np.float32)}, r": 1 unknown keys \(other\)$")):
+            save(file, {k: v for k, v in (tensors | change).items() if v is not None})
+            with pytest.raises(ValueError, match=message):
+                adapters.read_peft(tmp_path / "adapter", umm)
     edit(tmp_path / "adapter/adapter_config.json", use_dora=True)
     with pytest.raises(ValueError, match="use_dora"):
         adapters.read_peft(tmp_path / "adapter", umm)
