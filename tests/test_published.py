@@ -95,7 +95,7 @@ def test_log_probabilities_loss_and_gradients_of_grpo(fixtures, model, case):
         logps_of=lambda params, rows: (umm.image_logps(params, *rows, how), None), settings=settings.gvu)
     grads, (metrics, logps) = jax.jit(jax.grad(loss, has_aux=True))(trainable, batch, jnp.zeros_like(ref_logps), True)
     np.testing.assert_allclose(logps, golden["policy_logps"], atol=2e-4)
-    np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3)
+    np.testing.assert_allclose(metrics["loss"], golden["loss"], rtol=1e-3, atol=1e-7)      # of advantages that cancel
 
     named = by_torch_name(grads, umm)
     norms = json.loads((fixtures / "grpo" / f"{case}_grad_norms.json").read_text())
