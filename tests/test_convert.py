@@ -625,7 +625,7 @@ def ours_and_peft_agree(folder, params, adapter, config, inputs=4):
 
 @pytest.mark.parametrize("targets", ["self_attn|mlp|embed_tokens|mm_head/", "^{last}/.*(q_proj|down_proj)"])
 def test_a_run_gives_an_adapter_that_peft_loads(converted, tmp_path, targets):
-    trailing = checkpoint.read_metadata(converted).ar.num_mm_head_layers                            # a stack of their own
+    trailing = checkpoint.read_metadata(converted).ar.num_mm_head_layers                          # a stack of their own
     targets = targets.format(last="mm_head_layers" if trailing else "layers")
     config = ConfigDict({"model": {}, "lora": {"rank": 3, "alpha": 6, "targets": targets}})
     run = tmp_path / "run"
