@@ -167,14 +167,14 @@ def test_golden_batch_of_chats(janus, reader):
     for i, (row, kept) in enumerate([(alone, np.ones(len(alone), bool)), *zip(tokens, mask)]):
         rows[i, P - len(row):], real[i, P - len(row):] = row, kept
     batch = expected["batch_greedy_tokens"]
-    steps = max(expected["greedy_tokens"].shape[1], batch.shape[1])
+    steps, eos = max(expected["greedy_tokens"].shape[1], batch.shape[1]), janus.cases["tokenizer"]["ids"]["eos"]
     drawn, logps = jax.jit(lambda seen: sampling.decode(
         reader.model, {"params": reader.params}, jnp.asarray(rows), jnp.asarray(real), jax.random.key(0),
-        sampling.How(temperature=0.0), steps, "text_logits", 0, seen=seen))(jnp.concatenate([seen[:1], seen]))
+        sampling.How(temperature=0.0), steps, "text_logits", 0, stop=eos, seen=seen))(jnp.concatenate([seen[:1], seen]))
     for of, said, logps_of in (("greedy", drawn[:1], logps[:1]), ("batch_greedy", drawn[1:], logps[1:])):
         words = expected[f"{of}_tokens"]
         np.testing.assert_array_equal(said[:, :words.shape[1]], words)
-        recorded = umm.gather_logps(expected[f"{of}_logits"], words)
+        recorded = np.where(umm.until_end(words, eos), umm.gather_logps(expected[f"{of}_logits"], words), 0)
         np.testing.assert_allclose(logps_of[:, :words.shape[1]], recorded, atol=2e-4)
     # The same rows without their padding, which a forward whose positions follow the mask is equal to.
     forced = [[*row[kept], *said[:-1]] for row, kept, said in zip(tokens, mask, batch)]
