@@ -50,10 +50,9 @@ def get_config(preset="normal"):
     # is hard to learn.
     config.model.vq = dict(codebook_size=32, codebook_dim=16, z_channels=32, channels=4, multipliers=(1, 2, 4, 8, 8),
                            res_blocks=1, norm_num_groups=2)
-    # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code. With
-    # four channels beside the pixels it was chance, of the seed, whether the decoder could tell all colors apart.
+    # Sizes of the tokenizer that Show-o reads and draws with: MAGVIT-v2's encoder and decoder. bits: of a code.
     config.model.magvit = dict(bits=9, encoder_channels=4, encoder_multipliers=(1, 2, 4, 8, 8),
-                               encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(2, 2, 4, 8, 8),
+                               encoder_blocks=(1, 1, 1, 1, 1), decoder_channels=4, decoder_multipliers=(1, 2, 4, 8, 8),
                                decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=2)
     # rounds: in how many Show-o draws a picture, mask by mask; codes of one round do not know of each other. heat: how
     # much chance there is in what the first round takes back. At 1000 it is chance alone, and the log-probabilities of
