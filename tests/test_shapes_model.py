@@ -27,6 +27,19 @@ def test_principal_components_keep_pictures_readable():
     assert (read_pixels(np.asarray(drawn), 3) == test).mean() > 0.99
 
 
+def test_a_tokenizer_that_loses_a_color_is_told(capfd):
+    scenes = world.crowded_scenes(np.random.default_rng(0), 64)
+    pixels = world.render(scenes, np.random.default_rng(1))
+    learn.tell_what_comes_back("codes", scenes, pixels)
+    assert capfd.readouterr().err == "codes: 1.000 of the objects of 64 scenes come back\n"
+    red = (scenes > 0) & ((scenes - 1) % len(world.COLORS) == 0)
+    learn.tell_what_comes_back("codes", scenes, world.render(np.where(red, 0, scenes), np.random.default_rng(1)))
+    kept = 1 - red.sum() / (scenes > 0).sum()
+    said, warned = capfd.readouterr().err.splitlines()
+    assert said == f"codes: {kept:.3f} of the objects of 64 scenes come back"
+    assert warned.startswith(f"warning: the picture tokenizer loses {1 - kept:.0%} of all objects")
+
+
 def test_space_to_depth_and_back():
     x = np.arange(2 * 4 * 6 * 3.0).reshape(2, 4, 6, 3)
     deep = vae.space_to_depth(x, 2)

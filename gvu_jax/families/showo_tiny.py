@@ -11,8 +11,9 @@ import optax
 from gvu_jax.families.showo import ADDED, PAD, Showo
 from gvu_jax.models import magvit, phi
 from gvu_jax.models.vae import depth_to_space, space_to_depth
+from gvu_jax.models.vq import to_pixels
 from gvu_jax.shapes import world
-from gvu_jax.shapes.learn import NAMES, fit
+from gvu_jax.shapes.learn import NAMES, fit, tell_what_comes_back
 from gvu_jax.shapes.tokenizer import UNKNOWN, of_words
 
 # What of config.model and config.pretrain is this family's.
@@ -42,7 +43,12 @@ def tiny(config):
 
 def learn_pictures(umm, params, scenes, settings, rng, key):
     """Everything but the backbone learns from scenes [M, cells]. settings: config.pretrain. Returns the params."""
-    return train_codes(umm, params, scenes, settings.codes, rng, key)
+    params = train_codes(umm, params, scenes, settings.codes, rng, key)
+    there_and_back = jax.jit(lambda vq, pixels: magvit.Magvit(umm.vq).apply({"params": vq}, pixels)[1])
+    few = scenes[:256]
+    back = there_and_back(params["vq"], world.render(few, np.random.default_rng(0)))
+    tell_what_comes_back("codes", few, np.asarray(to_pixels(back)))
+    return params
 
 
 def begin(params, rng):

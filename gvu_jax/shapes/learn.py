@@ -1,11 +1,13 @@
 """What every stage of pretraining is made of: the loop, its optimizers, and codebooks from clusters."""
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from gvu_jax.metrics import Progress
-from gvu_jax.shapes import world
+from gvu_jax.shapes import checker, world
 
 NAMES = 1 + len(world.SHAPES) * len(world.COLORS)          # what a cell can hold: nothing, or one object
 
@@ -54,6 +56,17 @@ def fit(label, loss, params, data, settings, key, optimizer=adam):
                 progress.update(50, **jax.device_get(shown))
         progress.update(settings.steps % 50)
     return params
+
+
+def tell_what_comes_back(label, scenes, pixels):
+    """Says how many objects of scenes [M, cells] the checker finds in pixels [M, H, W, 3] in [0, 1], which a picture
+    tokenizer made of its codes of them, and warns where those are so few that no drawing can be right with it."""
+    objects = scenes > 0
+    share = np.mean(checker.read_pixels(pixels, world.side_of(scenes.shape[1]))[objects] == scenes[objects])
+    print(f"{label}: {share:.3f} of the objects of {len(scenes)} scenes come back", file=sys.stderr)
+    if share < 0.95:
+        print(f"warning: the picture tokenizer loses {1 - share:.0%} of all objects, and so will all that is drawn with "
+              "it: try another pretrain.seed, or more steps", file=sys.stderr)
 
 
 def unit(x):
