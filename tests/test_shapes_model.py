@@ -149,8 +149,8 @@ def test_showo_paints_a_code_wherever_it_stands(tiny_showo, monkeypatch):
 
     monkeypatch.setattr(showo_tiny, "fit", lambda label, loss, trained, *rest: taught.append((loss, trained)) or trained)
     monkeypatch.setattr(magvit, "Magvit", Bright)
-    showo_tiny.learn_pictures(umm, params, world.sample_scenes(np.random.default_rng(0), 4), tiny_config().pretrain,
-                              np.random.default_rng(1), jax.random.key(2))
+    showo_tiny.train_codes(umm, params, world.sample_scenes(np.random.default_rng(0), 4),
+                           tiny_config().pretrain.codes, np.random.default_rng(1), jax.random.key(2))
     levels = np.random.default_rng(3).integers(0, 128, (5, 3, 3))
     pixels = np.repeat(np.repeat(levels, 16, axis=1), 16, axis=2)[..., None] / 127 * np.ones(3)
     heads = {"object": 9 * np.eye(7, 26), "column": np.zeros((7, 3))}
