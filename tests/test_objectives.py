@@ -148,8 +148,7 @@ def test_against_the_published_trainer(fixtures, case):
     np.testing.assert_allclose(advantages, golden["advantages"], atol=2e-4)
     loss, metrics = objectives.clipped_policy_loss(
         golden["policy_logps"], golden["policy_logps"], golden["ref_logps"], advantages, 0.2, config["beta"])
-    # The advantages, of order 1, cancel up to float32's rounding, and beta times the divergence is left.
-    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-3)
     np.testing.assert_allclose(metrics["kl"], golden["mean_kl"], rtol=1e-3)
 
 
