@@ -2,6 +2,7 @@
 
     python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft       # or dpo, csft, cdpo
     python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft2 --config.internal_gap.group=2
+    python -m gvu_jax.train --config=configs/shapes_gap.py:sft-showo --workdir=runs/sft3   # a preset of shapes.py
 
 csft and cdpo are the curriculum: prompts of which no candidate was accepted are drawn again half-way.
 """
@@ -10,9 +11,11 @@ from pathlib import Path
 
 
 def get_config(preset="sft"):
+    preset, _, base = preset.partition("-")
     if preset not in ("sft", "dpo", "csft", "cdpo"):
-        raise ValueError(f"configs/shapes_gap.py has no preset {preset!r}; it has sft, dpo, csft and cdpo")
-    config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"]()
+        raise ValueError(f"configs/shapes_gap.py has no preset {preset!r}; it has sft, dpo, csft and cdpo, and each of "
+                         "them with -weak, -smoke or -showo")
+    config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"](base or "normal")
     del config.gvu, config.flow
     config.sampling.flow.noise = 0.0         # of a flow's step: whole pictures are learned from, drawn by the ODE
     config.method = "internal_gap"

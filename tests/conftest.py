@@ -99,7 +99,7 @@ def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
     config.model.vq.update(channels=2, multipliers=(1, 1, 1, 1, 1), z_channels=4, norm_num_groups=1)
-    config.model.magvit.update({f"{part}_multipliers": (1, 1, 1, 1, 1) for part in ("encoder", "decoder")}, bits=7,
+    config.model.magvit.update({f"{part}_multipliers": (1, 1, 1, 1, 1) for part in ("encoder", "decoder")}, bits=8,
                                encoder_channels=2, decoder_channels=2, decoder_blocks=(1, 1, 1, 1, 1), norm_num_groups=1)
     config.model.rounds = 3
     config.model.dit.update(num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16)

@@ -269,7 +269,7 @@ def test_any_metadata_is_read_or_refused(model, folder, content):
     ("shapes", "family=janus --config.model.vq.codebook_size=8", "codebook_size is 8, but there are 26 things"),
     ("shapes", "family=janus --config.model.vq.multipliers=(1,1)", "a code is 2 pixels wide, but a cell 16"),
     ("shapes", "family=janus --config.model.vision.heads=3", "no model has these sizes"),
-    ("shapes", "family=showo --config.model.magvit.bits=6", "bits is 6, which makes 64 codes, but .* needs 78"),
+    ("shapes", "family=showo --config.model.magvit.bits=6", "bits is 6, but a world of side 3 needs 8"),
     ("shapes", "family=showo --config.model.magvit.encoder_blocks=(1,)", "as many levels"),
     ("shapes", "family=showo --config.model.rounds=0", "rounds 0 must be at least 1"),
     ("shapes", "family=qwen_sd35 --config.model.vae.patch_size=8", "model.vae.patch_size 8, but a cell is 16"),

@@ -132,10 +132,10 @@ def test_showo_begins_with_its_bits(tiny_showo):
 
 
 def test_showo_paints_a_code_wherever_it_stands(tiny_showo, monkeypatch):
-    """Cells and their codes are moved alike; what is named is what stood in the picture. The code of a cell is here how
-    bright it is."""
+    """Cells and their codes are moved alike; the encoder is told the codes of what stands in the picture. The code of a
+    cell is here how bright it is, and the encoder is nine times as sure of each bit as of a coin's."""
     _, umm, params = tiny_showo
-    taught, painted = [], []
+    taught, painted, bits = [], [], umm.vq.bits
 
     class Bright:
         def __init__(self, config):
@@ -143,27 +143,39 @@ def test_showo_paints_a_code_wherever_it_stands(tiny_showo, monkeypatch):
 
         def apply(self, variables, x, method):
             if method == "latents":
-                return 9 * magvit.vectors(jnp.round(x[:, ::16, ::16, 0] * 127).astype(int), len(self.powers))
+                return 9 * magvit.vectors(jnp.round(x[:, ::16, ::16, 0] * 255).astype(int), bits)
             painted.append(jnp.sum((x > 0) * self.powers, axis=-1))
-            return jnp.repeat(jnp.repeat(painted[-1], 16, axis=1), 16, axis=2)[..., None] / 127 * 2 - jnp.ones(3)
+            return jnp.repeat(jnp.repeat(painted[-1], 16, axis=1), 16, axis=2)[..., None] / 255 * 2 - jnp.ones(3)
 
-    monkeypatch.setattr(showo_tiny, "fit", lambda label, loss, trained, *rest: taught.append((loss, trained)) or trained)
+    monkeypatch.setattr(showo_tiny, "fit", lambda _, loss, trained, data, *rest: taught.append((loss, data)) or trained)
     monkeypatch.setattr(magvit, "Magvit", Bright)
-    showo_tiny.train_codes(umm, params, world.sample_scenes(np.random.default_rng(0), 4),
-                           tiny_config().pretrain.codes, np.random.default_rng(1), jax.random.key(2))
-    levels = np.random.default_rng(3).integers(0, 128, (5, 3, 3))
-    pixels = np.repeat(np.repeat(levels, 16, axis=1), 16, axis=2)[..., None] / 127 * np.ones(3)
-    heads = {"object": 9 * np.eye(7, 26), "column": np.zeros((7, 3))}
-    first_bit = (levels.reshape(5, 9) < 64).astype(int)
-    batch = {"pictures": {"pixels": pixels, "object": first_bit * 25, "column": first_bit}}
-    (loss, trained), = taught
-    _, told = loss({**trained, **heads}, batch, jax.random.key(4))
-    assert told["painting"] < 1e-8 and told["column"] == pytest.approx(np.log(3))
+    scenes, rng = world.sample_scenes(np.random.default_rng(0), 4), np.random.default_rng(1)
+    showo_tiny.train_codes(umm, params, scenes, tiny_config().pretrain.codes, rng, jax.random.key(2))
+    (loss, data), = taught
+    np.testing.assert_array_equal(data["pictures"]["pixels"], world.render(scenes, np.random.default_rng(1)))
+    np.testing.assert_array_equal(data["pictures"]["codes"], showo_tiny.code_of(scenes, 3))
+    levels = np.random.default_rng(3).integers(0, 2 ** bits, (5, 3, 3))
+    pixels = np.repeat(np.repeat(levels, 16, axis=1), 16, axis=2)[..., None] / 255 * np.ones(3)
+    batch = {"pictures": {"pixels": pixels, "codes": levels.reshape(5, 9)}}
+    _, told = loss(params["vq"], batch, jax.random.key(4))
+    assert told["painting"] < 1e-8
     np.testing.assert_array_equal(np.sort(painted[0].reshape(5, 9)), np.sort(levels.reshape(5, 9)))
     assert not np.array_equal(painted[0], levels)
-    signs = np.asarray(magvit.vectors(levels.reshape(-1), 7)) @ heads["object"]
-    expected = jax.nn.logsumexp(signs, axis=1) - signs[range(45), batch["pictures"]["object"].ravel()]
-    np.testing.assert_allclose(told["object"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(told["bits"], bits * np.log1p(np.exp(-9)), rtol=1e-4)
+    _, told = loss(params["vq"], {"pictures": {"pixels": pixels, "codes": levels.reshape(5, 9) ^ 1}}, jax.random.key(4))
+    np.testing.assert_allclose(told["bits"], 9 + bits * np.log1p(np.exp(-9)), rtol=1e-4)      # one bit is the other way
+
+
+def test_showo_has_a_code_for_each_thing_in_each_column():
+    """What differs in shape alone, in color alone or in column alone has a code that differs in their bits alone."""
+    things = np.arange(26)[:, None].repeat(3, axis=1).astype(np.int8)
+    codes = showo_tiny.code_of(things, 3)
+    assert codes.shape == (26, 3) and len(np.unique(codes)) == 26 * 3 and codes.max() < 2 ** showo_tiny.bits_needed(3)
+    shape, color, column = codes >> 5, codes >> 2 & 7, codes & 3
+    assert (column == np.arange(3)).all() and (shape[0] == 0).all() and (color[0] == 0).all()
+    assert (shape[1:, 0] == np.repeat(np.arange(1, 6), 5)).all() and (color[1:, 0] == np.tile(np.arange(5), 5)).all()
+    assert showo_tiny.bits_needed(4) == 8 and showo_tiny.bits_needed(5) == 9
+    np.testing.assert_array_equal(showo_tiny.code_of(np.array([[3, 0, 0, 0, 7]], np.int8), 5) >> 3, [[10, 0, 0, 0, 17]])
 
 
 def test_the_backbone_begins_with_the_codebook(tiny):

@@ -1,19 +1,18 @@
 """A tiny Show-o for the shapes world: how it is made, and how its image tokenizer learns before its backbone learns to
 read and to draw (shapes/pretrain.py). One code of MAGVIT is 16 pixels, which is one cell; it is read and drawn alike.
 
-    codes        MAGVIT is an autoencoder whose middle is the signs of its channels
+    codes        MAGVIT learns to tell a code's bits, which are of a shape, a color and a column, and to paint them
 """
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from gvu_jax.families.showo import ADDED, PAD, Showo
 from gvu_jax.models import magvit, phi
 from gvu_jax.models.vae import depth_to_space, space_to_depth
 from gvu_jax.models.vq import to_pixels
 from gvu_jax.shapes import world
-from gvu_jax.shapes.learn import NAMES, fit, tell_what_comes_back
+from gvu_jax.shapes.learn import fit, tell_what_comes_back
 from gvu_jax.shapes.tokenizer import UNKNOWN, of_words
 
 # What of config.model and config.pretrain is this family's.
@@ -25,9 +24,9 @@ def tiny(config):
     """The model of a config of the shapes world, without parameters: of model.ar it takes what its own Phi has."""
     model, side = config.model, config.world.side
     vq = magvit.Config(**{name: tuple(x) if isinstance(x, (list, tuple)) else x for name, x in model.magvit.items()})
-    if vq.codebook_size < (codes := NAMES * side):
-        raise ValueError(f"model.magvit.bits is {vq.bits}, which makes {vq.codebook_size} codes, but a world of side "
-                         f"{side} needs {codes}: one for each thing in each column")
+    if vq.bits < (bits := bits_needed(side)):
+        raise ValueError(f"model.magvit.bits is {vq.bits}, but a world of side {side} needs {bits}, for the shape, the "
+                         "color and the column of what a code stands for")
     if vq.downscale != world.CELL:
         raise ValueError(f"model.magvit.encoder_blocks has {len(vq.encoder_blocks)} levels, so that a code is "
                          f"{vq.downscale} pixels wide, but a cell {world.CELL}")
@@ -68,37 +67,43 @@ def begin(params, rng):
 # ---- the image tokenizer -----------------------------------------------------------------------------------------
 
 def train_codes(umm, params, scenes, settings, rng, key):
-    """MAGVIT as an autoencoder through the signs of its channels, to which noise is added; the gradient passes them as
-    that of tanh.
+    """MAGVIT's two halves side by side: the encoder learns the bits of code_of, the decoder to paint from them.
 
-    The bits must tell apart what is in the cell, and in which column the cell is: linear heads name both. Columns,
-    because the backbone could hardly find them by itself (see xomni_tiny.py). Whoever draws may put any code anywhere:
-    so the decoder paints the cells in an order of their own.
+    An autoencoder that had to find bits of its own found the same ones for green and for purple, with some seeds.
+    Whoever draws may put any code anywhere: so the decoder paints the cells in an order of their own.
     """
-    model, columns, cell = magvit.Magvit(umm.vq), umm.grid[1], world.CELL
+    model, cell = magvit.Magvit(umm.vq), world.CELL
     apply = lambda vq, x, method: model.apply({"params": vq}, x, method=method)
     paint = lambda magvit, signs: magvit.decoder(signs)                                             # of magvit.Magvit
 
-    def loss(trained, batch, key):
-        pictures, keys = batch["pictures"], jax.random.split(key)
-        latents = apply(trained["vq"], pictures["pixels"], "latents")                               # [B, r, c, bits]
-        soft = jnp.tanh(latents)
-        hard = jnp.where(latents + BLUR * jax.random.normal(keys[0], latents.shape) > 0, 1.0, -1.0)
-        signs = soft + jax.lax.stop_gradient(hard - soft)
-        flat = lambda x: x.reshape(x.shape[0], -1, x.shape[-1])                                     # [B, N, ..]
-        named = {what: optax.softmax_cross_entropy_with_integer_labels(
-            flat(signs) @ trained[what], pictures[what]).mean() for what in ("object", "column")}
-        places = jnp.argsort(jax.random.uniform(keys[1], pictures["object"].shape), axis=1)[..., None]
-        moved = lambda x: jnp.take_along_axis(flat(x), places, axis=1).reshape(x.shape)
-        target = depth_to_space(moved(space_to_depth(pictures["pixels"] * 2 - 1, cell)), cell)
-        painted = jnp.mean((apply(trained["vq"], moved(signs), paint) - target) ** 2)
-        return PAINTING * painted + sum(named.values()), {"painting": painted, **named}
+    def loss(vq, batch, key):
+        pixels, signs = batch["pictures"]["pixels"], magvit.vectors(batch["pictures"]["codes"], umm.vq.bits)
+        latents = apply(vq, pixels, "latents")                                                      # [B, r, c, bits]
+        wrong = -jax.nn.log_sigmoid(latents * signs.reshape(latents.shape)).sum(axis=-1).mean()
+        places = jnp.argsort(jax.random.uniform(key, signs.shape[:2]), axis=1)[..., None]
+        moved = lambda x: jnp.take_along_axis(x.reshape(signs.shape[:2] + (-1,)), places, axis=1).reshape(x.shape)
+        target = depth_to_space(moved(space_to_depth(pixels * 2 - 1, cell)), cell)
+        painted = jnp.mean((apply(vq, moved(signs.reshape(latents.shape)), paint) - target) ** 2)
+        return PAINTING * painted + wrong, {"painting": painted, "bits": wrong}
 
-    heads = {"object": jax.random.normal(key, (umm.vq.bits, NAMES)),
-             "column": jax.random.normal(key, (umm.vq.bits, columns))}
-    data = {"pictures": {"pixels": world.render(scenes, rng), "object": scenes.astype(np.int32),
-                         "column": np.broadcast_to(np.arange(scenes.shape[1]) % columns, scenes.shape)}}
-    return {**params, "vq": fit("codes", loss, {"vq": params["vq"], **heads}, data, settings, key)["vq"]}
+    data = {"pictures": {"pixels": world.render(scenes, rng), "codes": code_of(scenes, umm.grid[1])}}
+    return {**params, "vq": fit("codes", loss, params["vq"], data, settings, key)}
 
 
-BLUR, PAINTING = 0.5, 20       # noise beside channels that training drives away from zero; weight of the picture
+PAINTING = 20                                                                          # the weight of what is painted
+
+
+def code_of(scenes, columns):
+    """scenes [M, cells] -> the code of each cell, int32 [M, cells]: bits of the shape, 0 for none; of the color; and of
+    the column, because the backbone could hardly find it by itself (see xomni_tiny.py)."""
+    shape, color = np.divmod(scenes.astype(np.int32) - 1, len(world.COLORS))                     # an empty cell: -1
+    shape, color = shape + 1, np.where(scenes > 0, color, 0)
+    return (shape << COLOR_BITS | color) << (columns - 1).bit_length() | np.arange(scenes.shape[1]) % columns
+
+
+def bits_needed(columns):
+    """Of code_of, in a world of so many columns."""
+    return SHAPE_BITS + COLOR_BITS + (columns - 1).bit_length()
+
+
+SHAPE_BITS, COLOR_BITS = len(world.SHAPES).bit_length(), (len(world.COLORS) - 1).bit_length()

@@ -23,7 +23,7 @@ from gvu_jax.models.layers import platform
 from gvu_jax.shapes import sentences, world
 from gvu_jax.shapes.learn import fit, muon
 
-STAGES = 5         # to be raised when a stage changes what comes out: no older base is then taken for a new one
+STAGES = 6         # to be raised when a stage changes what comes out: no older base is then taken for a new one
 # What of config.model and config.pretrain shapes the base of every family.
 SHARED = "ar", "instruction", "seed", "scenes", "crowded", "positions", "backbone"
 
