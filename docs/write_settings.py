@@ -21,13 +21,14 @@ CONFIGS = {"shapes": ("normal", "weak", "smoke", "showo"), "shapes_gap": ("sft",
            "xomni_uae": (), "janus_pro": ("1b", "7b"), "janus_pro_gap": ("csft", "sft", "dpo", "cdpo", "csft-7b"),
            "janus_pro_uae": ("1b", "7b"), "showo": ("256", "512", "clip"),
            "showo_gap": ("csft", "sft", "dpo", "cdpo", "csft-512", "csft-clip"),
-           "showo_uae": ("256", "512", "clip"), "uae_sd35": ("uae", "gvu")}      # the first is meant without a name
+           "showo_uae": ("256", "512", "clip"), "uae_sd35": ("uae", "gvu"),
+           "uae_sd35_gap": ("csft", "sft", "dpo", "cdpo")}                       # the first is meant without a name
 # What each starts from, and whose words for its settings it takes besides.
 STARTS_FROM = {"shapes_gap": ("shapes",), "shapes_uae": ("shapes",), "xomni_gap": ("xomni",), "xomni_uae": ("xomni",),
                "janus_pro": ("xomni",), "janus_pro_gap": ("janus_pro", "xomni_gap"),
                "janus_pro_uae": ("janus_pro", "xomni_uae"), "showo": ("xomni", "janus_pro"),
                "showo_gap": ("showo", "xomni_gap"), "showo_uae": ("showo", "xomni_uae"),
-               "uae_sd35": ("xomni_uae", "janus_pro")}
+               "uae_sd35": ("xomni_uae", "janus_pro"), "uae_sd35_gap": ("uae_sd35", "xomni_gap")}
 
 
 def comments_of(lines, statement):

@@ -86,20 +86,22 @@ class Bench:
         self.adapter = jax.tree.map(lambda x: 0.1 * x, random_like(shapes, rng))    # small, but b is not 0
         words = vocabulary()
         texts = [" ".join(words[(7 * i + j) % len(words)] for j in range(WORDS)) for i in range(prompts)]
-        self.prompts = jax.device_put(self.umm.encode_prompts(texts))
+        encoded = self.umm.encode_prompts(texts)
+        spare = int(np.sum(~encoded.mask.any(axis=0)))                        # padding on the left that all have
+        self.prompts = jax.device_put(encoded.replace(tokens=encoded.tokens[:, spare:], mask=encoded.mask[:, spare:]))
         if not all(np.all(mask) for mask in (self.prompts.mask, self.prompts.question_mask, self.prompts.words_mask)):
             raise ValueError("the peers read no padding: the prompts must all be of one length")
         self.samples = prompts * group
         self.grouped = self.prompts.repeat(group)
-        self.codes = jax.random.randint(self.key, (self.samples, tokens), 0, self.umm.ar.image_vocab_size)
+        self.drawn = peers.drawn(self.umm, self.key, self.samples)
         self.rewards = jax.random.uniform(self.key, (self.samples,))
         self.pixels = jax.random.uniform(self.key, (self.samples, *self.umm.picture_size, 3))
 
     @functools.cached_property
     def seen(self):
         """What a reading begins from: what was drawn, or where that means nothing to it, what it sees of `pixels`."""
-        drawn = self.umm.seen_of(self.codes)
-        return self.method.programs.see.jitted(self.params, self.pixels) if drawn is None else drawn
+        seen = self.umm.seen_of(self.drawn)
+        return self.method.programs.see.jitted(self.params, self.pixels) if seen is None else seen
 
     @functools.cached_property
     def backbone(self):
@@ -109,6 +111,9 @@ class Bench:
     @functools.cached_property
     def pictures(self):
         return self.peers.Pictures(self.umm, self.params)
+
+    def to_torch(self, drawn):
+        return jax.tree.map(self.peers.tensor, drawn)
 
     def state(self):
         adapter = jax.tree.map(jnp.copy, self.adapter)                        # an update takes its state with it
@@ -132,27 +137,29 @@ class Bench:
         prompts = peer.ids(self.prompts.tokens)
 
         def check():                                                          # each side scores what the other drew
-            (codes, logps), (peer_codes, peer_logps) = ours(), peer.sample(peer.base, prompts, group, N, scores=True)
+            (drawn, logps), (peer_drawn, peer_logps) = ours(), peer.sample(peer.base, prompts, group, N, scores=True)
             with torch.inference_mode():
-                told = peer.image_logps(peer.base, prompts.repeat_interleave(group, 0), self.peers.tensor(codes))
+                told = peer.image_logps(peer.base, prompts.repeat_interleave(group, 0), self.to_torch(drawn))
             assert_equal("log-probabilities of our samples", logps, told)
             told = jax.jit(umm.image_logps, static_argnums=3)(
-                self.params, self.grouped, jnp.asarray(peer_codes.numpy(), jnp.int32), self.how)
+                self.params, self.grouped, jax.tree.map(lambda x: jnp.asarray(x.numpy(), jnp.int32), peer_drawn),
+                self.how)
             assert_equal("log-probabilities of the peer's samples", told, peer_logps)
 
         ar, P = umm.ar, self.prompts.tokens.shape[1]
         contexts = 1 if self.how.guidance == 1.0 else 2                       # with the prompt, and without
-        slots = sum(P + t for t in range(N)) * self.samples * contexts        # cache slots read in all
+        slots = self.peers.slots(umm, P, group)                               # of the cache, that each forward reads
         weights = nbytes(self.params["ar"]["layers"]) + ar.hidden_size * ar.image_vocab_size * 4
-        cache = slots * ar.num_hidden_layers * 2 * ar.num_key_value_heads * ar.head_dim * 4
-        return Phase(ready(ours), {"transformers generate": lambda: peer.sample(peer.base, prompts, group, N)}, check,
-                     flops(ours), N * weights + cache)
+        slot = ar.num_hidden_layers * 2 * ar.num_key_value_heads * ar.head_dim * 4
+        cache = sum(slots) * self.samples * contexts * slot
+        return Phase(ready(ours), {self.peers.NAMES["sample"]: lambda: peer.sample(peer.base, prompts, group, N)},
+                     check, flops(ours), len(slots) * weights + cache)
 
     def render(self):
         """Image tokens to pixels: the tokenizer's latents, every denoising step, the autoencoder."""
-        ours = functools.partial(self.method.programs.render.jitted, self.params, self.codes, self.prompts, self.key)
+        ours = functools.partial(self.method.programs.render.jitted, self.params, self.drawn, self.prompts, self.key)
         noise = self.pictures.noise(self.key, self.samples)
-        theirs = functools.partial(self.pictures.render, self.peers.tensor(self.codes), noise)
+        theirs = functools.partial(self.pictures.render, self.to_torch(self.drawn), noise)
 
         def check():                                               # a byte may round either way, and no more than that
             apart = np.abs(channels_first(ours()).numpy() - theirs().numpy()) * 255
@@ -193,16 +200,17 @@ class Bench:
     def update(self):
         """Reference, policy and its gradient, one AdamW step of a rank-8 adapter."""
         g, state, peer = self.config.gvu, self.state(), self.backbone
-        inputs = (self.grouped, self.codes, jnp.zeros(self.codes.shape), self.rewards, self.seen)
+        logps = jnp.zeros((self.samples, self.umm.image_tokens))
+        inputs = (self.grouped, self.drawn, logps, self.rewards, self.seen)
 
         def ours():
             nonlocal state
             state, metrics = self.method.update(state, self.params, *inputs)
             return state, metrics
 
-        prompts, codes = peer.ids(self.grouped.tokens), self.peers.tensor(self.codes)
+        prompts, drawn = peer.ids(self.grouped.tokens), self.to_torch(self.drawn)
         advantages = self.peers.tensor(objectives.group_advantages(self.rewards, g.group, g.advantage_eps))
-        theirs = functools.partial(peer.update, prompts, codes, advantages, g.clip, g.beta)
+        theirs = functools.partial(peer.update, prompts, drawn, advantages, g.clip, g.beta)
 
         def check():
             (after, metrics), (loss, kl, norm) = ours(), theirs()
@@ -225,12 +233,12 @@ class Bench:
         words = self.peers.tensor(self.grouped.words)
 
         def theirs(read):
-            codes = peer.sample(peer.policy, prompts, g.group, umm.image_tokens).clone()
-            seen = pictures.see(pictures.render(codes, noise))
+            drawn = jax.tree.map(torch.clone, peer.sample(peer.policy, prompts, g.group, umm.image_tokens))
+            seen = pictures.see(pictures.render(drawn, noise))
             rewards = read(peer.asked(seen.numpy(), self.grouped), words).mean(1).exp()
             advantages = self.peers.tensor(objectives.group_advantages(
                 jnp.asarray(rewards.numpy()), g.group, g.advantage_eps))
-            return peer.update(grouped, codes, advantages, g.clip, g.beta)
+            return peer.update(grouped, drawn, advantages, g.clip, g.beta)
 
         count = sum(getattr(self, name)().flops for name in ("sample", "render", "see", "reward", "update"))
         # Both draw at random here; each part was compared in its own phase.
@@ -407,7 +415,7 @@ def main(_):
     module = "gvu_jax.families.{}_peers".format
     if _FAMILY.value not in (there := [name for name in families.FAMILIES if importlib.util.find_spec(module(name))]):
         raise ValueError(f"--family={_FAMILY.value}: its PyTorch side has not been written; compare "
-                         f"{' or '.join(there)}")
+                         f"{', '.join(there[:-1])} or {there[-1]}")
     try:
         peers = importlib.import_module(module(_FAMILY.value))
     except ImportError as error:

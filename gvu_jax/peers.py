@@ -1,6 +1,10 @@
-"""What the torch sides of benchmark.py have in common, whatever family they carry (families/NAME_peers.py)."""
+"""What the torch sides of benchmark.py have in common, whatever family they carry (families/NAME_peers.py).
+
+A family that does not draw token after token has `drawn` and `slots` of its own.
+"""
 import math
 
+import jax
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
@@ -30,6 +34,16 @@ def side_of(tokens):
     if side * side != tokens or not side:
         raise ValueError(f"--tokens={tokens} is no square number; 256 (16 x 16) and 1296 (36 x 36) are")
     return side
+
+
+def drawn(umm, key, S):
+    """S pictures that mean nothing, of a model that draws token after token: codes [S, N]."""
+    return jax.random.randint(key, (S, umm.image_tokens), 0, umm.ar.image_vocab_size)
+
+
+def slots(umm, P, group):
+    """How many kept keys each forward of a picture must read, one forward a token behind a prompt of P tokens."""
+    return [P + t for t in range(umm.image_tokens)]
 
 
 class Adapted:

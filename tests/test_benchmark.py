@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gvu_jax import benchmark, report
-from gvu_jax.families import janus_peers, xomni_peers
+from gvu_jax.families import janus_peers, showo_peers, xomni_peers
 
 AR = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 NANO = dict(
@@ -24,7 +24,13 @@ NANO_JANUS = dict(
     vq=dict(codebook_size=16, codebook_dim=8, z_channels=8, channels=32, multipliers=(1, 1), res_blocks=1))
 
 
-@pytest.fixture(scope="module", params=[(xomni_peers, NANO), (janus_peers, NANO_JANUS)], ids=["xomni", "janus"])
+NANO_SHOWO = dict(
+    ar=AR, vq=dict(bits=4, encoder_channels=32, decoder_channels=32, encoder_multipliers=(1, 2),
+                   decoder_multipliers=(1, 2), encoder_blocks=(1, 2), decoder_blocks=(2, 1)))
+
+
+@pytest.fixture(scope="module", params=[(xomni_peers, NANO), (janus_peers, NANO_JANUS), (showo_peers, NANO_SHOWO)],
+                ids=["xomni", "janus", "showo"])
 def bench(request):
     torch.set_num_threads(1)                               # more would wait for each other beside the other tests
     return benchmark.Bench(*request.param, tokens=4, prompts=2, group=2)
@@ -49,13 +55,14 @@ def test_one_forward_beats_one_forward_per_word(lines):
     assert next(line for line in lines if line["phase"] == "reward")["ratio"] > 3
 
 
-@pytest.mark.parametrize("phase, part, leaf", [
-    ("sample", "ar", "q_proj/kernel"), ("reward", "ar", "lm_head/kernel"), ("see", "vision", "codebook|norm/scale")])
-def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase, part, leaf):
-    """leaf: how the path of what is moved ends, a regular expression."""
-    ends = lambda path: re.search(f"({leaf})$", "/".join(p.key for p in path))
-    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if ends(path) else x
-    other = {**bench.params, part: jax.tree_util.tree_map_with_path(shift, bench.params[part])}
+@pytest.mark.parametrize("phase, leaf", [
+    ("sample", "ar/.*q_proj/kernel"), ("reward", "ar/lm_head/kernel"),
+    ("see", "vision/.*(codebook|norm/scale)|vq/encoder/quant_conv/bias")])
+def test_a_peer_with_other_weights_is_not_timed(bench, lines, monkeypatch, phase, leaf):
+    """leaf: the path of what is moved, a regular expression."""
+    moved = lambda path: re.fullmatch(leaf, "/".join(p.key for p in path))
+    shift = lambda path, x: x + jnp.linspace(0, 1, x.size).reshape(x.shape) if moved(path) else x
+    other = jax.tree_util.tree_map_with_path(shift, bench.params)
     monkeypatch.setattr(bench, "params", other)                       # the peers hold the weights from before
     with pytest.raises(ValueError, match="differ"):
         bench.phase(phase).check()
@@ -106,9 +113,9 @@ def test_a_size_that_is_no_square_is_refused():
 
 
 def test_a_family_without_peers_is_refused(monkeypatch):
-    for flag, value in (("_SIZE", "small"), ("_FAMILY", "showo")):
+    for flag, value in (("_SIZE", "small"), ("_FAMILY", "qwen_sd35")):
         monkeypatch.setattr(benchmark, flag, types.SimpleNamespace(value=value))
-    with pytest.raises(ValueError, match="not been written; compare xomni or janus"):
+    with pytest.raises(ValueError, match="not been written; compare xomni, janus or showo"):
         benchmark.main(None)
 
 

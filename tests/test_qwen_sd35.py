@@ -512,13 +512,8 @@ def test_gvu_through_the_interface(uae, tmp_path):
 
 
 def gap_config(uae, folder, objective):
-    config, gap = smallest(load_config("uae_sd35", "gvu"), uae, folder), load_config("xomni_gap")
-    with config.unlocked():
-        del config.gvu, config.flow
-        config.update(method="internal_gap", internal_gap=gap.internal_gap, reward=gap.reward, trains="all")
-    config.internal_gap.update(objective=objective, prompts=2, pool=2, group=2, keep=1, batch=2, waves=1,
-                               micro_batches=1, replay=0, probe=0, threshold=1e-6, anchor=0.0)
-    config.sampling.flow.update(noise=0.0)
+    config = smallest(load_config("uae_sd35_gap", objective), uae, folder)
+    config.internal_gap.update(prompts=2, pool=2, group=2, batch=2, micro_batches=1, threshold=1e-6)
     return config
 
 

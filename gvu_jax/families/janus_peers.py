@@ -13,7 +13,7 @@ from transformers import GenerationConfig, JanusConfig, JanusForConditionalGener
 from gvu_jax.families.janus import BEGIN, BOS, PICTURE, Janus
 from gvu_jax.families.janus_tiny import words_of_shapes
 from gvu_jax.models import llama, siglip, vq
-from gvu_jax.peers import Adapted, picked, side_of, tensor, tensors
+from gvu_jax.peers import Adapted, drawn, picked, side_of, slots, tensor, tensors
 
 SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M
     "tiny": dict(
@@ -35,7 +35,7 @@ SIZES = {                                              # parameters of the backb
                 res_blocks=1)),
 }
 PARTS = ()                                             # of render: it is one network
-NAMES = {"render": "transformers VQ-16", "see": "transformers SigLIP"}
+NAMES = {"sample": "transformers generate", "render": "transformers VQ-16", "see": "transformers SigLIP"}
 
 
 def build(sizes, tokens):

@@ -30,14 +30,19 @@ def tiny(config):
     if vq.downscale != world.CELL:
         raise ValueError(f"model.magvit.encoder_blocks has {len(vq.encoder_blocks)} levels, so that a code is "
                          f"{vq.downscale} pixels wide, but a cell {world.CELL}")
-    tokenizer = of_words((END_OF_TEXT, UNKNOWN, "USER", "ASSISTANT"), (PAD, *ADDED), silent=":\n", pad_token=PAD,
-                         eos_token=END_OF_TEXT)
+    tokenizer = words_of_shapes()
     shared = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
               "rope_theta")
     ar = phi.Config(**{name: model.ar[name] for name in shared}, vocab_size=len(tokenizer) + vq.codebook_size + 1,
                     image_vocab_size=vq.codebook_size, remat=model.get("remat", "nothing"))
     return Showo(ar=ar, vq=vq, tokenizer=tokenizer, grid=(side, side), rounds=model.rounds, heat=model.heat,
                  instruction=model.instruction, guidance=1.0, of_shapes=True)
+
+
+def words_of_shapes():
+    """A tokenizer of the shapes world's words, with what Show-o adds behind them."""
+    return of_words((END_OF_TEXT, UNKNOWN, "USER", "ASSISTANT"), (PAD, *ADDED), silent=":\n", pad_token=PAD,
+                    eos_token=END_OF_TEXT)
 
 
 def learn_pictures(umm, params, scenes, settings, rng, key):

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM
 from gvu_jax import sampling
 from gvu_jax.families.xomni import XOmni
 from gvu_jax.models import flux, siglip_vq, vae, xomni
-from gvu_jax.peers import Adapted, picked, side_of, tensor, tensors
+from gvu_jax.peers import Adapted, drawn, picked, side_of, slots, tensor, tensors
 from gvu_jax.shapes.tokenizer import build_tokenizer
 
 SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M
@@ -55,7 +55,7 @@ SIZES = {                                              # parameters of the backb
         vae=dict(latent_channels=16, block_out_channels=(64, 128, 256, 256), layers_per_block=2, norm_num_groups=32)),
 }
 PARTS = "denoise", "decode"                             # of render
-NAMES = {"render": "diffusers", "see": "torch"}
+NAMES = {"sample": "transformers generate", "render": "diffusers", "see": "torch"}
 
 SIGLIP_RULES = siglip_vq.RULES + (                     # from the checkpoint's names to those of TransformerEncoderLayer
     (r"patch_embed\.proj", "patch_embed"), (r"attn/qkv/kernel", "self_attn/in_proj_weight"),
