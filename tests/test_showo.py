@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,31 @@ def test_golden_generations(showo, golden):
         chosen = np.take_along_axis(of_run["selected_prob"], np.maximum(order, 0)[None], axis=0)[0]
         np.testing.assert_allclose(logps, np.where(order < 0, 0, np.log(chosen)), atol=5e-4, err_msg=run)
         np.testing.assert_allclose(logps, forced, atol=1e-4)
+
+
+def test_the_peer_of_the_benchmark_draws_the_golden_generations(showo, golden, monkeypatch):
+    """The published loop in torch, with the recorded noise: one prompt at a time, for the peer reads no padding."""
+    torch, showo_peers = (pytest.importorskip(name) for name in ("torch", "gvu_jax.families.showo_peers"))
+    umm, params = golden
+    expected, own = showo.arrays("generate"), types.SimpleNamespace(
+        rank=1, alpha=1, targets="_proj", lr=0.0, b2=0.9, weight_decay=0.0, clip_norm=1.0)
+    peer = showo_peers.Backbone(umm, params, {}, own, own)
+    compared = 0
+    for run, told in showo.told["generate"].items():
+        of_run = {name.removeprefix(run + "_"): x for name, x in expected.items() if name.startswith(run + "_")}
+        if np.any(of_run["initial_codes"] >= 0):                                    # the peer begins with masks alone
+            continue
+        peer.umm = dataclasses.replace(umm, rounds=told["steps"], heat=told["temperature"],
+                                       guidance=1 + told["guidance_scale"])
+        for i, text in enumerate(rows_of(recorded_prompts(umm, of_run["input_ids"]), "tokens")):
+            noise, uniform = (iter(torch.from_numpy(of_run[name][:, i])) for name in ("token_noise", "mask_uniform"))
+            monkeypatch.setattr(torch, "multinomial", lambda p, n: (p / next(noise)).argmax(-1, keepdim=True))
+            monkeypatch.setattr(torch, "rand", lambda shape: next(uniform).view(shape))
+            drawn = peer.sample(peer.base, torch.tensor([text]), 1, umm.image_tokens)
+            np.testing.assert_array_equal(drawn["codes"][0], of_run["final_codes"][i], err_msg=f"{run} {i}")
+            np.testing.assert_array_equal(drawn["round"][0], of_run["commit_step"][i], err_msg=f"{run} {i}")
+            compared += 1
+    assert compared
 
 
 def test_the_schedule_counts_in_float32():

@@ -143,7 +143,7 @@ class Backbone:
             chosen = p.gather(-1, tokens[..., None])[..., 0]
             r = torch.tensor((t + 1) / umm.rounds)
             heat = heat * (1 - r)
-            noise = -torch.log(-torch.log(torch.rand(codes.shape).clamp(1e-20)).clamp(1e-20))
+            noise = -(-torch.rand(codes.shape).clamp(1e-20).log()).clamp(1e-20).log()
             sure = torch.where(unknown, chosen.clamp(1e-20), torch.finfo(torch.float32).max).log() + heat * noise
             left = torch.floor(steps * torch.cos(r * torch.pi / 2))
             left = torch.minimum(unknown.sum(1, keepdim=True) - 1, left).clamp(1).long()
