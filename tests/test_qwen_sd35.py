@@ -532,6 +532,7 @@ def test_pairs_meet_the_same_noise(uae, tmp_path):
     """Of DPO: before the first step policy and base agree on both pictures of a pair, and the margin is exactly 0."""
     from gvu_jax.methods.internal_gap import Batch, InternalGap
     config, umm = gap_config(uae, tmp_path, "dpo"), uae.umm
+    config.internal_gap.draws = 1
     how = How(flow=flow.Flow(2))
     method = InternalGap(umm, config, how, None, sharding.make_mesh({}, jax.devices()[:1]))
     shapes, rng = umm.drawn_shapes(2, how), np.random.default_rng(0)

@@ -286,6 +286,8 @@ def attend(q, k, v, mask):
     scores = scores.reshape(B, K, H // K, T, S)
     if mask is not None:
         scores = jnp.where(mask[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)           # [B, 1, 1, T, S]
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    mixed = jnp.matmul(weights.reshape(B, K, -1, S), v).reshape(B, K, H // K, T, E)
-    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E)
+    # What softmax divides by is divided out behind the second product, where there is less to divide.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.matmul(weights.astype(v.dtype).reshape(B, K, -1, S), v, preferred_element_type=jnp.float32)
+    mixed = mixed.reshape(B, K, H // K, T, E) / jnp.sum(weights, axis=-1, keepdims=True)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H, E).astype(v.dtype)

@@ -75,36 +75,15 @@ class Attention(nn.Module):
 
         q = turned("q", c.num_attention_heads)                                                      # [B, T, H, E]
         k, v = turned("k", c.num_key_value_heads), heads("v_proj", c.num_key_value_heads)           # [B, T, K, E]
-        kept = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
-        if prefix is not None:
-            y = attend_behind(q, k, v, *prefix, mask)                                               # [B, T, H, E]
-        else:
-            if cache is not None:
-                cache = cache.write(layer, at, k, v)
-                k, v = cache.read(layer, k.dtype)                                                   # [B, S, K, E]
-            y = attention(q, k, v, mask)                                                            # [B, T, H, E]
-        y = y.reshape(B, T, c.num_attention_heads * c.head_dim)
+        kept = k, v
+        if prefix is not None:                             # a text's are repeated for the pictures behind it
+            behind = lambda text, own: jnp.concatenate([jnp.repeat(text, B // len(text), axis=0), own], axis=1)
+            k, v = map(behind, prefix, kept)                                                        # [B, P + T, K, E]
+        elif cache is not None:
+            cache = cache.write(layer, at, k, v)
+            k, v = cache.read(layer, k.dtype)                                                       # [B, S, K, E]
+        y = attention(q, k, v, mask).reshape(B, T, c.num_attention_heads * c.head_dim)
         return Dense(c.hidden_size, True, 0, name="dense")(y), cache, kept
-
-
-def attend_behind(q, k, v, prefix_k, prefix_v, mask):
-    """Attention of R * G pictures, the G behind a text side by side, to their text and to all of themselves.
-
-    q [R*G, T, H, E], k and v [R*G, T, K, E]; of the texts, prefix_k [R, K, E, P], prefix_v [R, K, P, E] and mask [R, P]
-    bool, True for a real token. The texts' are not repeated. Scores and softmax are float32. Returns [R*G, T, H, E].
-    """
-    (S, T, H, E), (R, K, _, P) = q.shape, prefix_k.shape
-    G, rows = S // R, H // K * T                                       # of a key/value head, the queries that read it
-    q = q.reshape(S, T, K, H // K, E).transpose(0, 2, 3, 1, 4).reshape(S, K, rows, E)
-    together = lambda x: x.reshape(R, G, K, rows, -1).swapaxes(1, 2).reshape(R, K, G * rows, -1)
-    apart = lambda x: x.reshape(R, K, G, rows, -1).swapaxes(1, 2).reshape(S, K, rows, -1)
-    text = jnp.matmul(together(q), prefix_k, preferred_element_type=jnp.float32)                    # [R, K, G rows, P]
-    text = apart(jnp.where(mask[:, None, None, :], text, jnp.finfo(jnp.float32).min))               # [S, K, rows, P]
-    own = jnp.matmul(q, k.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)                # [S, K, rows, T]
-    weights = jax.nn.softmax(jnp.concatenate([text, own], axis=-1) / jnp.sqrt(jnp.float32(E)), axis=-1).astype(v.dtype)
-    mixed = apart(jnp.matmul(together(weights[..., :P]), prefix_v))                                 # [S, K, rows, E]
-    mixed = mixed + jnp.matmul(weights[..., P:], v.transpose(0, 2, 1, 3))
-    return mixed.reshape(S, K, H // K, T, E).transpose(0, 3, 1, 2, 4).reshape(S, T, H, E)
 
 
 class MLP(nn.Module):
@@ -119,10 +98,11 @@ class MLP(nn.Module):
 
 class Layer(nn.Module):
     """A decoder layer as the scan sees it: it takes and returns the carry (x [B, T, D], cache or None), and gives its
-    keys [B, K, E, T] and values [B, K, T, E] besides.
+    keys and values [B, T, K, E] besides.
 
-    layer: its index in the cache. prefix: keys and values of what is read before, in that layout, or None. positions
-    [B, T]. mask: [B, T, S] of the slots of the cache, or of T without one; or [R, P] of the prefix. at: the first slot.
+    layer: its index in the cache. prefix: keys and values [R, P, K, E] of what is read before by B / R rows each, or
+    None. positions [B, T]. mask: [B, T, S] of the slots of the cache, or of T without one; or [B, 1, P + T] behind a
+    prefix. at: the first slot.
     """
     config: Config
 
@@ -177,7 +157,7 @@ class Phi(nn.Module):
 
     def before(self, tokens, mask):
         """Reads texts [R, P], mask bool, that pictures are drawn behind. Returns hidden [R, P, D] and the texts' keys
-        and values, [layers, R, K, E, P] and [layers, R, K, P, E]."""
+        and values, [layers, R, P, K, E]."""
         T = tokens.shape[1]
         mask = jnp.tril(jnp.ones((T, T), bool)) & mask[:, None, :]                                  # [R, P, P]
         hidden, _, kept = self.run(self.embed(tokens), None, None, None, mask, 0)
@@ -190,6 +170,7 @@ class Phi(nn.Module):
         """
         S, T = tokens.shape
         positions = jnp.broadcast_to(mask.shape[1] + jnp.arange(T), (S, T))
+        mask = jnp.pad(jnp.repeat(mask, S // len(mask), axis=0), ((0, 0), (0, T)), constant_values=True)[:, None]
         return self.run(self.embed(tokens), None, prefix, positions, mask, 0)[0]
 
     def run(self, x, cache, prefix, positions, mask, at):
