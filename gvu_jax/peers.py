@@ -46,6 +46,22 @@ def slots(umm, P, group):
     return [P + t for t in range(umm.image_tokens)]
 
 
+class Reads:
+    """Probabilities of words, for who has text_scores(asked, more, keep): the logits [S, keep, V] behind what was asked
+    and `more` ids."""
+
+    @torch.inference_mode()
+    def read(self, asked, words):
+        """log p(word_j | picture, question, word_<j) in one forward: [S, L]. words: ids."""
+        return picked(self.text_scores(asked, words[:, :-1], words.shape[1]), words)
+
+    @torch.inference_mode()
+    def read_in_loop(self, asked, words):
+        """The same with one uncached forward for each word (all pictures in a batch)."""
+        said = [self.text_scores(asked, words[:, :j], 1) for j in range(words.shape[1])]
+        return picked(torch.cat(said, dim=1), words)
+
+
 class Adapted:
     """A torch model under peft with our adapter on the modules that `targets` matches, and AdamW as we set it."""
 

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, JanusConfig, JanusForConditionalGener
 from gvu_jax.families.janus import BEGIN, BOS, PICTURE, Janus
 from gvu_jax.families.janus_tiny import words_of_shapes
 from gvu_jax.models import llama, siglip, vq
-from gvu_jax.peers import Adapted, drawn, picked, side_of, slots, tensor, tensors
+from gvu_jax.peers import Adapted, Reads, drawn, picked, side_of, slots, tensor, tensors
 
 SIZES = {                                              # parameters of the backbone: 0.6M, 25M, 150M
     "tiny": dict(
@@ -116,7 +116,7 @@ def sampler(umm, device, dtype):
     return sample
 
 
-class Backbone:
+class Backbone(Reads):
     """transformers' Janus; LoRA on its language model is `policy`."""
 
     def __init__(self, umm, params, adapter, lora_config, optim):
@@ -174,17 +174,6 @@ class Backbone:
             (ids == self.umm._id(PICTURE))[..., None], model.model.aligner(seen))
         hidden = model.model.language_model(inputs_embeds=embedded, use_cache=False).last_hidden_state
         return model.lm_head(hidden[:, -keep:])
-
-    @torch.inference_mode()
-    def read(self, asked, words):
-        """log p(word_j | picture, question, word_<j) in one forward: [S, L]. words: ids."""
-        return picked(self.text_scores(asked, words[:, :-1], words.shape[1]), words)
-
-    @torch.inference_mode()
-    def read_in_loop(self, asked, words):
-        """The same with one uncached forward for each word (all pictures in a batch)."""
-        said = [self.text_scores(asked, words[:, :j], 1) for j in range(words.shape[1])]
-        return picked(torch.cat(said, dim=1), words)
 
     def update(self, prompts, codes, advantages, clip, beta):
         """One GRPO step of the adapter on codes [S, N] behind prompts [S, P], advantages [S]: loss, KL (nats a token),

@@ -16,7 +16,7 @@ from transformers import PhiConfig, PhiForCausalLM
 from gvu_jax.families.showo import Showo
 from gvu_jax.families.showo_tiny import words_of_shapes
 from gvu_jax.models import magvit, phi
-from gvu_jax.peers import Adapted, picked, side_of, tensor, tensors
+from gvu_jax.peers import Adapted, Reads, picked, side_of, tensor, tensors
 
 SIZES = {                                              # parameters of the backbone: .5M, 26M, 154M
     "tiny": dict(
@@ -81,7 +81,7 @@ class Phi(nn.Module):
         return self.showo(input_ids=ids, attention_mask=may[:, None], use_cache=False, logits_to_keep=keep).logits
 
 
-class Backbone:
+class Backbone(Reads):
     """transformers' Phi; LoRA on it is `policy`."""
 
     def __init__(self, umm, params, adapter, lora_config, optim):
@@ -187,17 +187,6 @@ class Backbone:
         may = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
         may[:, :picture] = True
         return self.base(ids, may.expand(len(ids), -1, -1), keep)
-
-    @torch.inference_mode()
-    def read(self, asked, words):
-        """log p(word_j | picture, question, word_<j) in one forward: [S, L]. words: ids."""
-        return picked(self.text_scores(asked, words[:, :-1], words.shape[1]), words)
-
-    @torch.inference_mode()
-    def read_in_loop(self, asked, words):
-        """The same with one uncached forward for each word (all pictures in a batch)."""
-        said = [self.text_scores(asked, words[:, :j], 1) for j in range(words.shape[1])]
-        return picked(torch.cat(said, dim=1), words)
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------------
