@@ -72,9 +72,15 @@ def k3(logps, ref_logps):
 
 
 def kl(logits, other_logits):
-    """KL(p || q) of the distributions that logits [.., V] of p and of q give: [..], nats, differentiable in both."""
+    """KL(p || q) of the distributions that logits [.., V] of p and of q give: [..], nats, differentiable in both.
+
+    Each entry gives q - p - p log(q / p), which no entry makes negative and whose sum is the same, for q - p sums to
+    zero: where p and q are close, the sum of p log(p / q) would be the rounding of its large terms.
+    """
     logp, logq = jax.nn.log_softmax(logits), jax.nn.log_softmax(other_logits)
-    return jnp.sum(jnp.exp(logp) * (logp - logq), axis=-1)
+    p, d = jnp.exp(logp), logq - logp
+    close = p * jnp.maximum(jnp.expm1(jnp.minimum(d, 1.0)) - d, 0.0)
+    return jnp.sum(jnp.where(d < 1.0, close, jnp.exp(logq) - p - p * d), axis=-1)
 
 
 def token_mean(values, mask):

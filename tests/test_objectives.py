@@ -43,6 +43,19 @@ def test_kl_against_scipy_and_its_gradient_moves_the_second_towards_the_first():
     np.testing.assert_allclose(slope, scipy.special.softmax(q, -1) - scipy.special.softmax(p, -1), atol=1e-6)
 
 
+@pytest.mark.parametrize("apart, slack", [(1e-3, 1e-3), (300.0, 1e-5)])
+def test_kl_of_what_is_close_or_far_apart(apart, slack):
+    """Of 4,000 words, as the anchor's are: where p and q are close, rounding must not be larger than what is told."""
+    p = random(64, 4000)
+    q = p + np.float32(apart) * random(64, 4000, seed=1)
+    true = [scipy.special.log_softmax(x.astype(np.float64), -1) for x in (p, q)]
+    expected = (np.exp(true[0]) * (true[0] - true[1])).sum(-1)
+    ours, slope = jax.value_and_grad(lambda q: objectives.kl(p, q).sum())(q)
+    np.testing.assert_allclose(objectives.kl(p, q), expected, rtol=slack)
+    np.testing.assert_allclose(slope, np.exp(true[1]) - np.exp(true[0]), atol=1e-7 + 1e-6 * (apart > 1))
+    assert np.isfinite(ours) and (objectives.kl(p, q) >= 0).all() and (objectives.kl(p, p) == 0).all()
+
+
 def test_k3_is_zero_only_at_equality_and_averages_to_the_kl():
     p, q = np.array([0.2, 0.5, 0.3], np.float32), np.array([0.4, 0.4, 0.2], np.float32)
     estimate = objectives.k3(np.log(p), np.log(q))
