@@ -63,8 +63,8 @@ def get_config(preset="normal"):
     # Sizes of the transformer of SD3.5, as diffusers' SD3Transformer2DModel calls them; no other family has one.
     config.model.dit = dict(num_layers=4, attention_head_dim=20, num_attention_heads=4, joint_attention_dim=80,
                             pooled_projection_dim=8)
-    # How SD3.5 draws. steps: of its flow, where sampling.flow.steps is not asked: by gvu_jax.generate. shift: how far
-    # levels of noise are moved towards noise; 1 leaves them even.
+    # How SD3.5 draws. steps: of its flow in use, by gvu_jax.generate and in evaluations; training has sampling.flow's.
+    # shift: how far levels of noise are moved towards noise; 1 leaves them even.
     config.model.flow = dict(steps=16, shift=2.0)
     config.model.diffusion_steps = 2         # steps of noise to a picture
     # all: layers are computed again in the backward pass, which saves memory and, on a CPU, time; nothing: they are
@@ -102,12 +102,12 @@ def get_config(preset="normal"):
     # ---- GvU ----
     # temperature: 1 draws from the policy itself. top_k: the most tokens to choose from; 0: all. top_p: the share of
     # probability to choose from; 1: all. min_p: leave out tokens less probable than this share of the most probable
-    # one; 0: none. guidance: classifier-free; 1 is none. steps: steps of the flow, in families that draw by one, as are
-    # the settings that follow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of the noisy
-    # step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are noisy and trained;
-    # 0: all are noisy, and all but the last are trained. between: where the window may lie; () anywhere. even: an even
-    # grid of noise levels. same_noise: the pictures of a prompt begin with the same noise. negative_gradient: the
-    # branch of guidance without a prompt is trained through as well.
+    # one; 0: none. guidance: classifier-free; 1 is none. steps: steps of the flow in training, in families that draw by
+    # one, as are the settings that follow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of
+    # the noisy step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are noisy and
+    # trained; 0: all are noisy, and all but the last are trained. between: where the window may lie; () anywhere. even:
+    # an even grid of noise levels. same_noise: the pictures of a prompt begin with the same noise. negative_gradient:
+    # the branch of guidance without a prompt is trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=1.0,
                            flow=dict(steps=8, noise=0.7, kind="sde", window=4, between=(), even=False,
                                      same_noise=False, negative_gradient=True))

@@ -10,9 +10,8 @@ without a name, or :uae) or by GvU (:gvu), where the captioner's probabilities o
 
 A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. UAE's own settings of the
 two RL stages are not published. What is below for drawing is Flow-GRPO's for Stable Diffusion 3.5, in its repository:
-10 noisy steps where 40 without noise are used later, guidance in both, a clip of 1e-4. The evaluations during training
-draw as training does, with the 10 noisy steps, so that their pictures are rougher than those of gvu_jax.generate, which
-takes the 40 without noise.
+10 noisy steps where 40 without noise are used later, by gvu_jax.generate and by the evaluations of a run, guidance in
+both, a clip of 1e-4.
 """
 import runpy
 from pathlib import Path
@@ -33,11 +32,11 @@ def get_config(method="uae"):
     config.model.override = dict(grid=(32, 32))
     # min_p: leaves improbable words out; 0 leaves out none. guidance: classifier-free; 1 is none. logps: of which
     # policy the log-probabilities are, guided as what was drawn, or "conditional", which takes the steps as if there
-    # were no guidance. steps: of the flow. noise: of a step, which makes it a decision; 0 draws by the ODE. kind: of
-    # the noisy step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are noisy and
-    # trained; 0: all are noisy, and all but the last are trained. between: where the window may lie; () anywhere. even:
-    # an even grid of noise levels. same_noise: the pictures of a prompt begin with the same noise. negative_gradient:
-    # the branch of guidance without a prompt is trained through as well.
+    # were no guidance. steps: of the flow in training. noise: of a step, which makes it a decision; 0 draws by the ODE.
+    # kind: of the noisy step, sde (Flow-GRPO), dance (DanceGRPO) or cps (Flow-CPS). window: so many steps in a row are
+    # noisy and trained; 0: all are noisy, and all but the last are trained. between: where the window may lie; ()
+    # anywhere. even: an even grid of noise levels. same_noise: the pictures of a prompt begin with the same noise.
+    # negative_gradient: the branch of guidance without a prompt is trained through as well.
     config.sampling = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, guidance=4.5, logps="guided",
                            flow=dict(steps=10, noise=0.7, kind="sde", window=0, between=(), even=False,
                                      same_noise=False, negative_gradient=True))

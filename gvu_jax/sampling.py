@@ -65,11 +65,6 @@ class How:
             raise ValueError(f"top_p {self.top_p} must lie in (0, 1] and min_p {self.min_p} in [0, 1]")
 
     @property
-    def itself(self):
-        """The same where the policy itself draws, and not a rounded one."""
-        return dataclasses.replace(self, weights="full", cache="full")
-
-    @property
     def correction(self):
         """The largest importance weight of an update (objectives.importance); 0 where the policy itself draws."""
         return self.truncate if "int8" in (self.weights, self.cache) else 0.0

@@ -39,7 +39,7 @@ from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite, Unified, choose_prompts
-from gvu_jax.umm import check_rollout, compile_programs
+from gvu_jax.umm import check_rollout, compile_programs, in_use
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
@@ -345,16 +345,16 @@ def build_unified(config, loop, pictures):
 
 
 def build_suite(config, umm, programs, how, held_out, lengths):
-    """The suite of the held-out prompts, with the method's own programs where it draws as much in a call; drawn by the
-    policy itself, whatever draws in training."""
+    """The suite of the held-out prompts, with the method's own programs where it draws as much in a call; drawn as
+    in use, whatever draws in training."""
     settings = config[config.method]
     batch, group = (config.eval.get(name, settings[name]) for name in ("prompts", "group"))
     count = config.eval.batches * batch
-    itself = dataclasses.replace(how.itself, images_per_prompt=group)
+    used = dataclasses.replace(in_use(umm, how), images_per_prompt=group)
     if (batch, group) != (settings.prompts, settings.group):
-        programs = compile_programs(umm, itself, programs.sample.mesh, settings.waves)
-    elif itself != how:
-        programs = programs._replace(sample=compile_programs(umm, itself, programs.sample.mesh, settings.waves).sample)
+        programs = compile_programs(umm, used, programs.sample.mesh, settings.waves)
+    elif used != how:
+        programs = programs._replace(sample=compile_programs(umm, used, programs.sample.mesh, settings.waves).sample)
     metas = choose_prompts(held_out, count, np.random.default_rng(config.seed))
     view = config.reward.view if "reward" in config else "pixels"
     if not config.get("world"):

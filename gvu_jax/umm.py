@@ -49,6 +49,7 @@ transformers reads, if one does.
 `params` is a nested dict: "ar", the backbone that is trained, other parts by names of the family's own, and, in a
 policy that carries one, "adapter". Without "adapter" the same call is the reference policy, bit for bit.
 """
+import dataclasses
 import functools
 import re
 from typing import Any, NamedTuple
@@ -205,6 +206,13 @@ def check_rollout(umm, how):
             why = "do not draw pictures token by token" if umm.int8 else "draw by a flow"
             raise ValueError(f"rollout.{name} = 'int8' is not for models of kind {umm.kind!r}, which {why}: set "
                              f"rollout.{name} = 'full'")
+
+
+def in_use(umm, how):
+    """How a policy that trains by `how` draws for people, and where it is evaluated: itself and not rounded, and by a
+    flow through all of the family's own steps, without the noise and the shortness that training wants."""
+    by_flow = {"flow": None} if hasattr(umm, "image_moves") else {}
+    return dataclasses.replace(how, weights="full", cache="full", **by_flow)
 
 
 def check_shared(umm, setting):

@@ -15,7 +15,7 @@ from gvu_jax.models import qwen2
 from gvu_jax.models.layers import to_int8
 from gvu_jax.sampling import How
 from gvu_jax.train import build_suite, train
-from gvu_jax.umm import check_rollout, compile_programs
+from gvu_jax.umm import check_rollout, compile_programs, in_use
 from test_uae import uae_config
 
 TEXTS = ["a photo of a red circle", "an image of two squares"]
@@ -99,9 +99,9 @@ def test_a_cache_in_int8_gives_back_rounded_keys_and_values(tiny, key, monkeypat
     _, umm, params = tiny
     prompts, how = umm.encode_prompts(TEXTS), How(images_per_prompt=2, guidance=guidance, cache="int8")
     draw = lambda how: jax.jit(lambda params: umm.sample_image(params, prompts, key, how))(params)
-    (drawn, logps), (_, exact) = draw(how), draw(how.itself)
+    (drawn, logps), (_, exact) = draw(how), draw(in_use(umm, how))
     put_rounded(monkeypatch)
-    expected, expected_logps = draw(how.itself)
+    expected, expected_logps = draw(in_use(umm, how))
     np.testing.assert_array_equal(drawn, expected)
     np.testing.assert_allclose(logps, expected_logps, atol=1e-4)
     assert 1e-5 < np.abs(logps - exact).mean() < 0.2
@@ -190,15 +190,29 @@ def test_evaluations_are_drawn_by_the_policy_itself(tiny, split):
         programs = compile_programs(umm, how, mesh, 1)
         suite = build_suite(config, umm, programs, how, metas, lengths)
         assert suite.programs.sample is compile_programs(
-            umm, dataclasses.replace(how.itself, images_per_prompt=eval_group), mesh, 1).sample is not programs.sample
-    for drawn_by in (how, how.itself):
+            umm, dataclasses.replace(in_use(umm, how), images_per_prompt=eval_group), mesh, 1
+        ).sample is not programs.sample
+    for drawn_by in (how, in_use(umm, how)):
         method = UAE(umm, uae_config(), drawn_by, None, mesh)
-        assert method.plain.groups is compile_programs(umm, how.itself, mesh, 1, method.loop.words)
-        assert (method.plain is method.loop) == (drawn_by == how.itself)
+        assert method.plain.groups is compile_programs(umm, in_use(umm, how), mesh, 1, method.loop.words)
+        assert (method.plain is method.loop) == (drawn_by == in_use(umm, how))
         assert method.how.correction == (2 if drawn_by == how else 0)
 
 
 def test_only_rounded_rollouts_are_corrected():
     assert How().correction == How(weights="int8", truncate=0).correction == 0
     assert How(weights="int8").correction == How(cache="int8").correction == 2
-    assert How(weights="int8", cache="int8").itself == How()
+    
+
+
+def test_in_use_a_flow_takes_all_of_its_own_steps_without_noise(each):
+    """To other families the section means nothing, and what they train by is what they are used by."""
+    umm, flow = each[1], {"steps": 3, "noise": 0.7, "window": 2}
+    how, by_flow = How(weights="int8", cache="int8", guidance=2.0, flow=flow), each[0].family == "qwen_sd35"
+    assert in_use(umm, how) == How(guidance=2.0, flow=None if by_flow else flow)
+    if by_flow:
+        umm, params, key = each[1], each[2], jax.random.key(0)
+        drawn, logps = umm.sample_image(params, umm.encode_prompts(TEXTS), key, in_use(umm, How(flow=flow)))
+        assert logps.shape == (2, 0) and umm.flow.steps > 3
+        own, _ = umm.sample_image(params, umm.encode_prompts(TEXTS), key, How(flow={"steps": umm.flow.steps}))
+        np.testing.assert_array_equal(drawn.final, own.final)

@@ -28,7 +28,7 @@ import numpy as np
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import flow_grpo, grpo
 from gvu_jax.policy import State, check_trainable, init_state, place_state, policy_params, skipped
-from gvu_jax.umm import Lengths, compile_programs
+from gvu_jax.umm import Lengths, compile_programs, in_use
 
 
 class UAE:
@@ -47,7 +47,7 @@ class UAE:
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         loop = functools.partial(Loop, umm, mesh=mesh, words=config.uae.words, waves=config.uae.waves)
         self.loop = loop(how)
-        self.plain = self.loop if how == how.itself else loop(how.itself)          # what evaluations are drawn by
+        self.plain = self.loop if how == in_use(umm, how) else loop(in_use(umm, how))      # what draws in evaluations
         self.programs = self.loop.groups
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in
