@@ -2,7 +2,7 @@
 
     python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft       # or dpo, csft, cdpo
     python -m gvu_jax.train --config=configs/shapes_gap.py:sft --workdir=runs/sft2 --config.internal_gap.group=2
-    python -m gvu_jax.train --config=configs/shapes_gap.py:sft-showo --workdir=runs/sft3   # a preset of shapes.py
+    python -m gvu_jax.train --config=configs/shapes_gap.py:sft-showo --workdir=runs/sft3   # presets of shapes.py
 
 csft and cdpo are the curriculum: prompts of which no candidate was accepted are drawn again half-way.
 """
@@ -14,7 +14,7 @@ def get_config(preset="sft"):
     preset, _, base = preset.partition("-")
     if preset not in ("sft", "dpo", "csft", "cdpo"):
         raise ValueError(f"configs/shapes_gap.py has no preset {preset!r}; it has sft, dpo, csft and cdpo, and each of "
-                         "them with -weak, -smoke or -showo")
+                         "them with -weak, -smoke, -showo or -sd35")
     config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"](base or "normal")
     del config.gvu, config.flow
     config.sampling.flow.noise = 0.0         # of a flow's step: whole pictures are learned from, drawn by the ODE
@@ -33,6 +33,8 @@ def get_config(preset="sft"):
     # the replay, 0: none; replay is then the latest.
     config.internal_gap = dict(objective=preset[-3:], pool=2880, prompts=24, group=12, waves=1, threshold=0.5, keep=4,
                                batch=96, micro_batches=1, beta=0.2, nll=1.0, draws=1, anchor=10.0, replay=0, probe=0)
+    if base == "sd35":
+        config.internal_gap.anchor = 0.0                                   # the captioner stays what it is
     config.trains = "backbone"              # what learns: backbone (its layers), backbone+projector, or all
     # Learning rate of AdamW. A pair says more than a picture, and moves the policy further.
     config.optim.update(lr=1e-3 if preset.endswith("sft") else 2e-4)

@@ -16,9 +16,10 @@ from pathlib import Path
 from gvu_jax.cli import flatten
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"shapes": ("normal", "weak", "smoke", "showo"), "shapes_gap": ("sft", "dpo", "csft", "cdpo", "sft-showo"),
-           "shapes_uae": ("normal", "weak", "smoke", "showo"), "xomni": (), "xomni_gap": ("csft", "sft", "dpo", "cdpo"),
-           "xomni_uae": (), "janus_pro": ("1b", "7b"), "janus_pro_gap": ("csft", "sft", "dpo", "cdpo", "csft-7b"),
+CONFIGS = {"shapes": ("normal", "weak", "smoke", "showo", "sd35"),
+           "shapes_gap": ("sft", "dpo", "csft", "cdpo", "sft-showo", "sft-sd35"),
+           "shapes_uae": ("normal", "weak", "smoke", "showo", "sd35"), "xomni": (),
+           "xomni_gap": ("csft", "sft", "dpo", "cdpo"), "xomni_uae": (), "janus_pro": ("1b", "7b"), "janus_pro_gap": ("csft", "sft", "dpo", "cdpo", "csft-7b"),
            "janus_pro_uae": ("1b", "7b"), "showo": ("256", "512", "clip"),
            "showo_gap": ("csft", "sft", "dpo", "cdpo", "csft-512", "csft-clip"),
            "showo_uae": ("256", "512", "clip"), "uae_sd35": ("uae", "gvu"),

@@ -67,8 +67,8 @@ def test_what_one_command_compiles_the_next_one_has(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("config, told", [
-    ("shapes.py:smokee", "has no preset 'smokee'; it has normal, weak, smoke and showo"), ("xomni.py:big", "has no presets"),
-    ("janus_pro.py:3b", "it has 1b and 7b")])
+    ("shapes.py:smokee", "has no preset 'smokee'; it has normal, weak, smoke, showo and sd35"),
+    ("xomni.py:big", "has no presets"), ("janus_pro.py:3b", "it has 1b and 7b")])
 def test_a_mistyped_preset_is_one_line(command, config, told, tmp_path):
     end = command("train", f"--config={ROOT}/configs/{config}", f"--workdir={tmp_path}/run")
     assert end.startswith("error: ") and end.count("rror") == 1 and told in end and "Traceback" not in end

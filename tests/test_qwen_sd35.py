@@ -13,7 +13,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import load_config
-from gvu_jax import adapters, checkpoint, convert, flow, lora, sharding
+from gvu_jax import adapters, checkpoint, convert, families, flow, lora, policy, sharding
 from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
 from gvu_jax.models import clip, torch_keys
@@ -609,3 +609,14 @@ def test_full_size(size, billions):
     assert jax.eval_shape(umm.text_logps, shapes, seen, prompts)[0].shape == (2, 32)
     pixels = jax.eval_shape(umm.render, shapes, umm.drawn_shapes(2), prompts, jax.random.key(0))
     assert pixels.shape == (2, 1024, 1024, 3)
+
+
+@pytest.mark.parametrize("name, preset", [("shapes", "sd35"), ("shapes_gap", "sft-sd35")])
+def test_the_tiny_pairs_preset_moves_the_drawer_alone(key, name, preset):
+    """So that the captioner reads what it read, bit for bit, and has no need of an anchor."""
+    config = load_config(name, preset)
+    umm = families.tiny_of(config).tiny(config)
+    base = jax.eval_shape(umm.init, key)
+    moved = jax.eval_shape(lambda base: policy.init_trainable(umm, base, config, key), base)
+    assert set(moved) == {"adapter"} and set(moved["adapter"]) == {"dit"} and jax.tree.leaves(moved)
+    assert config[config.method].anchor == 0
