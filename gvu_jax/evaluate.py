@@ -134,6 +134,7 @@ def shapes(model):
     results = {"pictures": int(right.size), **with_intervals(suite.by_category(right, metas)),
                "exact": with_intervals(suite.by_category(verdicts.exact, metas)),
                "objects": with_intervals(suite.by_category(verdicts.objects, metas)) | {"asked": found["asked"]},
+               "haze": with_intervals(suite.by_category(verdicts.haze, metas)),
                "reward": float(rewards.mean()), "auc": found["auc"], "calibration": calibration,
                "understanding": with_intervals({name: share(chosen) for name, chosen in tested.items()})}
     return results, sample_grid(pictures, metas, verdicts.marks)
@@ -302,7 +303,8 @@ def table(results, heading=""):
     if results.get("left_out"):
         lines.append(f"left out: {data.count_reasons(results['left_out'])}")
     for part, title in (("exact", "right and nothing else"), ("objects", "objects a picture"),
-                        ("understanding", "understanding"), ("soft", "geometric mean"), ("hard", "all answers right"),
+                        ("haze", "haze where nothing stands"), ("understanding", "understanding"),
+                        ("soft", "geometric mean"), ("hard", "all answers right"),
                         ("skills", "each question, mean"), ("agreement", "agrees with the checker")):
         if part in results:
             lines += [""] * bool(lines) + [table(results[part], title)]

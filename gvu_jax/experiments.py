@@ -59,7 +59,7 @@ ARMS = {                                                         # {} is the con
     "uae": [UAE, UAE | {"uae.stages": "draw:1"}, UAE | {"uae.stages": "caption:1", "steps": 200}],
 }
 ARMS["all"] = [dict(arm) for arm in dict.fromkeys(tuple(arm.items()) for arms in ARMS.values() for arm in arms)]
-PARTS = ("exact", "objects", "auc", "understanding", "judgement", "unified")               # of a summary, measured
+PARTS = ("exact", "objects", "haze", "auc", "understanding", "judgement", "unified")       # of a summary, measured
 PROMPTS, GROUP = 64, 4                                         # of drop_words: prompts a kind, pictures a prompt
 
 _NAME = flags.DEFINE_enum("name", None, list(ARMS), "Which experiment.", required=True)
@@ -208,7 +208,7 @@ def drop_words(policy, teacher):
 def table(results):
     """The results as text: every measure of a single arm, else what was drawn and read overall."""
     few = lambda arm: list(arm["after"]) if len(results["arms"]) == 1 else [
-        "overall", "exact overall", "objects overall", "auc overall", "understanding four_way",
+        "overall", "exact overall", "objects overall", "haze overall", "auc overall", "understanding four_way",
         "understanding relation", "understanding count", "understanding binding", "judgement non_unification",
         "judgement accuracy_on_base", "judgement auc_on_base", "judgement non_unification_by_words",
         *(f"unified {name}" for name in ("recovery", "complete", "correct", "language"))]

@@ -30,8 +30,9 @@ from gvu_jax.pictures import HEATMAP_COLORS, probability_color, text_color
 
 PHASES = ("sample", "render", "reward", "update")
 NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts,
-MEASURES = ("exact", "objects")  # nor are these, or these with a category behind them: `eval/exact_counting`
+MEASURES = ("exact", "objects", "haze")  # nor are these, or these with a category behind them: `eval/exact_counting`
 EXACT = "share of pictures that are right and show nothing else"
+HAZE = "how far what should be empty is from that: a pattern there is a taste of the reader's, or an artefact"
 MOST_STEP_PICTURES = 6
 MOST_HARDEST = 10
 
@@ -50,7 +51,7 @@ def write_report(workdir: str | os.PathLike) -> Path:
     metrics = read_metrics(workdir / METRICS_FILE) if (workdir / METRICS_FILE).exists() else []
     run = _merge_steps(metrics)
 
-    scores, exact, objects = _evaluated_rows(run, summary)
+    scores, exact, objects, _ = _evaluated_rows(run, summary)
     asked = summary.get("asked_before", {})
     understanding = _before_and_after(
         run, "understanding/", summary.get("understanding_before"), summary.get("understanding_after")
@@ -306,7 +307,7 @@ def _read_arm(folder: Path, label: str, overrides: dict, runs: list[str]) -> dic
 
 def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
     """{section: rows {name, before, after}} of one run."""
-    scores, exact, objects = _evaluated_rows(run, summary)
+    scores, exact, objects, haze = _evaluated_rows(run, summary)
     understanding = summary.get("understanding_before"), summary.get("understanding_after")
     return {
         "Held-out score": scores,
@@ -314,6 +315,7 @@ def _tables(run: dict, summary: dict) -> dict[str, list[dict]]:
         "Objects a picture": objects,
         "Objects asked for": [{"name": name, "before": None, "after": count} for name, count in
                               summary.get("asked_before", {}).items()],
+        "Haze where nothing stands": haze,
         "Understanding": _before_and_after(run, "understanding/", *understanding),
         "AUC of the reward": _before_and_after({}, "", summary.get("auc_before"), summary.get("auc_after")),
         "Judgement of its own pictures": _before_and_after(
@@ -371,6 +373,7 @@ def _comparison_curves(arms: list[dict]) -> list[dict]:
         _chart("Held-out score", "share of pictures that the checker calls right", of("eval/overall")),
         _chart("Exact", EXACT, of("eval/exact")),
         _chart("Objects a picture", "held-out prompts", of("eval/objects")),
+        _chart("Haze", HAZE, of("eval/haze"), (0.0,)),
         _chart("Reward", "training prompts", of("reward/mean")),
         *(_chart(name.replace("_", " "), "held-out score", of(f"eval/{name}"), (0.0,)) for name in categories
           if name != "overall"),
@@ -467,7 +470,7 @@ MOST_DOTS = 40  # curves with fewer points show each of them; longer ones are sm
 def _learning_curves(run: dict, judged: bool) -> list[dict]:
     """Scores over the evaluations and reward over the steps: did it learn, and when."""
     curves = lambda of: {name: [_curve(of, name)] for name in ["overall", *_categories(run)]}
-    by_category, exact, objects = (curves(_evaluated(run, measure)) for measure in ("", *MEASURES))
+    by_category, exact, objects, haze = (curves(_evaluated(run, measure)) for measure in ("", *MEASURES))
     reward = {"training prompts": [_curve(run, "reward/mean")], "held-out prompts": [_curve(run, "eval/reward")]}
     unified = {name: [_curve(run, f"unified/{name}")] for name in ("recovery", "complete", "correct", "language")}
     lengths = {"training": [_curve(run, "caption/length")], "held-out": [_curve(run, "unified/length")]}
@@ -477,6 +480,7 @@ def _learning_curves(run: dict, judged: bool) -> list[dict]:
                by_category, (0.0,)),
         _chart("Exact by category", EXACT, exact, (0.0,)),
         _chart("Objects a picture", "more than was asked for is the sign of spam", objects, (0.0,)),
+        _chart("Haze", HAZE, {"overall": haze["overall"]}, (0.0,)),
         _chart("Reward", "what the method maximises", reward),
         _chart("Picture, caption, picture", "share of captions", unified, (0.0,)),
         _chart("Caption length", "tokens, with the end", lengths, (0.0,)),

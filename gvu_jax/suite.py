@@ -2,8 +2,8 @@
 
     sample       pictures for fixed prompts, which a judge, where the world has one, calls right or wrong
     grade        what that comes to: GenEval's score by category, the share of pictures that are right and show nothing
-                 else, the objects a picture, and the AUC of the intrinsic reward (does it rank right pictures above
-                 wrong ones?). Without a judge the score is the intrinsic reward itself.
+                 else, the objects a picture, the haze where nothing stands, and the AUC of the intrinsic reward (does
+                 it rank right pictures above wrong ones?). Without a judge the score is the intrinsic reward itself.
     judge_own    what the model itself says of those pictures when asked, against the judge
     understand   pictures with several captions each: how often does the model find the true one most probable?
     Unified      picture -> caption -> picture: what comes back, and was it said or guessed?
@@ -29,11 +29,13 @@ class Verdicts(NamedTuple):
     exact     bool: it is right, and shows nothing that was not asked for
     objects   int: how many objects stand in it
     asked     int: how many its prompt asks for
+    haze      float: how far what should be empty is from that, 0 for a clean ground
     """
     right: np.ndarray
     exact: np.ndarray
     objects: np.ndarray
     asked: np.ndarray
+    haze: np.ndarray
 
     @property
     def marks(self):
@@ -67,8 +69,8 @@ class Suite:
 
     def grade(self, scores, verdicts):
         """Rewards [prompts, G] and Verdicts of [prompts, G] or None, as `sample` returns them -> {"overall",
-        "<category>", "reward"}, and what else the judge finds: {"auc": .., "exact": share, "objects" and "asked": means
-        a picture}, each {"overall" | "<category>": value}; {"auc": {}} without a judge."""
+        "<category>", "reward"}, and what else the judge finds: {"auc": .., "exact": share, "objects", "asked" and
+        "haze": means a picture}, each {"overall" | "<category>": value}; {"auc": {}} without a judge."""
         by_tag = rows_by_tag(self.metas)
 
         def means(values):
@@ -81,7 +83,7 @@ class Suite:
         right = verdicts.right
         areas = {"overall": auc(scores, right)} | {tag: auc(scores[rows], right[rows]) for tag, rows in by_tag.items()}
         return means(right) | reward, {"auc": {tag: area for tag, area in areas.items() if area is not None}} | {
-            name: means(getattr(verdicts, name)) for name in ("exact", "objects", "asked")}
+            name: means(getattr(verdicts, name)) for name in ("exact", "objects", "asked", "haze")}
 
     def sample(self, policy, teacher):
         """Pictures uint8 [prompts, G, H, W, 3] (where none are made what is read of them, [prompts, G, ..]), their

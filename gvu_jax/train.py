@@ -152,7 +152,7 @@ def train_alone(config, workdir, stop):
             scores, found = suite.grade(rewards, verdicts)
             values = {f"eval/{name}": score for name, score in scores.items()} | {
                 f"eval/{part}" + f"_{tag}" * (tag != "overall"): value
-                for part in ("exact", "objects") for tag, value in found.get(part, {}).items()}
+                for part in ("exact", "objects", "haze") for tag, value in found.get(part, {}).items()}
             moment = "before" if step == start else "after" if step == config.steps else f"step_{step:06d}"
             if unified:
                 measured, captions, _ = unified.measure(policy, base)
@@ -379,7 +379,7 @@ def table(summary):
     score = "held-out checker score" if summary["judged"] else "held-out reward"
     lines = [f"{score:<24}{'before':>8}{'after':>8}{'change':>8}"]
     sections = {"": (before, after)}
-    for name in ("exact", "objects", "understanding", "judgement", "judge", "unified"):
+    for name in ("exact", "objects", "haze", "understanding", "judgement", "judge", "unified"):
         sections[f"{name} "] = summary.get(f"{name}_before", {}), summary.get(f"{name}_after", {})
     for section, (old, new) in sections.items():
         asked = summary.get("asked_after", {}) if section == "objects " else {}

@@ -542,7 +542,7 @@ def test_evaluate_on_a_disk_that_refuses(command, quick, disk, monkeypatch, caps
     """The table is on the screen all the same, and the results of before are not lost."""
     class Suite:
         sample = lambda self, *_: (np.zeros((192, 1, 8, 8, 3), np.uint8), np.zeros((192, 1)),
-                                   Verdicts(*np.zeros((2, 192, 1), bool), *np.zeros((2, 192, 1), int)))
+                                   Verdicts(*np.zeros((2, 192, 1), bool), *np.zeros((3, 192, 1), int)))
         grade = lambda self, *_: ({}, {"auc": {}, "asked": {}})
         choices = lambda self, *_: {"long name": np.array([True, True, True, False])} | {
             f"{i}": np.array([True, False]) for i in range(200)}

@@ -106,6 +106,25 @@ def test_ghosts_and_foreign_colors_are_unreadable():
     assert checker.read_pixels(half, 1) == -1
 
 
+def test_haze_is_what_is_drawn_where_nothing_stands():
+    """As far as the background is from itself nowhere; a pattern too faint to be ink as far as it is; objects, and
+    cells that cannot be read, do not count."""
+    scenes = np.zeros((3, 9), np.int8)
+    scenes[1, :8], scenes[2] = CODES[0], CODES[1]
+    pictures = w.render(scenes)
+    clean = checker.haze(pictures, scenes)
+    assert (clean < 1e-6).all()
+    faint = pictures.copy()
+    faint[:, ::2, :, 1] -= 0.1                                                     # every other row, everywhere
+    read = checker.read_pixels(faint, 3)
+    assert (read[0] == 0).all() and read[1, 8] == 0
+    np.testing.assert_allclose(checker.haze(faint, read)[:2], 0.05, rtol=1e-3)
+    assert checker.haze(faint, scenes)[2] == 0, "where no cell is empty"
+    faint[0, :, : w.CELL] -= 0.5
+    assert (checker.read_pixels(faint, 3)[0, ::3] == checker.UNREADABLE).all()
+    np.testing.assert_allclose(checker.haze(faint, checker.read_pixels(faint, 3))[0], 0.05, rtol=1e-3)
+
+
 def random_false(scene, prompts, rng):
     """Any of the prompts that is false of a scene."""
     return next(meta for _ in iter(int, 1) for meta in [s.pick(rng, prompts)] if not w.judge_scene(scene, meta))
@@ -139,10 +158,10 @@ def test_what_cannot_be_read_is_not_exact():
     """A cell of noise beside what was asked for: right, two objects, not exact."""
     meta = next(meta for meta in w.all_prompts() if meta["prompt"] == "a photo of a red circle")
     picture = w.render(np.array([[1, 0, 0, 0]]))
-    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[True], objects=[1], asked=[1])
+    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[True], objects=[1], asked=[1], haze=[0])
     picture[0, -w.CELL:, -w.CELL:] = np.random.default_rng(0).random((w.CELL, w.CELL, 3))
     assert checker.read_pixels(picture, 2).tolist() == [[1, 0, 0, -1]]
-    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[False], objects=[2], asked=[1])
+    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[False], objects=[2], asked=[1], haze=[0])
 
 
 def test_wrong_sizes_are_refused(pictures):

@@ -66,7 +66,8 @@ def test_what_pictures_come_to():
     metas = [{"prompt": f"{tag}{i}", "tag": tag} for tag in "ab" for i in range(2)]
     of_a, of_b = [[1, 1], [1, 0]], [[0, 0], [1, 0]]
     verdicts = suite.Verdicts(np.array(of_a + of_b, bool), np.array([[1, 0], [0, 0]] + of_b, bool),
-                              np.array([[1, 2], [3, 0], [1, 1], [2, 9]]), np.array([[1, 1], [1, 1], [1, 1], [2, 2]]))
+                              np.array([[1, 2], [3, 0], [1, 1], [2, 9]]), np.array([[1, 1], [1, 1], [1, 1], [2, 2]]),
+                              np.array([[0, .5], [.5, 0], [.25, 0], [0, .25]]))
     rewards = np.arange(8).reshape(4, 2) / 8
     graded = types.SimpleNamespace(metas=metas)
     scores, found = suite.Suite.grade(graded, rewards, verdicts)
@@ -74,6 +75,7 @@ def test_what_pictures_come_to():
     assert found["exact"] == {"overall": 0.25, "a": 0.25, "b": 0.25}
     assert found["objects"] == {"overall": (1.5 + 3.25) / 2, "a": 1.5, "b": 3.25}
     assert found["asked"] == {"overall": 1.25, "a": 1.0, "b": 1.5}
+    assert found["haze"] == {"overall": 0.1875, "a": 0.25, "b": 0.125}
     assert found["auc"] == {"overall": 3 / 16, "a": 0.0, "b": 2 / 3}
     assert verdicts.marks.tolist() == [[1, 0.5], [0.5, 0], [0, 0], [1, 0]]
     scores, found = suite.Suite.grade(graded, rewards, None)

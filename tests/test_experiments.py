@@ -47,7 +47,7 @@ def test_runs_are_trained_once_and_compared(tmp_path, monkeypatch, capsys):
          "runs": ["runs/reward.mean=oracle/seed0"]}]}
     summary = json.loads((tmp_path / told["arms"][0]["runs"][0] / "summary.json").read_text())
     assert results["arms"][0]["after"]["overall"] == [summary["after"]["overall"], None, None]
-    for part in ("exact", "objects"):
+    for part in ("exact", "objects", "haze"):
         assert results["arms"][0]["after"][f"{part} counting"] == [summary[f"{part}_after"]["counting"], None, None]
     assert f"{summary['understanding_after']['four_way']:9.3f}" in capsys.readouterr().out
 
@@ -137,4 +137,4 @@ def test_words_taken_out_are_judged_by_the_full_prompt(monkeypatch):
 
 
 def suite_verdicts(right):
-    return Verdicts(right, np.zeros_like(right), *np.ones((2, len(right)), int))
+    return Verdicts(right, np.zeros_like(right), *np.ones((3, len(right)), int))

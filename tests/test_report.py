@@ -137,7 +137,8 @@ def judged_run(workdir: Path, finished: bool = True) -> Path:
     """A run whose pictures fill up, with a category that is called like a measure."""
     told = {"right": {"overall": (.5, .75), "counting": (.25, .5), "exact_color": (.75, 1.0)},
             "exact": {"overall": (.25, .125), "counting": (.125, 0.0), "exact_color": (.375, .25)},
-            "objects": {"overall": (2.5, 5.5), "counting": (3.0, 6.0), "exact_color": (2.0, 5.0)}}
+            "objects": {"overall": (2.5, 5.5), "counting": (3.0, 6.0), "exact_color": (2.0, 5.0)},
+            "haze": {"overall": (.002, .008), "counting": (.001, .007), "exact_color": (.003, .009)}}
     with MetricsWriter(workdir) as writer:
         for moment, step in enumerate((0, 20)):
             writer.write(step, {"eval/reward": 0.4} | {
@@ -146,9 +147,11 @@ def judged_run(workdir: Path, finished: bool = True) -> Path:
                 for part, of in told.items() for tag, values in of.items()})
     of = lambda part, moment: {tag: values[moment] for tag, values in told[part].items()}
     summary = {"before": of("right", 0), "exact_before": of("exact", 0), "objects_before": of("objects", 0),
+               "haze_before": of("haze", 0),
                "asked_before": {"overall": 2.125, "counting": 3.125, "exact_color": 1.0}}
     if finished:
         summary |= {"after": of("right", 1), "exact_after": of("exact", 1), "objects_after": of("objects", 1),
+                    "haze_after": of("haze", 1),
                     "spam": "step 20: counting prompts ask for 3.12 objects a picture and get 6.00"}
     (workdir / "summary.json").write_text(json.dumps(summary))
     return workdir
@@ -166,7 +169,7 @@ def test_what_was_not_asked_for_is_seen(tmp_path, finished):
     assert "exact color 0.375 0.250 −0.125" in exact
     assert "overall 2.125 2.500 5.500 +3.000" in objects and "counting 3.125 3.000 6.000 +3.000" in objects
     assert ("Warning at step 20: counting prompts ask for 3.12" in text) == finished
-    assert page.tags.count("svg") == 4, "score, exact, objects, reward"
+    assert page.tags.count("svg") == 5, "score, exact, objects, haze, reward"
 
 
 def test_exact_in_a_comparison(tmp_path):
@@ -179,7 +182,8 @@ def test_exact_in_a_comparison(tmp_path):
     text = " ".join(page.text.split())
     assert "counting 0.000 ± 0.000 from 0.125 ± 0.000, −0.125 ± 0.000" in text.split("nothing else")[1]
     assert "counting 6.000 ± 0.000 from 3.000 ± 0.000" in text and "counting 3.125 ± 0.000" in text.split("asked for")[1]
-    assert page.tags.count("svg") == 5, "score, exact, objects, and two categories"
+    assert page.tags.count("svg") == 6, "score, exact, objects, haze, two categories"
+    assert "overall 0.008 ± 0.000 from 0.002 ± 0.000" in text.split("Haze where nothing stands")[1]
 
 
 def test_every_word_stands_on_the_colour_of_its_probability(tmp_path):

@@ -53,9 +53,7 @@ def read_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
     pixels = np.asarray(pixels, np.float32)
     if pixels.ndim != 4 or pixels.shape[1:] != (side * CELL, side * CELL, 3):
         raise ValueError(f"expected pictures [B, {side * CELL}, {side * CELL}, 3], got {list(pixels.shape)}")
-    cells = pixels.reshape(len(pixels), side, CELL, side, CELL, 3).swapaxes(2, 3)
-    cells = cells.reshape(-1, CELL * CELL, 3) - BACKGROUND  # [cells of all pictures, pixel, RGB]
-    distance = np.sqrt(np.einsum("npc,npc->np", cells, cells))
+    cells, distance = _cells(pixels, side)
     # Written so that NaN counts as ink: a picture full of them is unreadable, not empty.
     (inked,) = np.nonzero((~(distance <= INK_DISTANCE)).sum(1) >= LEAST_INK)
 
@@ -71,19 +69,37 @@ def read_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
     return codes.reshape(len(pixels), side * side)
 
 
+def haze(pixels: np.ndarray, scenes: np.ndarray) -> np.ndarray:
+    """How far the empty cells of pictures [B, H, W, 3], read as `scenes` [B, side * side], are from the background:
+    the mean over their pixels of the distance in RGB, [B] float32; 0 where no cell is empty.
+
+    It is too little to be ink, and a reader may not mind it: a pattern that training draws there shows itself in this.
+    """
+    _, distance = _cells(np.asarray(pixels, np.float32), pixels.shape[1] // CELL)
+    empty, of_cell = scenes == 0, distance.mean(1).reshape(scenes.shape)
+    return np.where(empty, of_cell, 0).sum(1) / np.maximum(empty.sum(1), 1)
+
+
+def _cells(pixels: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """The cells of all pictures, relative to the background, [cell, pixel, RGB], and how far that is, [cell, pixel]."""
+    cells = pixels.reshape(len(pixels), side, CELL, side, CELL, 3).swapaxes(2, 3)
+    cells = cells.reshape(-1, CELL * CELL, 3) - BACKGROUND
+    return cells, np.sqrt(np.einsum("npc,npc->np", cells, cells))
+
+
 def judge(pixels: np.ndarray, metas: list[dict]) -> Verdicts:
     """What each picture [B, H, W, 3] in [0, 1] makes of its prompt (one of `metas` each), Verdicts of [B].
 
-    Right is `world.judge_scene`, exact is `world.exact_scene`, and objects are the cells that are not empty. The grid
-    follows from the pictures' height. ValueError where it does not fit, or where the numbers of pictures and prompts
-    differ.
+    Right is `world.judge_scene`, exact is `world.exact_scene`, objects are the cells that are not empty, and haze is
+    of the others. The grid follows from the pictures' height. ValueError where it does not fit, or where the numbers of
+    pictures and prompts differ.
     """
     if len(pixels) != len(metas):
         raise ValueError(f"{len(pixels)} pictures cannot be judged by {len(metas)} prompts")
     scenes = read_pixels(pixels, np.shape(pixels)[1] // CELL)
     each = lambda judge, kind: np.array([judge(scene, meta) for scene, meta in zip(scenes, metas)], kind)
     return Verdicts(each(judge_scene, bool), each(exact_scene, bool), np.count_nonzero(scenes, axis=1),
-                    np.array([objects_asked(meta) for meta in metas], int))
+                    np.array([objects_asked(meta) for meta in metas], int), haze(pixels, scenes))
 
 
 def _core_color(cells: np.ndarray, distance: np.ndarray) -> np.ndarray:
