@@ -17,7 +17,8 @@ def get_config(preset="sft"):
                          "them with -weak, -smoke, -showo or -sd35")
     config = runpy.run_path(str(Path(__file__).with_name("shapes.py")))["get_config"](base or "normal")
     del config.gvu, config.flow
-    config.sampling.flow.noise = 0.0         # of a flow's step: whole pictures are learned from, drawn by the ODE
+    # steps, noise: of a flow: whole pictures are learned from, drawn as in use, by the ODE.
+    config.sampling.flow.update(steps=config.model.flow.steps, noise=0.0)
     config.method = "internal_gap"
     config.steps = 600 if preset.endswith("sft") else 450
     # yes: as in the paper the model is asked "Does this image describe ..?", and what it answers with yes rather than

@@ -39,6 +39,8 @@ def get_config(preset="normal"):
     # duplicates, entropy: signs of collapse that are off here, for who tells all there is tells it in the same words
     # every time.
     config.alarm.update(duplicates=1.0, entropy=0.0)
+    if preset == "sd35":
+        config.lora.targets = r"^(llm/layers|dit)/"                           # both halves learn: the captioner, too
     if preset == "smoke":
         config.uae.update(prompts=12, cold=40)
         config.steps = config.uae.cold + 40

@@ -152,7 +152,7 @@ def check_prompt(place, meta):
         raise ValueError(f"{place} has no \"prompt\", which is a text of at least one word, but {str(prompt)[:40]!r}")
     if not isinstance(tag, str):
         raise ValueError(f"{place} has the \"tag\" {tag!r}, which is no text")
-    if tag in ("overall", "reward"):
+    if tag in ("overall", "reward", "exact", "objects", "haze"):
         raise ValueError(f"{place} has the \"tag\" {tag!r}, which is what results are called that are of no tag")
     if any(character == "\0" or "\ud800" <= character <= "\udfff" for character in prompt + tag):
         raise ValueError(f"{place} holds NUL or half a character (is the file UTF-16?)")

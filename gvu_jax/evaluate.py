@@ -4,8 +4,8 @@
     python -m gvu_jax.evaluate --suite=questions --judge=DIR --pictures=DIR --out=DIR
 
     shapes           held-out prompts of the shapes world judged by its exact checker: pictures that are right, those
-                     that show nothing else besides (exact), and objects a picture; AUC and calibration of the intrinsic
-                     reward; understanding by likelihood
+                     that show nothing else besides (exact), objects a picture, haze where nothing stands; AUC and
+                     calibration of the intrinsic reward; understanding by likelihood
     understanding    multiple choice by likelihood: the tests of the shapes world, or those of a TSV file of VLMEvalKit
                      (--tsv=MMT-Bench_VAL.tsv), of which rows that cannot be asked are left out and counted by reason
     nonunification   the share of its own pictures that the model rejects: no to "Does this image describe ..?"

@@ -32,7 +32,7 @@ PHASES = ("sample", "render", "reward", "update")
 NOT_CATEGORIES = ("overall", "reward")  # the `eval/` names that are no category of the held-out prompts,
 MEASURES = ("exact", "objects", "haze")  # nor are these, or these with a category behind them: `eval/exact_counting`
 EXACT = "share of pictures that are right and show nothing else"
-HAZE = "how far what should be empty is from that: a pattern there is a taste of the reader's, or an artefact"
+HAZE = "levels of 255 between empty cells and the background: a rise is a pattern that the reader does not mind"
 MOST_STEP_PICTURES = 6
 MOST_HARDEST = 10
 

@@ -29,7 +29,7 @@ class Verdicts(NamedTuple):
     exact     bool: it is right, and shows nothing that was not asked for
     objects   int: how many objects stand in it
     asked     int: how many its prompt asks for
-    haze      float: how far what should be empty is from that, 0 for a clean ground
+    haze      float: how far what should be empty is from that, in levels of 255; 0 for a clean ground
     """
     right: np.ndarray
     exact: np.ndarray

@@ -209,8 +209,8 @@ def check_rollout(umm, how):
 
 
 def in_use(umm, how):
-    """How a policy that trains by `how` draws for people, and where it is evaluated: itself and not rounded, and by a
-    flow through all of the family's own steps, without the noise and the shortness that training wants."""
+    """How a policy that trains by `how` is evaluated: itself and not rounded, and by a flow through all of the family's
+    own steps, without the noise and the shortness that training wants. Guidance and filters stay training's."""
     by_flow = {"flow": None} if hasattr(umm, "image_moves") else {}
     return dataclasses.replace(how, weights="full", cache="full", **by_flow)
 

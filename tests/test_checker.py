@@ -113,16 +113,16 @@ def test_haze_is_what_is_drawn_where_nothing_stands():
     scenes[1, :8], scenes[2] = CODES[0], CODES[1]
     pictures = w.render(scenes)
     clean = checker.haze(pictures, scenes)
-    assert (clean < 1e-6).all()
+    assert (clean < 1e-3).all()
     faint = pictures.copy()
     faint[:, ::2, :, 1] -= 0.1                                                     # every other row, everywhere
     read = checker.read_pixels(faint, 3)
     assert (read[0] == 0).all() and read[1, 8] == 0
-    np.testing.assert_allclose(checker.haze(faint, read)[:2], 0.05, rtol=1e-3)
+    np.testing.assert_allclose(checker.haze(faint, read)[:2], 0.05 * 255, rtol=1e-3)
     assert checker.haze(faint, scenes)[2] == 0, "where no cell is empty"
     faint[0, :, : w.CELL] -= 0.5
     assert (checker.read_pixels(faint, 3)[0, ::3] == checker.UNREADABLE).all()
-    np.testing.assert_allclose(checker.haze(faint, checker.read_pixels(faint, 3))[0], 0.05, rtol=1e-3)
+    np.testing.assert_allclose(checker.haze(faint, checker.read_pixels(faint, 3))[0], 0.05 * 255, rtol=1e-3)
 
 
 def random_false(scene, prompts, rng):
@@ -158,10 +158,11 @@ def test_what_cannot_be_read_is_not_exact():
     """A cell of noise beside what was asked for: right, two objects, not exact."""
     meta = next(meta for meta in w.all_prompts() if meta["prompt"] == "a photo of a red circle")
     picture = w.render(np.array([[1, 0, 0, 0]]))
-    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[True], objects=[1], asked=[1], haze=[0])
+    found = dict(right=[True], exact=[True], objects=[1], asked=[1], haze=[0])
+    assert checker.judge(picture, [meta])._asdict() == found
     picture[0, -w.CELL:, -w.CELL:] = np.random.default_rng(0).random((w.CELL, w.CELL, 3))
     assert checker.read_pixels(picture, 2).tolist() == [[1, 0, 0, -1]]
-    assert checker.judge(picture, [meta])._asdict() == dict(right=[True], exact=[False], objects=[2], asked=[1], haze=[0])
+    assert checker.judge(picture, [meta])._asdict() == found | dict(exact=[False], objects=[2])
 
 
 def test_wrong_sizes_are_refused(pictures):

@@ -611,12 +611,13 @@ def test_full_size(size, billions):
     assert pixels.shape == (2, 1024, 1024, 3)
 
 
-@pytest.mark.parametrize("name, preset", [("shapes", "sd35"), ("shapes_gap", "sft-sd35")])
+@pytest.mark.parametrize("name, preset", [("shapes", "sd35"), ("shapes_gap", "sft-sd35"), ("shapes_uae", "sd35")])
 def test_the_tiny_pairs_preset_moves_the_drawer_alone(key, name, preset):
-    """So that the captioner reads what it read, bit for bit, and has no need of an anchor."""
+    """So that the captioner reads what it read, bit for bit, and has no need of an anchor; but by UAE both learn."""
     config = load_config(name, preset)
     umm = families.tiny_of(config).tiny(config)
     base = jax.eval_shape(umm.init, key)
     moved = jax.eval_shape(lambda base: policy.init_trainable(umm, base, config, key), base)
-    assert set(moved) == {"adapter"} and set(moved["adapter"]) == {"dit"} and jax.tree.leaves(moved)
-    assert config[config.method].anchor == 0
+    assert set(moved) == {"adapter"} and jax.tree.leaves(moved)
+    assert set(moved["adapter"]) == ({"dit"} if name != "shapes_uae" else {"dit", "llm"})
+    assert config[config.method].get("anchor", 0) == 0

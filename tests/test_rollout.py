@@ -202,7 +202,6 @@ def test_evaluations_are_drawn_by_the_policy_itself(tiny, split):
 def test_only_rounded_rollouts_are_corrected():
     assert How().correction == How(weights="int8", truncate=0).correction == 0
     assert How(weights="int8").correction == How(cache="int8").correction == 2
-    
 
 
 def test_in_use_a_flow_takes_all_of_its_own_steps_without_noise(each):

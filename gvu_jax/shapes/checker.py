@@ -71,12 +71,13 @@ def read_pixels(pixels: np.ndarray, side: int) -> np.ndarray:
 
 def haze(pixels: np.ndarray, scenes: np.ndarray) -> np.ndarray:
     """How far the empty cells of pictures [B, H, W, 3], read as `scenes` [B, side * side], are from the background:
-    the mean over their pixels of the distance in RGB, [B] float32; 0 where no cell is empty.
+    the mean over their pixels of the distance in RGB, in levels of 255, [B]; 0 where no cell is empty.
 
     It is too little to be ink, and a reader may not mind it: a pattern that training draws there shows itself in this.
     """
-    _, distance = _cells(np.asarray(pixels, np.float32), pixels.shape[1] // CELL)
-    empty, of_cell = scenes == 0, distance.mean(1).reshape(scenes.shape)
+    pixels = np.asarray(pixels, np.float32)
+    _, distance = _cells(pixels, pixels.shape[1] // CELL)
+    empty, of_cell = scenes == 0, 255 * distance.mean(1).reshape(scenes.shape)
     return np.where(empty, of_cell, 0).sum(1) / np.maximum(empty.sum(1), 1)
 
 
