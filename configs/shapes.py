@@ -89,8 +89,8 @@ def get_config(preset="normal"):
     # The second is Show-o's as well. steps: updates. lr: learning rate. pictures: pictures of a batch.
     config.pretrain.codes = dict(steps=2500, lr=3e-3, batch=dict(pictures=8))
     # SD3.5's last lesson, behind those of the backbone: it draws from what the reader, which stands still, says. steps:
-    # updates. lr: learning rate. prompts: pictures of a batch.
-    config.pretrain.drawing = dict(steps=6000, lr=3e-3, batch=dict(prompts=64))
+    # updates. lr: learning rate. prompts, descriptions: pictures of a batch that are drawn from the one or the other.
+    config.pretrain.drawing = dict(steps=6000, lr=3e-3, batch=dict(prompts=64, descriptions=32))
     # The two lessons of the backbone. Batches count pictures, of which positions, captions and questions say several
     # things. steps: updates. lr: learning rate. positions, prompts: pictures of a batch whose
     # positions are told, or that are drawn.

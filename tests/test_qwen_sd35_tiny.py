@@ -54,7 +54,8 @@ def test_the_drawers_last_lesson_leaves_the_reader_alone(taught):
     rng, scenes = np.random.default_rng(0), world.sample_scenes(np.random.default_rng(0), 32)
     target = jax.jit(umm.image_target)(params, world.render(scenes, rng))
     drawing = pretrain.to_draw(pretrain.write_captions(umm, target, scenes, rng, frozenset()), 0.0, rng)
-    now = qwen_sd35_tiny.learn_drawing(umm, params, drawing, config.pretrain, jax.random.key(0))
+    texts = {"prompts": drawing, "descriptions": drawing}
+    now = qwen_sd35_tiny.learn_drawing(umm, params, texts, config.pretrain, jax.random.key(0))
     moved = {name: any(not np.array_equal(*pair) for pair in zip(*map(jax.tree.leaves, (old, new))))
              for half in ("llm", "dit") for name, old in params["ar"][half].items()
              for new in [now["ar"][half][name]]}

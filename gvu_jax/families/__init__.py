@@ -13,8 +13,8 @@ NAME_tiny.py beside it is for the shapes world (shapes/pretrain.py); not every f
     tiny(config)                               -> umm of a config of the shapes world
     learn_pictures(umm, params, scenes, settings, rng, key) -> params: everything but the backbone has learned
     begin(params, rng)                         -> "ar", as the backbone's lessons begin
-    learn_drawing(umm, params, drawing, settings, key) -> params: a last lesson of what draws alone, Pairs of prompts
-                                                  and targets, where the family has such a part
+    learn_drawing(umm, params, texts, settings, key) -> params: a last lesson of what draws alone, from {"prompts" |
+                                                  "descriptions": Pairs and targets}, where the family has such a part
     PARTS                                      what of config.model and config.pretrain only some families have
 """
 import importlib

@@ -5,7 +5,7 @@ drawer, 2 x 2 latents.
     tower        learns to name what stands in each cell; where a cell is, the captioner's positions say
     autoencoder  pixels <-> latents, by principal components
     drawing      behind the backbone's lessons, which teach both halves, the drawer goes on from a reader that stands
-                 still, as UAE's does
+                 still, as UAE's does: from prompts, and from descriptions, which say where each thing is
 """
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,12 @@ def learn_pictures(umm, params, scenes, settings, rng, key):
 
 
 def begin(params, rng):
-    """The backbone, as chance has made it."""
-    return params["ar"]
+    """The backbone, as chance has made it, but for the drawer's table of positions: as long as the published sinusoids,
+    sqrt(D / 2), but each place in a direction of its own. Of sinusoids made for 192 patches a side three neighbours
+    hardly differ, and the drawer did not learn where things are to be."""
+    dit, table = params["ar"]["dit"], params["ar"]["dit"]["pos_embed"]                              # [1, side^2, D]
+    apart = rng.standard_normal(table.shape).astype(np.float32) * np.sqrt(0.5, dtype=np.float32)
+    return {**params["ar"], "dit": {**dit, "pos_embed": jnp.asarray(apart)}}
 
 
 # ---- the tower ---------------------------------------------------------------------------------------------------
@@ -93,19 +97,20 @@ NOISE = 0.5       # beside features of variance 1
 
 # ---- the drawer --------------------------------------------------------------------------------------------------
 
-def learn_drawing(umm, params, drawing, settings, key):
+def learn_drawing(umm, params, texts, settings, key):
     """The drawer and the projector learn by the flow-matching loss; the captioner stays as it is.
 
-    drawing: Pairs of prompts [M, ..] and targets [M, h, w, C]. settings: config.pretrain.
+    texts: {"prompts" | "descriptions": Pairs of texts [M, ..] and targets [M, h, w, C]}. settings: config.pretrain.
     """
     llm = params["ar"]["llm"]
     both = lambda trained: {"llm": {**llm, "projector": trained["projector"]}, "dit": trained["dit"]}
 
     def loss(trained, batch, key):
-        pairs = batch["prompts"]
-        error = jnp.mean(umm.image_nll({"ar": both(trained)}, pairs.prompts, pairs.seen, key))
-        return error, {"drawing": error}
+        errors = {name: jnp.mean(umm.image_nll({"ar": both(trained)}, pairs.prompts, pairs.seen,
+                                               jax.random.fold_in(key, i)))
+                  for i, (name, pairs) in enumerate(batch.items())}
+        return sum(errors.values()), errors
 
     begins = {"projector": llm["projector"], "dit": params["ar"]["dit"]}
-    trained = fit("drawing", loss, begins, {"prompts": drawing}, settings.drawing, key, muon)
+    trained = fit("drawing", loss, begins, texts, settings.drawing, key, muon)
     return {**params, "ar": both(trained)}

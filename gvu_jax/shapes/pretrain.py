@@ -99,7 +99,8 @@ def train_backbone(umm, params, ar, place, settings, rng, key, draw=None):
     quarter of the captions in the second. What had never been drawn rightly would earn no reward. Of drawing a share
     `mismatched` is taught with pictures of other prompts: that decides how weak it starts.
 
-    ar: the backbone as it begins. draw: a family's last lesson, learn_drawing.
+    ar: the backbone as it begins. draw: a family's last lesson, learn_drawing, which draws from descriptions as well,
+    each of its own picture.
     """
     see, target, forbidden = jax.jit(umm.see), jax.jit(umm.image_target), world.compositions(world.split_prompts()[1])
 
@@ -145,7 +146,13 @@ def train_backbone(umm, params, ar, place, settings, rng, key, draw=None):
     data = {"captions": captions, "descriptions": encode_pairs(umm, *look(crowds, see), descriptions),
             "questions": write_questions(umm, seen, scenes, rng, forbidden), "prompts": drawing}
     params = {**params, "ar": fit("backbone", loss, ar, data, lesson, jax.random.fold_in(key, 1), muon)}
-    return draw(umm, params, drawing, settings, jax.random.fold_in(key, 2)) if draw else params
+    if draw is None:
+        return params
+    others = world.sample_scenes(rng, settings.scenes, place, {"anything": 1.0})
+    others = others[[no_prompt_asks_for(scene) for scene in others]]
+    described = [(i, None, sentences.describe(scene)) for i, scene in enumerate(others)]
+    texts = {"prompts": drawing, "descriptions": encode_pairs(umm, *look(others, target), described)}
+    return draw(umm, params, texts, settings, jax.random.fold_in(key, 2))
 
 
 def to_draw(told, mismatched, rng):
@@ -153,6 +160,13 @@ def to_draw(told, mismatched, rng):
     each = np.repeat(np.arange(len(told.prompts.words)), CAPTIONS)
     mixed = np.where(rng.random(len(each)) < mismatched, rng.permutation(len(each)), np.arange(len(each)))
     return Pairs(jax.tree.map(lambda x: x[each[mixed]], told.seen), jax.tree.map(flat, told.prompts))
+
+
+def no_prompt_asks_for(scene):
+    """Whether a scene holds three or four objects that are not all of one shape. Prompts ask for two things at most, or
+    for several of one shape: so no picture of a held-out prompt is taught in a description's words."""
+    shapes = {shape for _, shape, _ in sentences.objects_of(scene)}
+    return 3 <= np.count_nonzero(scene) <= 4 and len(shapes) > 1
 
 
 def flat(x):
