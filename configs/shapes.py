@@ -4,7 +4,7 @@
     python -m gvu_jax.train --config=configs/shapes.py:smoke --workdir=runs/smoke       # four minutes
     python -m gvu_jax.train --config=configs/shapes.py:weak --workdir=runs/weak         # generation barely pretrained
     python -m gvu_jax.train --config=configs/shapes.py:showo --workdir=runs/showo       # a tiny Show-o, an hour
-    python -m gvu_jax.train --config=configs/shapes.py:sd35 --workdir=runs/sd35         # Qwen2.5-VL + SD3.5, 40 minutes
+    python -m gvu_jax.train --config=configs/shapes.py:sd35 --workdir=runs/sd35         # Qwen2.5-VL + SD3.5, an hour
 
 Any value can be set from the command line: --config.gvu.group=8 --config.lora.rank=16. The model is a tiny X-Omni; with
 --config.family=janus it is a tiny Janus, whose settings are X-Omni's. The presets showo and sd35 are of the families
@@ -18,8 +18,7 @@ from ml_collections import ConfigDict
 
 def get_config(preset="normal"):
     if preset not in ("normal", "weak", "smoke", "showo", "sd35"):
-        raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak, smoke, "
-                         "showo and sd35")
+        raise ValueError(f"configs/shapes.py has no preset {preset!r}; it has normal, weak, smoke, showo and sd35")
     config = ConfigDict()
     config.method = "gvu"                                              # gvu, internal_gap or uae: gvu_jax/methods
     config.family = "xomni"                                            # a NAME of gvu_jax/families/NAME_tiny.py
