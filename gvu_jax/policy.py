@@ -57,6 +57,26 @@ def policy_params(base, trainable, lora_config):
     return {**base, "ar": traverse_util.unflatten_dict(whole | moved)}
 
 
+def part_of(umm, pattern, policy, optimizer):
+    """(policy, optimizer) for a step that trains only the parameters whose path `pattern` finds: the others stay, as
+    does what the optimizer has noted of them.
+
+    policy: (base, trainable) -> params. Paths are those below a part of the model, as in config.trains.
+    """
+    def pick(new, old):
+        def choose(path, new, old):
+            part, name = sharding.parameter(umm.partition, path)
+            return new if part is None or re.search(pattern, name) else old           # None: a counter of the optimizer
+        return jax.tree_util.tree_map_with_path(choose, new, old)
+
+    def update(gradients, state, trainable):
+        updates, after = optimizer.update(gradients, state, trainable)
+        return pick(updates, jax.tree.map(jnp.zeros_like, updates)), pick(after, state)
+
+    restricted = lambda base, trainable: policy(base, pick(trainable, jax.lax.stop_gradient(trainable)))
+    return restricted, optax.GradientTransformation(optimizer.init, update)
+
+
 def mean_gradient(loss, trainable, slices):
     """Gradients of `loss(trainable, one of the slices) -> (scalar, (metrics, rest))`, meant over the slices' leading
     axis: (gradients, (metrics, rest), each stacked). One slice after the other, so that one at a time is in memory."""

@@ -185,13 +185,21 @@ def shardings(partition, tree, mesh, layout="stored"):
     not divide.
     """
     def place(path, leaf):
-        names = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-        part = next((i for i, name in enumerate(names) if name in partition), None)
+        part, name = parameter(partition, path)
         if part is None or leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
-        axes = logical_axes("/".join(names[part + 1:]), partition[names[part]])
-        return NamedSharding(mesh, divide(leaf.shape, axes, mesh, LAYOUTS[layout], "/".join(names)))
+        axes = logical_axes(name, partition[part])
+        return NamedSharding(mesh, divide(leaf.shape, axes, mesh, LAYOUTS[layout], jax.tree_util.keystr(
+            path, simple=True, separator="/")))
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def parameter(partition, path):
+    """Which parameter a path of jax.tree_util leads to: the part of the model, and its path there ("layers/layer/..");
+    (None, "") for what belongs to no part."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    part = next((i for i, name in enumerate(names) if name in partition), None)
+    return (None, "") if part is None else (names[part], "/".join(names[part + 1:]))
 
 
 def logical_axes(path, table):

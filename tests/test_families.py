@@ -197,6 +197,31 @@ def test_internal_gap_and_uae_train_those_that_draw_otherwise(each, name, change
         moved = jax.tree.map(lambda x, y: (np.asarray(x) != y).any(), before, jax.device_get(state.trainable))
         drawer = moved["ar"].get("dit", moved) if name == "shapes_gap" else moved
         assert any(jax.tree.leaves(drawer))
+        if name == "shapes_uae" and step and hasattr(umm, "halves"):      # each stage trains its own half, no other
+            captioner, projector = dict(moved["ar"]["llm"]), moved["ar"]["llm"]["projector"]
+            captioner.pop("projector")
+            halves = {"caption": (captioner,), "draw": (moved["ar"]["dit"], projector)}
+            assert {half for half, part in halves.items() if any(jax.tree.leaves(part))} == {method.stage(step)}
+    if name == "shapes_uae" and hasattr(umm, "image_moves"):              # what judges a caption is drawn without luck
+        _, logps, _ = method.loop.draw(method.loop.singles, base, base, list(WORDS[:4]) * 4, jax.random.key(0))
+        assert logps.shape == (16, 0)
+
+
+@pytest.mark.parametrize("each", ["qwen_sd35"], indirect=True)
+def test_a_stage_of_uae_that_has_nothing_to_train_ends_in_one_line(each):
+    _, umm, base = each
+    both = "caption:1,draw:1"
+    for stages, targets, said in ((both, "^dit/", "stage caption of"), ("draw:1", "^dit/", None),
+                                  (both, "^llm/layers", "stage draw of"), ("caption:1", "^llm/layers", None)):
+        config = settings("shapes_uae", **{"lora.rank": 2, "lora.targets": targets, "uae.stages": stages})
+        how, optimizer = How(images_per_prompt=4, **config.sampling), optim.build(config.optim, 10)
+        uae = METHODS["uae"](umm, config, how, optimizer, one_device())
+        begin = lambda: jax.eval_shape(uae.begin, base, jax.random.key(0))
+        if said is None:
+            begin()
+        else:
+            with pytest.raises(ValueError, match=f"{said} .*mend lora.targets, or leave the stage out"):
+                begin()
 
 
 def test_what_was_drawn_comes_back_from_disk_as_it_was(tmp_path):

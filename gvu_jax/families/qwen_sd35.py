@@ -73,6 +73,7 @@ class QwenSD35:
     loads = None                                        # no class of transformers has both halves
     trains = {"backbone": r"^(llm/(layers|norm)|dit/blocks_\d+)/", "all": r"",
               "backbone+projector": r"^(llm/(layers|norm|projector)|dit/(blocks_\d+|context_embedder))/"}
+    halves = {"caption": r"^llm/(?!projector)", "draw": r"^(dit|llm/projector)/"}
     _both = tuple((f"^dit/.*?(?:{path})", axes) for path, axes in sd3.PARTITION) + tuple(
         (f"^llm/.*?(?:{path})", axes) for path, axes in qwen25_vl.PARTITION)
     partition = {"ar": _both, "adapter": _both, "vision": qwen25_vl.VISION_PARTITION, "vae": vae.PARTITION}

@@ -14,12 +14,14 @@ Three stages, each step belonging to one, on B pictures with groups of G:
                G pictures of each caption
 
 The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
-picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where one backbone
-does both, what a stage teaches the other one meets in its next turn.
+picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where captioner
+and drawer are networks of their own (a family's `halves`) a stage trains its own and the other one stands still, as in
+the paper; where one backbone does both, what a stage teaches the other one meets in its next turn.
 """
 import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import flow_grpo, grpo
-from gvu_jax.policy import State, check_trainable, init_state, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, init_state, part_of, place_state, policy_params, skipped
 from gvu_jax.umm import Lengths, compile_programs, in_use
 
 
@@ -50,6 +52,7 @@ class UAE:
         self.plain = self.loop if how == in_use(umm, how) else loop(in_use(umm, how))      # what draws in evaluations
         self.programs = self.loop.groups
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
+        self.halves = getattr(umm, "halves", {})
         self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in
                         (("cold", self._cold), ("caption", self._caption), ("draw", self._draw))}
 
@@ -65,8 +68,16 @@ class UAE:
                              f"pairs of a step of the cold start (uae.pairs)")
 
     def begin(self, base, key):
-        """The state before the first step. Pure: see policy.init_state."""
+        """The state before the first step. Pure: see policy.init_state. ValueError where a stage has nothing to train.
+        """
         state = init_state(self.umm, base, self.config, self.optimizer, key)
+        paths = [sharding.parameter(self.umm.partition, path)[1] for path, _ in
+                 jax.tree_util.tree_leaves_with_path(state.trainable)]
+        for stage, _ in stages_of(self.config.uae.stages):
+            if stage in self.halves and not any(re.search(self.halves[stage], path) for path in paths):
+                raise ValueError(f"the stage {stage} of uae.stages = {self.config.uae.stages!r} trains what matches "
+                                 f"{self.halves[stage]}, and nothing of that is trained: mend lora.targets, or leave "
+                                 f"the stage out")
         return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
 
     def init(self, base, key):
@@ -163,22 +174,24 @@ class UAE:
         seen = jax.tree.map(lambda x: jnp.repeat(x, group, axis=0), seen)
         update = functools.partial(grpo.update, logps_of=lambda policy, rows: self.umm.text_logps(policy, *rows),
                                    truncate=self.how.correction)
-        state, metrics = self._compare(update, state, base, (seen, said), reward, logps)
+        state, metrics = self._compare("caption", update, state, base, (seen, said), reward, logps)
         return state, metrics | {"duplicates": objectives.duplicates(words, group),
                                  "caption/length": jnp.mean(jnp.sum(mask, axis=1))}
 
     def _draw(self, state, base, prompts, drawn, logps, reward):
         """GRPO on pictures: prompts [S], drawn [S, ..], logps [S, T], reward [S]."""
         update = functools.partial(flow_grpo.update_pictures, self.umm, self.how, self.config)
-        state, metrics = self._compare(update, state, base, (prompts, drawn), reward, logps)
+        state, metrics = self._compare("draw", update, state, base, (prompts, drawn), reward, logps)
         return state, metrics | {"duplicates": objectives.duplicates(
             self.umm.picture_of(drawn), self.config.uae.group)}
 
-    def _compare(self, update, state, base, rows, reward, sampler_logps):
-        policy_of = functools.partial(self.policy, base)
+    def _compare(self, stage, update, state, base, rows, reward, sampler_logps):
+        policy, optimizer = self.policy, self.optimizer
+        if stage in self.halves:
+            policy, optimizer = part_of(self.umm, self.halves[stage], policy, optimizer)
         state, metrics = update(
-            state, rows, reward, sampler_logps, reference=policy_of(state.reference), policy_of=policy_of,
-            settings=self.config.uae, optimizer=self.optimizer)
+            state, rows, reward, sampler_logps, reference=self.policy(base, state.reference),
+            policy_of=functools.partial(policy, base), settings=self.config.uae, optimizer=optimizer)
         return sharding.constrain(self.umm.partition, state), metrics
 
 
@@ -195,13 +208,14 @@ def stages_of(text):
 
 class Loop:
     """Picture -> caption -> picture, and how alike the two are. `groups` holds the programs that draw a whole group at
-    a time (umm.Programs), `singles` those that draw one sample."""
+    a time (umm.Programs), `singles` those that draw one sample: by a flow without noise, for nothing is learned from
+    such a picture's steps, and noise would be luck in its caption's reward."""
 
     def __init__(self, umm, how, mesh, words, waves=1):
         self.umm, self.mesh, self.words, self.waves = umm, mesh, words, waves
-        self.groups, self.singles = (
-            compile_programs(umm, dataclasses.replace(how, images_per_prompt=count), mesh, waves, words)
-            for count in (how.images_per_prompt, 1))
+        by_ode = how.flow and dataclasses.replace(how.flow, noise=0.0)
+        single = dataclasses.replace(how, images_per_prompt=1, flow=by_ode)
+        self.groups, self.singles = (compile_programs(umm, each, mesh, waves, words) for each in (how, single))
         self.alike = sharding.Program(self._alike, mesh)
 
     @functools.cached_property
