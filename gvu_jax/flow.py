@@ -143,7 +143,8 @@ def sample(flow, run, start, levels, first, noise):
     """
     levels, first, last = jnp.asarray(levels), jnp.asarray(first, jnp.int32), flow.steps - 1
     if not flow.noise:
-        final, start = sd3.sample(run, start, levels), start.astype(jnp.float32)
+        told = lambda x, sigma: run(x, seen_level(flow, sigma))
+        final, start = sd3.sample(told, start, levels), start.astype(jnp.float32)
         return Drawn(start[:, None], jnp.full(len(start), first), final), jnp.zeros((len(start), 0))
 
     def advance(x, i):

@@ -57,23 +57,27 @@ def policy_params(base, trainable, lora_config):
     return {**base, "ar": traverse_util.unflatten_dict(whole | moved)}
 
 
-def part_of(umm, pattern, policy, optimizer):
-    """(policy, optimizer) for a step that trains only the parameters whose path `pattern` finds: the others stay, as
-    does what the optimizer has noted of them.
+def pick(partition, pattern, new, old):
+    """Of two trees alike the leaves of `new` whose paths `pattern` finds, and the others of `old`: trainable subtrees,
+    or states of an optimizer, whose counters are those of `new`. partition: a family's; paths are those below a part of
+    the model, as in config.trains."""
+    def choose(path, new, old):
+        part, name = sharding.parameter(partition, path)
+        return new if part is None or re.search(pattern, name) else old
+    return jax.tree_util.tree_map_with_path(choose, new, old)
 
-    policy: (base, trainable) -> params. Paths are those below a part of the model, as in config.trains.
+
+def restrict(part, policy, optimizer):
+    """(policy, optimizer) for a step that trains a part alone: the other parameters stay, as do their moments.
+
+    part: (new, old) -> tree, see `pick`; policy: (base, trainable) -> params. The optimizer's counters, of Adam's young
+    moments and of the schedule, go on with every step of the run, whichever part it trains.
     """
-    def pick(new, old):
-        def choose(path, new, old):
-            part, name = sharding.parameter(umm.partition, path)
-            return new if part is None or re.search(pattern, name) else old           # None: a counter of the optimizer
-        return jax.tree_util.tree_map_with_path(choose, new, old)
-
     def update(gradients, state, trainable):
         updates, after = optimizer.update(gradients, state, trainable)
-        return pick(updates, jax.tree.map(jnp.zeros_like, updates)), pick(after, state)
+        return part(updates, jax.tree.map(jnp.zeros_like, updates)), part(after, state)
 
-    restricted = lambda base, trainable: policy(base, pick(trainable, jax.lax.stop_gradient(trainable)))
+    restricted = lambda base, trainable: policy(base, part(trainable, jax.lax.stop_gradient(trainable)))
     return restricted, optax.GradientTransformation(optimizer.init, update)
 
 

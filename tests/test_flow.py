@@ -122,6 +122,15 @@ def test_without_noise_the_chain_is_the_ode_bit_for_bit(tiny):
         assert logps.shape == (4, 0)
 
 
+def test_the_ode_of_an_even_grid_tells_the_network_whole_thousandths():
+    """As every step with noise does; v = sigma here, so that what was told can be read off."""
+    how, levels, start = flow.Flow(7, 0.0, even=True), flow.levels(flow.Flow(7, even=True), 3.0), jnp.zeros((2, *SHAPE))
+    drawn, _ = flow.sample(how, lambda x, sigma: jnp.broadcast_to(sigma, x.shape), start, levels, 0, None)
+    told = np.floor(1000 * np.float32(levels)) / 1000
+    assert (told != levels).any()
+    np.testing.assert_allclose(drawn.final, np.sum(np.diff(levels) * told[:-1]), rtol=1e-6)
+
+
 def test_a_window_is_noisy_inside_and_the_ode_outside(tiny):
     """The trained steps are where the call's key says, the same for all samples; the others follow the velocity."""
     params, run_of = tiny

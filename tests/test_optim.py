@@ -1,4 +1,5 @@
 """The optimizer against AdamW in numpy, its rate at every update, and how many updates a run tells it of."""
+import functools
 import types
 
 import jax
@@ -10,7 +11,7 @@ from ml_collections import ConfigDict
 
 from conftest import load_config
 from gvu_jax import lora, optim, train
-from gvu_jax.policy import init_trainable, mean_gradient, part_of, policy_params, skipped
+from gvu_jax.policy import init_trainable, mean_gradient, pick, policy_params, restrict, skipped
 
 CONFIG = dict(lr=0.1, warmup=2, schedule="cosine", b2=0.95, weight_decay=0.3, clip_norm=1.0)
 UPDATES = 6
@@ -114,12 +115,13 @@ def test_only_what_is_trained_takes_the_place_of_the_base():
 def test_a_step_that_trains_a_part_leaves_the_rest_as_it_is():
     """No gradient, no decay, no momentum of steps before, and no moment that fades, of those whose turn it is not."""
     params = {"ar": {"llm": {"kernel": jnp.array([1.0, -2.0])}, "dit": {"kernel": jnp.array([[3.0], [0.5]])}}}
-    umm, adamw = types.SimpleNamespace(partition={"ar": ()}), optax.adamw(0.1, weight_decay=0.1)
+    adamw = optax.adamw(0.1, weight_decay=0.1)
     loss = lambda policy: jnp.sum(policy["llm"]["kernel"] ** 2) * jnp.sum(policy["dit"]["kernel"] ** 2)
     state = adamw.init(params)
     kernels = lambda half: [tree["ar"][half]["kernel"] for tree in (params, state[0].mu, state[0].nu)]
     for count, (turn, other) in enumerate((("llm", "dit"), ("dit", "llm"), ("llm", "dit"), ("dit", "llm")), 1):
-        policy, optimizer = part_of(umm, f"^{turn}/", lambda base, trainable: base | trainable["ar"], adamw)
+        policy, optimizer = restrict(functools.partial(pick, {"ar": ()}, f"^{turn}/"),
+                                     lambda base, trainable: base | trainable["ar"], adamw)
         gradients = jax.grad(lambda trainable: loss(policy({}, trainable)))(params)["ar"]
         np.testing.assert_allclose(gradients[turn]["kernel"], 2 * params["ar"][turn]["kernel"] * jnp.sum(
             params["ar"][other]["kernel"] ** 2), rtol=1e-6)

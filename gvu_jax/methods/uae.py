@@ -15,8 +15,9 @@ Three stages, each step belonging to one, on B pictures with groups of G:
 
 The last two take turns as `uae.stages` says; one alone is an ablation. Both are GRPO, on the caption's words and on the
 picture's decisions (grpo.py, or flow_grpo.py where a picture is drawn by a flow, as the paper's is). Where captioner
-and drawer are networks of their own (a family's `halves`) a stage trains its own and the other one stands still, as in
-the paper; where one backbone does both, what a stage teaches the other one meets in its next turn.
+and drawer are networks of their own (a family's `halves`) a stage trains the parameters of its own alone, as in the
+paper, and KL is measured to what that half was; where one backbone does both, what a stage teaches the other one meets
+in its next turn.
 """
 import collections
 import dataclasses
@@ -29,7 +30,7 @@ import numpy as np
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import flow_grpo, grpo
-from gvu_jax.policy import State, check_trainable, init_state, part_of, place_state, policy_params, skipped
+from gvu_jax.policy import State, check_trainable, init_state, pick, place_state, policy_params, restrict, skipped
 from gvu_jax.umm import Lengths, compile_programs, in_use
 
 
@@ -73,11 +74,11 @@ class UAE:
         state = init_state(self.umm, base, self.config, self.optimizer, key)
         paths = [sharding.parameter(self.umm.partition, path)[1] for path, _ in
                  jax.tree_util.tree_leaves_with_path(state.trainable)]
-        for stage, _ in stages_of(self.config.uae.stages):
-            if stage in self.halves and not any(re.search(self.halves[stage], path) for path in paths):
+        for stage in sorted({self.stage(step) for step in range(self.config.steps)} & set(self.halves)):
+            if not any(re.search(self.halves[stage], path) for path in paths):
                 raise ValueError(f"the stage {stage} of uae.stages = {self.config.uae.stages!r} trains what matches "
-                                 f"{self.halves[stage]}, and nothing of that is trained: mend lora.targets, or leave "
-                                 f"the stage out")
+                                 f"{self.halves[stage]}, and nothing of that is trained: mend lora.targets or trains, "
+                                 f"or leave the stage out")
         return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
 
     def init(self, base, key):
@@ -186,11 +187,13 @@ class UAE:
             self.umm.picture_of(drawn), self.config.uae.group)}
 
     def _compare(self, stage, update, state, base, rows, reward, sampler_logps):
-        policy, optimizer = self.policy, self.optimizer
+        policy, optimizer, reference = self.policy, self.optimizer, state.reference
         if stage in self.halves:
-            policy, optimizer = part_of(self.umm, self.halves[stage], policy, optimizer)
+            half = functools.partial(pick, self.umm.partition, self.halves[stage])
+            policy, optimizer = restrict(half, policy, optimizer)
+            reference = half(reference, state.trainable)      # a drawer reads the captioner's states: today's, in both
         state, metrics = update(
-            state, rows, reward, sampler_logps, reference=self.policy(base, state.reference),
+            state, rows, reward, sampler_logps, reference=self.policy(base, reference),
             policy_of=functools.partial(policy, base), settings=self.config.uae, optimizer=optimizer)
         return sharding.constrain(self.umm.partition, state), metrics
 
@@ -208,8 +211,8 @@ def stages_of(text):
 
 class Loop:
     """Picture -> caption -> picture, and how alike the two are. `groups` holds the programs that draw a whole group at
-    a time (umm.Programs), `singles` those that draw one sample: by a flow without noise, for nothing is learned from
-    such a picture's steps, and noise would be luck in its caption's reward."""
+    a time (umm.Programs), `singles` those that draw one sample: by a flow without noise in its steps, for nothing is
+    learned from them, and noise would be luck in the caption's reward."""
 
     def __init__(self, umm, how, mesh, words, waves=1):
         self.umm, self.mesh, self.words, self.waves = umm, mesh, words, waves
