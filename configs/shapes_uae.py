@@ -21,15 +21,16 @@ def get_config(preset="normal"):
     config.pictures = dict(told=0.7, most=2)
     # prompts: pictures of a step. group: captions of a picture, or pictures of its caption, which are compared. cold:
     # steps of the cold start. pairs: pictures with captions in each step of the cold start. stages: what is trained in
-    # turn after that, and for how many steps; with fewer steps of captions than of drawing captions tell more but err
-    # more, for the two share the backbone. words: the most tokens of a caption; eleven tell two objects, with the end.
+    # turn after that, and for how many steps; where the two share a backbone, fewer steps of captions than of drawing
+    # make captions tell more but err more. words: the most tokens of a caption; eleven tell two objects, with the end.
     # clip: how far the probability ratio may move from 1. beta: weight of the KL to the model after the cold start.
     # advantage_eps: added to the standard deviation that advantages are divided by; one wrong cell of nine costs a
     # tenth of the reward, the noise that equal pictures are rendered from a thousandth. inner_steps: updates on the
     # same samples. micro_batches: parts that an update is computed in. waves: parts that samples are drawn in; more
-    # parts take less memory and more time.
+    # parts take less memory and more time. scorers: whose cosines, weighted, are the reward: empty, the model's own
+    # vision encoder's; else e.g. own=0.5,hf:facebook/dinov2-large=0.5, of CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
     config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2,
-                      beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1)
+                      beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1, scorers="")
     config.steps = config.uae.cold + 160
     # lr: learning rate of AdamW. schedule: constant, or cosine, to 0 at the end; at the rate of the cold start GRPO
     # undoes what that gave.

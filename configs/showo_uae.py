@@ -21,6 +21,6 @@ def get_config(size="256"):
     # words: the most tokens of a caption, which must fit into the row of a prompt: text_length less what stands around
     # them.
     config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=120, clip=0.2,
-                      beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1)
+                      beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1, scorers="")
     config.steps = config.uae.cold + 2000
     return config

@@ -11,7 +11,7 @@ without a name, or :uae) or by GvU (:gvu), where the captioner's probabilities o
 A folder holds pictures; the caption of ID.png, which the cold start alone reads, is ID.txt. UAE's own settings of the
 two RL stages are not published. What is below for drawing is Flow-GRPO's for Stable Diffusion 3.5, in its repository:
 10 noisy steps where 40 without noise are used later, by gvu_jax.generate and by the evaluations of a run, guidance in
-both, a clip of 1e-4.
+both, a clip of 1e-4. A caption is judged by a picture of 10 steps without noise. Each stage trains its own half.
 """
 import runpy
 from pathlib import Path

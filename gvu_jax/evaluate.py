@@ -12,7 +12,9 @@
     cycle            prompt -> picture -> caption: the share of the prompt's words that the caption says again
     unified          picture -> caption -> picture: similarity to the vision encoder, length of the captions, and in the
                      shapes world what its checker says of captions and pictures; of rendered scenes, or of
-                     --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once
+                     --pictures=FOLDER. --prompts counts pictures, --images_per_prompt captions, each drawn once. With
+                     --scorers=hf:openai/clip-vit-large-patch14,hf:facebook/dinov2-large also what these encoders from
+                     outside say, as in Unified-Bench: mean, least, greatest, and the mean of all means
     questions        another model, --judge, is asked about each picture whether what the prompt's metadata say is so
                      (questions.py). --checkpoint draws the pictures, or they are those of --pictures: of GenEval's
                      layout, or 00000_0.png .. by the places of the prompts in --prompt_file. With neither they are
@@ -33,7 +35,7 @@ import numpy as np
 from absl import flags
 
 import gvu_jax
-from gvu_jax import cli, data, questions, suite
+from gvu_jax import cli, data, questions, scorers, suite
 from gvu_jax.closeup import sample_grid
 from gvu_jax.methods.uae import Loop
 from gvu_jax.metrics import replace_file
@@ -58,6 +60,8 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "0 takes the most probable
 _PICTURES = cli.path_flag("pictures", "A folder of pictures for unified, instead of rendered scenes, or for questions.")
 _MOST = flags.DEFINE_integer("most", None, "unified: the most objects of a rendered scene; without it, nine.",
                              lower_bound=1)
+_SCORERS = flags.DEFINE_list("scorers", [], "unified: vision encoders from outside that say how alike two pictures "
+                             "are, several with commas: folders or names of CLIP, DINOv2, DINOv3, SigLIP, LongCLIP.")
 _WORDS = flags.DEFINE_integer("words", 64, "Most tokens of a caption of unified.", lower_bound=2)
 _CHOICES = flags.DEFINE_integer("choices", 288, "Questions of each understanding test.", lower_bound=1)
 _TSV = cli.path_flag("tsv", "Multiple-choice questions in the format of VLMEvalKit, for understanding.")
@@ -74,6 +78,8 @@ def main(_):
         raise ValueError("--prompt_file goes with --suite=nonunification, --suite=cycle and --suite=questions")
     if _PICTURES.value and _SUITE.value not in ("unified", "questions"):
         raise ValueError("--pictures goes with --suite=unified and --suite=questions")
+    if _SCORERS.value and _SUITE.value != "unified":
+        raise ValueError("--scorers goes with --suite=unified")
     if bool(_JUDGE.value) != (_SUITE.value == "questions"):
         raise ValueError("--suite=questions needs a --judge, who is asked, and no other suite has one")
     if not _CHECKPOINT.value and _SUITE.value != "questions":
@@ -87,6 +93,7 @@ def main(_):
     metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
     if _PICTURES.value and _SUITE.value == "unified":
         data.check_pictures(_PICTURES.value)
+    outside = scorers.read_all(_SCORERS.value)
     drawn = data.drawn_pictures(_PICTURES.value, metas) if _PICTURES.value and _SUITE.value == "questions" else None
     cli.keep_compiled()
     given, out = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}, Path(_OUT.value)
@@ -102,11 +109,12 @@ def main(_):
     elif _SUITE.value == "understanding":
         results, picture = understanding(model, choices, left_out), None
     elif _SUITE.value == "unified":
-        results, picture = unified(model)
+        results, picture = unified(model, outside)
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
     given |= {name: str(flag.value) for name, flag in (("judge", _JUDGE), ("folder", _PICTURES)) if flag.value}
+    given |= {"scorers": _SCORERS.value} if _SCORERS.value else {}
     results = {"suite": _SUITE.value, "checkpoint": _CHECKPOINT.value and str(_CHECKPOINT.value), **given,
                "temperature": _TEMPERATURE.value} | results
     replace_file(out / "results.json", json.dumps(results, indent=1))
@@ -253,8 +261,9 @@ def asked_about(model, metas, drawn):
     return results, grid, questions.lines(answers, metas)
 
 
-def unified(model):
-    """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions."""
+def unified(model, outside=()):
+    """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions. With
+    scorers from outside, as in Unified-Bench: the mean, least and greatest of each, and the mean of their means."""
     size = model.umm.picture_size
     stream = (data.picture_stream(_PICTURES.value, size, _SEED.value) if _PICTURES.value else
               shapes_suite.picture_stream((_SEED.value, 1), 1.0, shapes_suite.place_of(model.umm), _MOST.value))
@@ -262,12 +271,16 @@ def unified(model):
     originals = np.stack([example["pixels"] for example in examples])
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
     found, captions, pictures = suite.Unified(
-        Loop(model.umm, how, model.mesh, _WORDS.value), originals, _BATCH.value, _SEED.value,
+        Loop(model.umm, how, model.mesh, _WORDS.value, outside=outside), originals, _BATCH.value, _SEED.value,
         None if _PICTURES.value else shapes_suite.judge_captions).measure(model.params, model.params)
     texts = [of_picture[0] for of_picture in captions]
     # A folder of few pictures is gone through more than once: a picture goes with all of its repetitions.
     each = [{"prompt": hashlib.sha256(original.tobytes()).hexdigest()} for original in originals]
     results = with_intervals({name: suite.by_category(values, each)["overall"] for name, values in found.items()})
+    if names := [scorer.name for scorer in outside]:
+        results["bench"] = {name: {"mean": float(found[name].mean()), "min": float(found[name].min()),
+                                   "max": float(found[name].max())} for name in names}
+        results["bench"]["overall"] = float(np.mean([results["bench"][name]["mean"] for name in names]))
     shown = np.concatenate([np.round(originals[:, None] * 255).astype(np.uint8), pictures], axis=1)[:12, :7]
     return ({"pictures": len({meta["prompt"] for meta in each}), **results, "captions": texts},
             image_grid(shown, texts[:12], max(1, 96 // size[0])))
@@ -308,6 +321,9 @@ def table(results, heading=""):
                         ("skills", "each question, mean"), ("agreement", "agrees with the checker")):
         if part in results:
             lines += [""] * bool(lines) + [table(results[part], title)]
+    for name, found in results.get("bench", {}).items():
+        lines.append(f"{name:<28}{found:8.3f}" if name == "overall" else
+                     f"{name:<28}{found['mean']:8.3f}  from {found['min']:.3f} to {found['max']:.3f}")
     for name, found in results.get("accepted_of", {}).items():
         lines.append(f"all right, of {found['pictures']} {name}".ljust(28) + f"{found['share']:8.3f}")
     for name, found in results.get("rejected_of", {}).items():

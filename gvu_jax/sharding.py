@@ -302,6 +302,12 @@ def put(tree, mesh):
     return jax.tree.map(put_leaf, tree)
 
 
+def put_whole(tree, mesh):
+    """Arrays of the host, the same in every process, whole on each device."""
+    where = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, where, lambda index: x[index]), tree)
+
+
 def fetch(tree):
     """Arrays of the mesh as numpy arrays, whole, in every process."""
     if jax.process_count() == 1:

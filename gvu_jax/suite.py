@@ -291,8 +291,9 @@ class Unified:
         self.batches = np.split(pictures, len(pictures) // batch)
 
     def measure(self, policy, base):
-        """Returns {name: [M, G]}: "similarity" (the reward), "length" (tokens of a caption, with the end) and what the
-        judge says; captions, M lists of G texts; and what was drawn from them, uint8 [M, G, H, W, 3]."""
+        """Returns {name: [M, G]}: "similarity" (to the model's own encoder), how alike the loop's scorers find them,
+        "length" (tokens of a caption, with the end) and what the judge says; captions, M lists of G texts; and what was
+        drawn from them, uint8 [M, G, H, W, 3]."""
         scores, texts, pictures, loop = collections.defaultdict(list), [], [], self.loop
         for i, originals in enumerate(self.batches):
             keys = sharding.put(tuple(jax.random.split(jax.random.fold_in(self.key, i))), loop.mesh)
@@ -300,10 +301,10 @@ class Unified:
             *_, words, _, mask = loop.say(loop.groups, policy, base, pixels, keys[0])
             captions = loop.texts(words)
             _, _, drawn = loop.draw(loop.singles, policy, base, captions, keys[1])
-            alike, mask, drawn = sharding.fetch((loop.alike(base, drawn, pixels), mask, drawn))
+            (_, alike), mask, drawn = sharding.fetch((loop.compare(base, loop.params, drawn, pixels), mask, drawn))
             judged = self.judge(np.repeat(originals, len(captions) // len(originals), axis=0), captions, drawn) if (
                 self.judge) else {}
-            for name, found in {"similarity": alike, "length": mask.sum(axis=1), **judged}.items():
+            for name, found in {**alike, "length": mask.sum(axis=1), **judged}.items():
                 scores[name].append(found)
             texts += captions
             pictures.append((drawn * 255).round().astype(np.uint8))

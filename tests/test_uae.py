@@ -16,6 +16,7 @@ from gvu_jax.policy import State
 from gvu_jax.sampling import How
 from gvu_jax.shapes import sentences, suite, world
 from gvu_jax.train import train
+from test_scorers import small
 
 
 def uae_config(**changes):
@@ -96,7 +97,7 @@ def test_kl_is_measured_to_what_the_cold_start_left(method, tmp_path):
 def test_pictures_are_compared_in_waves_as_all_at_once(method):
     built, base, _ = method
     pictures = jax.random.uniform(jax.random.key(0), (8, *built.umm.picture_size, 3))               # two of each
-    whole, parts = (uae.Loop(built.umm, built.how, built.mesh, 4, waves).alike(base, pictures, pictures[::2])
+    whole, parts = (uae.Loop(built.umm, built.how, built.mesh, 4, waves).compare(base, [], pictures, pictures[::2])[0]
                     for waves in (1, 2))
     assert whole.shape == (8,) and len(set(whole[1::2].tolist())) == 4
     np.testing.assert_allclose(whole[::2], 1.0, atol=1e-5)                 # a picture is like itself, and in its place
@@ -200,15 +201,23 @@ def test_broken_pictures_are_all_named_before_anything_begins(tmp_path, command,
 @pytest.mark.parametrize("changes, said", [
     ({"uae.stages": "caption"}, "caption:10,draw:10"), ({"uae.stages": "draw:0"}, "caption:10,draw:10"),
     ({"uae.group": 1}, "uae.group is 1"), ({"uae.micro_batches": 5}, "uae.micro_batches"),
-    ({"uae.micro_batches": 3}, "uae.pairs"), ({"method": "uea"}, "uae")])
+    ({"uae.micro_batches": 3}, "uae.pairs"), ({"method": "uea"}, "uae"),
+    ({"uae.scorers": "dino"}, "uae.scorers is 'dino'")])
 def test_a_mistake_ends_in_one_line(changes, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         train(uae_config(**changes), tmp_path)
 
 
+def test_a_scorer_that_is_not_there_is_missed_before_anything_begins(tmp_path, monkeypatch):
+    monkeypatch.setitem(train.__globals__, "load_base", lambda *_: pytest.fail("it began"))
+    with pytest.raises(FileNotFoundError, match="/nowhere is no scorer"):
+        train(uae_config(**{"uae.scorers": "own=1,/nowhere=1"}), tmp_path)
+
+
 def test_a_run_goes_on_where_it_was_killed(tmp_path, command, monkeypatch):
     """Its last two steps lost, a run writes them again, to the last digit; and its report, its table and the suite."""
-    config, work = uae_config(), tmp_path / "work"
+    dino = small(tmp_path / "dino")
+    config, work = uae_config(**{"uae.scorers": f"own=0.5,{dino}=0.5"}), tmp_path / "work"
     put_untrained(config)
     summary = train(config, work)
     timeless = lambda: [{k: v for k, v in line.items() if "second" not in k} for line in
@@ -219,7 +228,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, command, monkeypatch):
     measured = [line for line in lines if "unified/recovery" in line]
     assert [line["step"] for line in measured] == [0, 2, 4]
     assert summary["unified_before"]["similarity"] == pytest.approx(measured[1]["unified/similarity"], rel=1e-4)
-    assert {"eval/overall", "unified/language", "unified/length"} <= measured[2].keys()
+    assert {"eval/overall", "unified/language", "unified/length", "unified/dinov3"} <= measured[2].keys()
     assert "Caption length" in (work / "report.html").read_text()
     shutil.rmtree(work / "checkpoints/4")
     train(config, work)
@@ -236,6 +245,10 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path, command, monkeypatch):
         Image.fromarray(np.full((60, 50, 3), 100 * i, np.uint8)).save(tmp_path / f"mine/{i}.png")
     monkeypatch.setattr(world, "World", None)                 # a picture of somebody's may have any grid
     assert not command("evaluate", f"--checkpoint={work}", "--suite=unified", f"--out={tmp_path}/out", "--prompts=6",
-                       f"--pictures={tmp_path}/mine", "--batch=2", "--images_per_prompt=2", "--words=8")
+                       f"--pictures={tmp_path}/mine", "--batch=2", "--images_per_prompt=2", "--words=8",
+                       f"--scorers={dino}")
     results = json.loads((tmp_path / "out/results.json").read_text())
-    assert results["pictures"] == 2 and set(results["scores"]) == {"similarity", "length"}
+    assert results["pictures"] == 2 and set(results["scores"]) == {"similarity", "length", "dinov3"}
+    bench = results["bench"]["dinov3"]
+    assert bench["min"] <= bench["mean"] <= bench["max"] and bench["mean"] == results["bench"]["overall"]
+    assert bench["mean"] == pytest.approx(results["scores"]["dinov3"])

@@ -7,7 +7,8 @@ chain of Gaussian steps (flow.py); its latents are never read, so what was drawn
 the model behind the interface of umm.py, its published sizes, and how its published folders are read.
 
 "ar" has both halves, "llm" (with the projector) and "dit", so that one adapter lies over both, and what a run trains is
-said by a pattern of paths: ^llm/layers is the captioner, ^dit/.*attn the drawer.
+said by a pattern of paths: ^llm/layers is the captioner, ^dit/.*attn the drawer. `halves` says which of the two a stage
+of UAE may move.
 """
 import dataclasses
 import functools

@@ -32,6 +32,7 @@ from PIL import Image
 from gvu_jax import described, rollout, sampling
 from gvu_jax.described import Described
 from gvu_jax.models import clip, magvit, phi, siglip, vq
+from gvu_jax.models.clip import image_transform, tower_config
 from gvu_jax.tensor_files import Source, small_files, weight_files
 from gvu_jax.umm import (
     Lengths, gather_logps, hidden_of_words, ids_of_words, lengths_of, pad_prompts, prompt_shapes, until_end)
@@ -609,29 +610,3 @@ def magvit_config(told):
             if theirs in sizes.values:
                 values[f"{part}_{ours}"] = sizes[theirs]
     return described.named(told.path, lambda: described.typed(magvit.Config, values))
-
-
-def tower_config(told):
-    """config.json of CLIP, of the tower alone or of the whole -> clip.Config."""
-    if told.get("model_type") == "clip":
-        told = told.a(dict, "vision_config")
-    told.values = TOWER_DEFAULTS | told.values
-    told.insist(model_type="clip_vision_model", num_channels=3)
-    return told.numbers(clip.Config)
-
-
-TOWER_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                      image_size=224, patch_size=32)               # those of transformers, which files leave out
-
-
-def image_transform(told):
-    """preprocessor_config.json of CLIP -> clip.Transform."""
-    told.insist(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3,
-                rescale_factor=1 / 255)
-    edge, crop = told["size"], told["crop_size"]
-    edge = edge.a(int, "shortest_edge") if isinstance(edge, Described) else edge
-    if isinstance(crop, Described):
-        crop.insist(width=crop["height"])
-        crop = crop["height"]
-    values = dict(shortest_edge=edge, crop_size=crop, image_mean=told["image_mean"], image_std=told["image_std"])
-    return described.named(told.path, lambda: described.typed(clip.Transform, values))

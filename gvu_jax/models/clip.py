@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from gvu_jax import described
+from gvu_jax.described import Described
 from gvu_jax.models import torch_keys
 from gvu_jax.models.siglip import resized
 from gvu_jax.models.text_encoders import CLIP_ACTIVATIONS, ClipLayer, layer_norm
@@ -135,3 +137,31 @@ def covering(size, side):
     whole pixels."""
     shorter = min(size)
     return tuple(side if length == shorter else int(side * length / shorter) for length in size)
+
+
+# ------------------------------------------------------------------ what the folder says
+
+def tower_config(told):
+    """config.json of CLIP, of the tower alone or of the whole -> Config."""
+    if told.get("model_type") == "clip":
+        told = told.a(dict, "vision_config")
+    told.values = TOWER_DEFAULTS | told.values
+    told.insist(model_type="clip_vision_model", num_channels=3)
+    return told.numbers(Config)
+
+
+TOWER_DEFAULTS = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                      image_size=224, patch_size=32)               # those of transformers, which files leave out
+
+
+def image_transform(told):
+    """preprocessor_config.json of CLIP, or of another tower that is shown the middle of a picture -> Transform."""
+    told.insist(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3,
+                rescale_factor=1 / 255)
+    edge, crop = told["size"], told["crop_size"]
+    edge = edge.a(int, "shortest_edge") if isinstance(edge, Described) else edge
+    if isinstance(crop, Described):
+        crop.insist(width=crop["height"])
+        crop = crop["height"]
+    values = dict(shortest_edge=edge, crop_size=crop, image_mean=told["image_mean"], image_std=told["image_std"])
+    return described.named(told.path, lambda: described.typed(Transform, values))

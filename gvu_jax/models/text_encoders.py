@@ -24,6 +24,7 @@ T5_FEED_FORWARDS = ("gated-gelu", "relu")            # of v1.1, and of the first
 CLIP_ACTIVATIONS = {                                 # `hidden_act` -> function
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
 }
 
 
