@@ -93,7 +93,8 @@ def main(_):
     metas = data.read_prompts(_PROMPT_FILE.value, _PROMPT_KEY.value) if _PROMPT_FILE.value else None
     if _PICTURES.value and _SUITE.value == "unified":
         data.check_pictures(_PICTURES.value)
-    outside = scorers.read_all(_SCORERS.value)
+    for source in _SCORERS.value:
+        scorers.place(source)
     drawn = data.drawn_pictures(_PICTURES.value, metas) if _PICTURES.value and _SUITE.value == "questions" else None
     cli.keep_compiled()
     given, out = {"adapter": _ADAPTER.value} if _ADAPTER.value else {}, Path(_OUT.value)
@@ -109,7 +110,7 @@ def main(_):
     elif _SUITE.value == "understanding":
         results, picture = understanding(model, choices, left_out), None
     elif _SUITE.value == "unified":
-        results, picture = unified(model, outside)
+        results, picture = unified(model)
     else:
         results, picture = own_pictures(model, metas)
     print(table(results))
@@ -261,7 +262,7 @@ def asked_about(model, metas, drawn):
     return results, grid, questions.lines(answers, metas)
 
 
-def unified(model, outside=()):
+def unified(model):
     """What survives picture -> caption -> picture, and a grid: each picture, and what was drawn from its captions. With
     scorers from outside, as in Unified-Bench: the mean, least and greatest of each, and the mean of their means."""
     size = model.umm.picture_size
@@ -270,6 +271,7 @@ def unified(model, outside=()):
     examples = data.batch(stream, 0, whole_batches())
     originals = np.stack([example["pixels"] for example in examples])
     how = How(images_per_prompt=_IMAGES.value, temperature=_TEMPERATURE.value, guidance=model.umm.guidance)
+    outside = scorers.Scorers(dict.fromkeys([scorers.OWN, *_SCORERS.value], 1.0), model.mesh)
     found, captions, pictures = suite.Unified(
         Loop(model.umm, how, model.mesh, _WORDS.value, outside=outside), originals, _BATCH.value, _SEED.value,
         None if _PICTURES.value else shapes_suite.judge_captions).measure(model.params, model.params)
@@ -277,7 +279,7 @@ def unified(model, outside=()):
     # A folder of few pictures is gone through more than once: a picture goes with all of its repetitions.
     each = [{"prompt": hashlib.sha256(original.tobytes()).hexdigest()} for original in originals]
     results = with_intervals({name: suite.by_category(values, each)["overall"] for name, values in found.items()})
-    if names := [scorer.name for scorer in outside]:
+    if names := [scorer.name for scorer in outside.each]:
         results["bench"] = {name: {"mean": float(found[name].mean()), "min": float(found[name].min()),
                                    "max": float(found[name].max())} for name in names}
         results["bench"]["overall"] = float(np.mean([results["bench"][name]["mean"] for name in names]))

@@ -68,6 +68,19 @@ def fetch(name, wanted=("*",)):
     return folder
 
 
+def fetch_or_find(name, wanted):
+    """`fetch`; and where the hub does not answer, the folder of what it gave before, if it did."""
+    try:
+        return fetch(name, wanted)
+    except OSError as error:
+        from huggingface_hub import snapshot_download
+        repository, revision = parse(name)
+        try:
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except Exception:                                                             # it never gave any
+            raise error from None
+
+
 def commit_of(name, files):
     """The commit (str) that `fetch` has brought the files (paths) of a name from; others may be among them."""
     cached = f"models--{parse(name)[0].replace('/', '--')}"                     # snapshots/COMMIT/.. is what lies there

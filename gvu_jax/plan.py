@@ -174,11 +174,6 @@ class Rehearsal:
         """What a function of a batch gives, which is no program of its own."""
         return self.rows(jax.eval_shape(function, *args))
 
-    def whole(self, tree):
-        """Shapes of what lies whole on each device."""
-        whole = jax.sharding.NamedSharding(self.mesh, jax.sharding.PartitionSpec())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), tree)
-
     def floats(self, rows, dtype=jnp.float32):
         return self.rows(jax.ShapeDtypeStruct((rows,), dtype))
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gvu_jax import cli, described, hub
+from gvu_jax import cli, described, hub, sharding
 from gvu_jax.described import Described
 from gvu_jax.models import clip, clip_vision, dino
 from gvu_jax.models.siglip import resized
@@ -33,13 +33,46 @@ class Scorer(NamedTuple):
 
     def alike(self, params, pictures, originals):
         """Cosines [S] float32 of pictures [S, H, W, 3] with one of the originals [B, H, W, 3], S/B side by side."""
-        features = lambda pixels: self.tower.apply({"params": params}, self.fit(pixels))
-        return clip_vision.cosine(
-            features(pictures), jnp.repeat(features(originals), len(pictures) // len(originals), axis=0))
+        with jax.default_matmul_precision("highest"):
+            of_pictures, of_originals = (self.tower.apply({"params": params}, self.fit(pixels))
+                                         for pixels in (pictures, originals))
+        times = len(pictures) // len(originals)
+        return clip_vision.cosine(of_pictures, jnp.repeat(of_originals, times, axis=0))
+
+
+class Scorers:
+    """Several of them, read and put on the mesh, whole on each device, when they are first asked for.
+
+    weights: {source: its weight in a reward}, OWN among the sources or not. Attributes each, a tuple of Scorer, and
+    params, theirs on the mesh; errors as in `read`, and ValueError where two have one name.
+    """
+
+    def __init__(self, weights, mesh):
+        self.weights, self.mesh = weights, mesh
+
+    @functools.cached_property
+    def each(self):
+        sources = [source for source in self.weights if source != OWN]
+        found = tuple(map(read, sources))
+        names = [scorer.name for scorer in found]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two of the scorers {', '.join(sources)} are called {name}: take one of each")
+        return found
+
+    @functools.cached_property
+    def params(self):
+        return sharding.put_whole([scorer.params for scorer in self.each], self.mesh)
+
+    def weighted(self, own, found):
+        """The reward [S] of the own encoder's cosines [S] and of {name: [S]}."""
+        names = iter([scorer.name for scorer in self.each])                          # in the order of their weights
+        return sum(weight * (own if source == OWN else found[next(names)]) for source, weight in self.weights.items())
 
 
 def weights_of(told):
-    """"own=0.5,hf:facebook/dinov2-large=0.5" -> {source: weight}; "" -> {"own": 1.0}. ValueError for another form."""
+    """What uae.scorers says, "own=0.5,hf:facebook/dinov2-large=0.5" -> {source: weight}; "" -> {"own": 1.0}. Raises
+    ValueError for another form, and FileNotFoundError for a folder or file that is not there."""
     weights = {}
     for part in filter(None, map(str.strip, told.split(","))):
         source, _, weight = part.rpartition("=")
@@ -51,35 +84,35 @@ def weights_of(told):
             raise ValueError(f"uae.scorers is {told!r}; it must be of the form own=0.5,hf:facebook/dinov2-large=0.5: "
                              f"sources, each once, and positive weights")
         weights[source] = value
+    for source in weights.keys() - {OWN}:
+        place(source)
     return weights or {OWN: 1.0}
 
 
-def of_reward(told):
-    """What uae.scorers says: the weights, and the scorers from outside among them. Errors of both, see below."""
-    weights = weights_of(told)
-    return weights, read_all([source for source in weights if source != OWN])
-
-
-def read_all(sources):
-    """The scorers of several sources. ValueError where two of them have one name."""
-    found = [read(source) for source in sources]
-    names = [scorer.name for scorer in found]
-    for name in names:
-        if names.count(name) > 1:
-            raise ValueError(f"two of the scorers {', '.join(map(str, sources))} are called {name}: take one of each")
-    return tuple(found)
-
-
-@functools.lru_cache(maxsize=8)                                          # a run and its evaluations share the arrays
-def read(source):
-    """A scorer from a folder, a file of OpenAI's form (LongCLIP's), or a name on the Hub. ValueError or OSError, in one
-    line, for what is none."""
-    path = hub.fetch(source, FILES) if hub.is_name(source) else cli.path(source)
-    files = [path] if path.is_file() else sorted(path.glob("*.pt")) if not (path / "config.json").is_file() else []
-    if len(files) == 1:
-        return described.named(files[0], lambda: read_openai(TensorFile(files[0])))
-    if not (path / "config.json").is_file():
+def place(source):
+    """The file or folder (Path) of a source, None for a name on the Hub, whose form is checked. Nothing is read."""
+    if hub.is_name(source):
+        hub.parse(source)
+        return None
+    path = cli.path(source)
+    if not (path.is_file() or (path / "config.json").is_file() or len(list(path.glob("*.pt"))) == 1):
         raise FileNotFoundError(f"{source} is no scorer: there is neither a config.json nor one file *.pt")
+    return path
+
+
+@functools.lru_cache(maxsize=8)
+def read(source):
+    """A scorer from a folder, LongCLIP's file, or a name on the Hub. ValueError or OSError, in one line, for what is
+    none."""
+    path = place(source) or hub.fetch_or_find(source, FILES)
+    try:
+        file = path if path.is_file() else None if (path / "config.json").is_file() else next(path.glob("*.pt"), None)
+        return described.named(file, lambda: read_longclip(TensorFile(file))) if file else read_folder(path)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:               # what nobody has written
+        raise ValueError(f"{path} cannot be read as a scorer: {type(error).__name__}: {error}") from error
+
+
+def read_folder(path):
     told = Described(path / "config.json")
     if told.get("model_type") not in READERS:
         raise ValueError(f"{told.path} describes a model of the type {told.get('model_type')!r}; scorers are of "
@@ -134,7 +167,7 @@ def read_dinov3(told, tensors, images):
     side = told.get("image_size", 224)
     if images:
         images.insist(do_resize=True, do_rescale=True, do_normalize=True, resample=2, rescale_factor=1 / 255)
-        side = images["size"].a(int, "height")
+        side = images.a(dict, "size").a(int, "height")
         images["size"].insist(width=side)
     mean, std = (tuple(images[name]) if images else of for name, of in zip(("image_mean", "image_std"), IMAGENET))
 
@@ -149,14 +182,15 @@ READERS = {"clip": read_clip, "clip_vision_model": read_clip, "siglip": read_sig
            "dinov2": read_dinov2, "dinov3_vit": read_dinov3}
 
 
-def read_openai(file):
-    """LongCLIP's file, or another of CLIP as OpenAI wrote them."""
+def read_longclip(file):
+    """LongCLIP's file, in which CLIP's image tower has the names that OpenAI gave it."""
     if "visual.ln_pre.weight" not in file.specs:
         raise ValueError("it holds no image tower of CLIP in OpenAI's form")
     tensors, sizes = clip_vision.from_openai({name: file.read(name) for name in file.specs if "visual." in name})
     config = clip_vision.Config(**sizes)
-    fit = normaliser(clip.Transform(config.image_size, config.image_size, clip.MEAN, clip.STD))
-    return Scorer("longclip", clip_vision.ClipVision(config), fit, in_float32(clip_vision.from_torch(tensors, config)))
+    transform = clip.Transform(config.image_size, config.image_size, clip.MEAN, clip.STD)
+    return Scorer("longclip", clip_vision.ClipVision(config), normaliser(transform, lambda rest: round(rest / 2)),
+                  in_float32(clip_vision.from_torch(tensors, config)))
 
 
 def fitting(told, tensors, read):
@@ -172,7 +206,7 @@ def middle(told, images):
     return normaliser(clip.image_transform(images))
 
 
-def normaliser(transform):
+def normaliser(transform, *half):
     """clip.Transform -> pixels of any size to what the tower takes, bit for bit as PIL shrinks and cuts."""
-    return lambda pixels: (clip.fitted(pixels, transform) - np.float32(transform.image_mean)) / np.float32(
-        transform.image_std)
+    mean, std = np.float32(transform.image_mean), np.float32(transform.image_std)
+    return lambda pixels: (clip.fitted(pixels, transform, *half) - mean) / std

@@ -16,7 +16,7 @@ KINDS = {
     "dinov2": ("Dinov2Model", dict(SHAPES, image_size=20, patch_size=4, mlp_ratio=2), (12, 16)),
     "dinov3": ("DINOv3ViTModel", dict(SHAPES, intermediate_size=40, image_size=16, patch_size=4, num_register_tokens=3,
                                       rope_theta=60.0), (16, 12)),
-    "siglip": ("SiglipVisionModel", dict(SHAPES, intermediate_size=40, image_size=16, patch_size=4), (16, 16)),
+    "siglip": ("SiglipVisionModel", dict(SHAPES, intermediate_size=40, image_size=18, patch_size=4), (18, 18)),
     "clip": ("CLIPVisionModelWithProjection", dict(SHAPES, intermediate_size=40, image_size=16, patch_size=4,
                                                    projection_dim=10), (16, 16)),
 }
@@ -55,10 +55,12 @@ def test_a_tower_equals_transformers(kind, tmp_path):
     np.testing.assert_allclose(ours, theirs.numpy(), atol=2e-5)
 
 
-def test_openais_files_are_read_as_transformers_are(tmp_path):
-    """LongCLIP's image tower has the names that OpenAI gave CLIP's; the expected features are of the same weights."""
+def test_longclips_file_is_read_as_transformers_reads_clip(tmp_path, monkeypatch):
+    """It has the names that OpenAI gave the tower, and heads of 64 channels without saying so."""
+    name, numbers, size = KINDS["clip"]
+    monkeypatch.setitem(KINDS, "clip", (name, dict(numbers, hidden_size=128, num_attention_heads=2), size))
     model, torch = written("clip", tmp_path), pytest.importorskip("torch")
-    state, D = model.state_dict(), 24
+    state = model.state_dict()
     theirs = {"visual.proj": state["visual_projection.weight"].T.contiguous(), "token_embedding.weight": torch.ones(2),
               "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
               "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
@@ -72,12 +74,50 @@ def test_openais_files_are_read_as_transformers_are(tmp_path):
             for a, b in (("attn.out_proj", "self_attn.out_proj"), ("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
                          ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):
                 theirs[f"{new}{a}.{end}"] = state[f"{old}{b}.{end}"]
-    torch.save(theirs, tmp_path / "longclip-S.pt")
-    scorer, other = scorers.read(str(tmp_path / "longclip-S.pt")), scorers.read(str(tmp_path))
-    assert scorer.name == "longclip" and scorer.tower.config.num_attention_heads == 1         # of 64 channels each
-    jax.tree.map(np.testing.assert_array_equal, scorer.params, other.params)
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 23, 30, 3)).astype(np.float32) / 255
-    assert scorer.fit(pixels).shape == (2, 16, 16, 3) and D == scorer.tower.config.hidden_size
+    torch.save({name: x.half() for name, x in theirs.items()}, tmp_path / "longclip-S.pt")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.half())
+        x = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
+        expected = model(torch.from_numpy(np.moveaxis(x, -1, 1).copy())).image_embeds
+    scorer = scorers.read(str(tmp_path / "longclip-S.pt"))
+    assert scorer.name == "longclip"
+    np.testing.assert_allclose(scorer.tower.apply({"params": scorer.params}, x), expected.numpy(), atol=1e-4)
+    wide = np.random.default_rng(0).integers(0, 256, (1, 16, 23, 3)).astype(np.float32) / 255
+    cut = wide[:, :, 4:20]                                      # 3.5 is rounded to the even one, as torchvision does
+    np.testing.assert_allclose(scorer.fit(wide), (cut - np.float32(clip.MEAN)) / np.float32(clip.STD), atol=1e-6)
+
+
+def test_siglip_is_shown_a_square_as_pil_makes_it(tmp_path):
+    written("siglip", tmp_path)
+    scorer, rng = scorers.read(str(tmp_path)), np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (4, 31, 22, 3)).astype(np.uint8)
+    square = np.stack([Image.fromarray(picture).resize((18, 18), Image.Resampling.BICUBIC) for picture in pictures])
+    fit = scorer.fit(pictures.astype(np.float32) / 255)
+    expected = (square.astype(np.float32) / 255 - 0.5) / 0.5
+    np.testing.assert_allclose(fit, expected, atol=2.1 / 255)
+    assert np.mean(np.abs(fit - expected) > 1e-5) < 0.02                  # one level: some Pillows take the other turn
+    features = scorer.tower.apply({"params": scorer.params}, fit)
+    unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
+    pixels = jnp.asarray(pictures, jnp.float32) / 255
+    np.testing.assert_allclose(scorer.alike(scorer.params, pixels, pixels[::2]), np.sum(
+        unit * np.repeat(unit[::2], 2, axis=0), axis=-1), atol=1e-5)
+
+
+def test_what_the_hub_once_gave_needs_no_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    from gvu_jax import hub
+    folder = small(tmp_path / "dino")
+
+    def fail(*_):
+        raise OSError("cannot be reached")
+    monkeypatch.setattr(hub, "fetch", fail)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, local_files_only: {
+        ("facebook/dinov3", "main"): folder}[name, revision])
+    assert scorers.read("hf:facebook/dinov3@main").name == "dinov3"
+    with pytest.raises(OSError, match="cannot be reached"):
+        scorers.read("hf:facebook/another")
 
 
 def test_dinov3_is_shown_a_square_as_torch_makes_it(tmp_path):
@@ -149,15 +189,15 @@ def test_several_at_once_are_a_weighted_sum(tmp_path, tiny):
     unit = features / np.linalg.norm(features, axis=-1, keepdims=True)
     outside = np.sum(unit * np.repeat(unit[::2], 2, axis=0), axis=-1)
     for waves in (1, 2):
-        loop = Loop(umm, How(), one_device(), 4, waves, (scorer,), weights)
-        reward, found = loop.compare(base, loop.params, pictures, pictures[::2])
+        loop = Loop(umm, How(), one_device(), 4, waves, scorers.Scorers(weights, one_device()))
+        reward, found = loop.compare(base, loop.outside.params, pictures, pictures[::2])
         assert set(found) == {"similarity", "dinov3"}
         np.testing.assert_allclose(found["similarity"], own, atol=1e-5)
         np.testing.assert_allclose(found["dinov3"], outside, atol=1e-5)
         np.testing.assert_allclose(reward, 2 * own + 0.25 * outside, atol=1e-5)
 
 
-@pytest.mark.parametrize("told", ["dino", "dino=", "dino=-1", "own=0.5,own=0.5", "=1", "dino=nan"])
+@pytest.mark.parametrize("told", ["dino", "own=", "own=-1", "own=0.5,own=0.5", "=1", "own=nan"])
 def test_weights_that_are_none_end_in_one_line(told):
     with pytest.raises(ValueError, match="uae.scorers is .* of the form own=0.5,hf:facebook/dinov2-large=0.5"):
         scorers.weights_of(told)
@@ -168,10 +208,11 @@ def test_what_is_no_scorer_ends_in_one_line(tmp_path):
         scorers.read(str(tmp_path))
     folder = small(tmp_path / "dino")
     with pytest.raises(ValueError, match="two of the scorers .* are called dinov3"):
-        scorers.read_all([str(folder), str(small(tmp_path / "again"))])
+        scorers.Scorers({str(folder): 1.0, str(small(tmp_path / "again")): 1.0}, None).each
     told = json.loads((folder / "config.json").read_text())
     for changes, said in (({"num_hidden_layers": 2}, "dino: .*missing keys.*layer.1"), ({"model_type": "vit"}, "'vit'"),
-                          ({"use_gated_mlp": True}, "use_gated_mlp"), ({"hidden_size": 18}, "18 cannot be divided")):
+                          ({"use_gated_mlp": True}, "use_gated_mlp"), ({"hidden_size": 18}, "18 cannot be divided"),
+                          ({"num_attention_heads": 0}, "cannot be read as a scorer")):
         (folder / "config.json").write_text(json.dumps(told | changes))
         scorers.read.cache_clear()
         with pytest.raises(ValueError, match=said):

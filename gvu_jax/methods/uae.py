@@ -50,9 +50,9 @@ class UAE:
         sharding.check(umm, mesh, config.uae, self.pictures)
         flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
-        weights, outside = scorers.of_reward(config.uae.get("scorers", ""))
-        loop = functools.partial(Loop, umm, mesh=mesh, words=config.uae.words, waves=config.uae.waves, weights=weights,
-                                 outside=outside)
+        loop = functools.partial(
+            Loop, umm, mesh=mesh, words=config.uae.words, waves=config.uae.waves,
+            outside=scorers.Scorers(scorers.weights_of(config.uae.get("scorers", "")), mesh))
         self.loop = loop(how)
         self.plain = self.loop if how == in_use(umm, how) else loop(in_use(umm, how))      # what draws in evaluations
         self.programs = self.loop.groups
@@ -68,7 +68,7 @@ class UAE:
         flow_grpo.check(config)
         check_trainable(config)
         stages_of(config.uae.stages)
-        scorers.of_reward(config.uae.get("scorers", ""))
+        scorers.weights_of(config.uae.get("scorers", ""))
         if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
@@ -118,7 +118,7 @@ class UAE:
         told = clock.lap("sample", loop.say(telling, policy, base, pixels, keys[0]))
         texts = loop.texts(told[2])
         drawn, logps, pictures = clock.lap("render", loop.draw(drawing, policy, base, texts, keys[1]))
-        reward, _ = clock.lap("reward", loop.compare(base, loop.params, pictures, pixels))
+        reward, _ = clock.lap("reward", loop.compare(base, loop.outside.params, pictures, pixels))
         if stage == "caption":
             return stage, *told, reward
         prompts = sharding.place_prompts(self.umm, texts, loop.lengths, self.mesh, uae.group)
@@ -129,7 +129,8 @@ class UAE:
         uae, loop = self.config.uae, self.loop
         B, S = uae.prompts, uae.prompts * uae.group
         steps = collections.Counter(map(self.stage, range(self.config.steps)))
-        prompts, of_scorers = functools.partial(on.prompts, words=uae.words), [s.params for s in loop.outside]
+        prompts = functools.partial(on.prompts, words=uae.words)
+        of_own = Loop(self.umm, self.how, self.mesh, uae.words, uae.waves)         # scorers from outside are left out
         if steps["cold"]:
             on.step("cold", steps["cold"], uae.pairs)
             seen, target = on.run("sample", "learn", self.programs.learn, on.base, on.pixels(uae.pairs))
@@ -144,7 +145,7 @@ class UAE:
             told = on.run("sample", "say", telling.say, on.policy, seen, prompts(B), on.key)
             drawn, logps = on.run("render", "sample", drawing.sample, on.policy, prompts(captions), on.key)
             pictures = on.run("render", "render", drawing.render, on.base, drawn, prompts(captions), on.key)
-            on.run("reward", "compare", loop.compare, on.base, on.whole(of_scorers), pictures, on.pixels(B))
+            on.run("reward", "compare", of_own.compare, on.base, [], pictures, on.pixels(B))
             batch = (seen, prompts(B), *told) if stage == "caption" else (prompts(S), drawn, logps)
             on.run("update", "update", self.updates[stage], on.state, on.base, *batch, on.floats(S))
 
@@ -219,9 +220,9 @@ class Loop:
     a time (umm.Programs), `singles` those that draw one sample: by a flow without noise in its steps, for nothing is
     learned from them, and noise would be luck in the caption's reward."""
 
-    def __init__(self, umm, how, mesh, words, waves=1, outside=(), weights=None):
+    def __init__(self, umm, how, mesh, words, waves=1, outside=None):
         self.umm, self.mesh, self.words, self.waves = umm, mesh, words, waves
-        self.outside, self.weights = outside, weights or {scorers.OWN: 1.0}
+        self.outside = outside or scorers.Scorers({scorers.OWN: 1.0}, mesh)
         by_ode = how.flow and dataclasses.replace(how.flow, noise=0.0)
         single = dataclasses.replace(how, images_per_prompt=1, flow=by_ode)
         self.groups, self.singles = (compile_programs(umm, each, mesh, waves, words) for each in (how, single))
@@ -264,11 +265,6 @@ class Loop:
         drawn, logps = programs.sample(policy, prompts, keys[0])
         return drawn, logps, programs.render(base, drawn, prompts, keys[1])
 
-    @functools.cached_property
-    def params(self):
-        """Those of the scorers from outside, whole on each device."""
-        return sharding.put_whole([scorer.params for scorer in self.outside], self.mesh)
-
     def _compare(self, base, params, pictures, originals):
         """The reward [S] of pictures [S, H, W, 3], those of one of the originals [B, H, W, 3] side by side, and how
         alike each encoder finds them: {"similarity" (to the model's own) | a scorer's name: [S]}."""
@@ -276,9 +272,7 @@ class Loop:
             features = self.umm.features(base, originals)
             own = rewards.similarity(self.umm.features(base, pictures),
                                      jnp.repeat(features, len(pictures) // len(originals), axis=0))
-            found = {"similarity": own} | {scorer.name: scorer.alike(of_scorer, pictures, originals)
-                                           for scorer, of_scorer in zip(self.outside, params)}
-            outside = iter(found[scorer.name] for scorer in self.outside)          # in the order of their weights
-            return sum(weight * (own if source == scorers.OWN else next(outside))
-                       for source, weight in self.weights.items()), found
+            found = {scorer.name: scorer.alike(of_scorer, pictures, originals)
+                     for scorer, of_scorer in zip(self.outside.each, params)}
+            return self.outside.weighted(own, found), {"similarity": own} | found
         return sharding.in_waves(compare, pictures, originals, waves=self.waves)

@@ -37,9 +37,11 @@ class Config:
     def __post_init__(self):
         if self.hidden_act not in CLIP_ACTIVATIONS:
             raise ValueError(f"hidden_act {self.hidden_act!r} is not implemented, only {', '.join(CLIP_ACTIVATIONS)}")
-        if self.num_hidden_layers < 2 or self.patch_size < 1 or self.image_size % self.patch_size:
+        if self.num_hidden_layers < 2 or self.patch_size < 1 or self.image_size % self.patch_size and not self.cut:
             raise ValueError(f"a tower of {self.num_hidden_layers} layers with patches of {self.patch_size} pixels for "
                              f"pictures of {self.image_size} cannot be read")
+
+    cut = False                               # whether pixels behind the last whole patch are let go
 
     @property
     def patches(self):
@@ -123,12 +125,12 @@ class Transform:
                              f"has {self.shortest_edge}")
 
 
-def fitted(pixels, transform):
+def fitted(pixels, transform, half=lambda rest: rest // 2):
     """Pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits -> [B, crop_size, crop_size, 3], inside a program
-    and bit for bit as PIL does it."""
+    and bit for bit as PIL does it. half: of what is cut off, how much is before the middle."""
     height, width = covering(pixels.shape[1:3], transform.shortest_edge)
     pixels, side = resized(pixels, (height, width)), transform.crop_size
-    top, left = (height - side) // 2, (width - side) // 2
+    top, left = half(height - side), half(width - side)
     return pixels[:, top:top + side, left:left + side]
 
 

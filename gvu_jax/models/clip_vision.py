@@ -41,6 +41,8 @@ class SiglipConfig(clip.Config):
     hidden_act: str = "gelu_pytorch_tanh"
     layer_norm_eps: float = 1e-6
 
+    cut = True                                # of 384 pixels, 14 a patch, the last 6
+
 
 class SiglipVision(nn.Module):
     config: SiglipConfig

@@ -34,7 +34,7 @@ class Config:
     biases: tuple[bool, ...] = (True, True, True)                               # of queries, keys and values
 
     def __post_init__(self):
-        if self.hidden_size % (4 * self.num_attention_heads if not self.table else self.num_attention_heads):
+        if self.hidden_size % max(1, self.num_attention_heads * (1 if self.table else 4)):
             raise ValueError(f"hidden_size {self.hidden_size} cannot be divided among {self.num_attention_heads} heads")
 
 
