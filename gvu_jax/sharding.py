@@ -324,15 +324,16 @@ def split_rows(tree, slices):
         shards, (rows, *rest) = _shards(slices), x.shape
         if rows % (slices * shards):
             raise ValueError(f"{rows} rows on {shards} devices cannot be cut into {slices} slices")
-        return x.reshape(shards, slices, -1, *rest).swapaxes(0, 1).reshape(slices, -1, *rest)
+        each = rows // (slices * shards)                    # told, for of arrays without entries it cannot be inferred
+        return x.reshape(shards, slices, each, *rest).swapaxes(0, 1).reshape(slices, shards * each, *rest)
     return jax.tree.map(split, tree)
 
 
 def join_rows(tree):
     """The inverse of `split_rows`: [slices, S / slices, ..] -> [S, ..]."""
     def join(x):
-        slices, _, *rest = x.shape
-        return x.reshape(slices, _shards(slices), -1, *rest).swapaxes(0, 1).reshape(-1, *rest)
+        (slices, rows, *rest), shards = x.shape, _shards(x.shape[0])
+        return x.reshape(slices, shards, rows // shards, *rest).swapaxes(0, 1).reshape(slices * rows, *rest)
     return jax.tree.map(join, tree)
 
 

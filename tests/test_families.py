@@ -161,7 +161,8 @@ WORDS = ("a photo of a red circle", "two blue crosses", "a green square", "an im
     ("showo", "shapes_gap", {"internal_gap.objective": "sft", "reward.view": "tokens"}),
     ("showo", "shapes_uae", {"sampling.guidance": 2.5}),
     ("qwen_sd35", "shapes_gap", {"internal_gap.draws": 2}),
-    ("qwen_sd35", "shapes_gap", {"internal_gap.objective": "sft"}), ("qwen_sd35", "shapes_uae", {})], indirect=["each"])
+    ("qwen_sd35", "shapes_gap", {"internal_gap.objective": "sft"}), ("qwen_sd35", "shapes_uae", {"uae.waves": 2})],
+    indirect=["each"])
 def test_internal_gap_and_uae_train_those_that_draw_otherwise(each, name, changes, tmp_path):
     """Mask by mask, with guidance, which is part of its policy, and by a flow: the first update finds the sampler's
     log-probabilities. GvU trains them in tests/test_train.py."""

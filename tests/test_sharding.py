@@ -389,3 +389,17 @@ def test_a_signal_to_one_process_ends_both_and_both_go_on(tmp_path):
     steps = [line["step"] for line in lines() if "loss" in line]
     assert steps == list(range(1, checkpoint.Checkpoints(work, one_device()).newest_whole() + 1))
     assert_same_metrics(lines()[:4], read_metrics(tmp_path / "one/metrics.jsonl"), longer=True)
+
+
+@pytest.mark.parametrize("rest", [(), (3,), (0,), (2, 0)])
+def test_rows_are_cut_into_slices_and_joined_again(rest):
+    """Also those of arrays without entries, as the log-probabilities of a flow drawn without noise."""
+    x = np.arange(24 * int(np.prod(rest)), dtype=np.float32).reshape(24, *rest)
+    mesh = sharding.make_mesh("data:2,fsdp:2", jax.devices()[:4])
+    cut = sharding.Program(lambda x: sharding.split_rows(x, 3), mesh)(x)
+    assert cut.shape == (3, 8, *rest)
+    for i, part in enumerate(np.asarray(cut)):                             # of each device's six rows, two at a time
+        np.testing.assert_array_equal(part, np.concatenate([x[6 * d + 2 * i:6 * d + 2 * i + 2] for d in range(4)]))
+    np.testing.assert_array_equal(sharding.Program(sharding.join_rows, mesh)(cut), x)
+    waves = sharding.Program(lambda x: sharding.in_waves(lambda part: (part + 1, part), x, waves=3), mesh)
+    jax.tree.map(np.testing.assert_array_equal, waves(x), (x + 1, x))
