@@ -122,7 +122,8 @@ def test_a_run_killed_in_its_replay_draws_the_same_again(run, tmp_path):
     assert timeless(again) == timeless(work)
 
 
-def test_a_round_that_was_stopped_goes_on_with_its_next_call(run, tiny, tmp_path):
+def test_a_round_that_was_stopped_goes_on_with_its_next_call(run, tiny, tmp_path, capsys):
+    """And says how far it has come, for the first takes long."""
     config, work = run
     first = Method(tiny, config, tmp_path)
     first.stopped = lambda: any(tmp_path.rglob("parts/000000.jsonl"))
@@ -130,7 +131,11 @@ def test_a_round_that_was_stopped_goes_on_with_its_next_call(run, tiny, tmp_path
     second, whole = Method(tiny, config, tmp_path), Method(tiny, config, tmp_path / "whole")
     drawn, draw = [], second.method.draw
     second.method.draw = lambda *a, **k: drawn.append(a) or draw(*a, **k)
-    second.rollout(0), whole.rollout(0)
+    capsys.readouterr()
+    second.rollout(0)
+    progress = capsys.readouterr().err
+    assert "round_0: 1/2 (50%)" in progress and "2/2 (100%)" in progress and "accepted" in progress
+    whole.rollout(0)
     assert len(drawn) == 1 and manifest(tmp_path, 0) == manifest(tmp_path / "whole", 0)
     assert [line["prompt"] for line in manifest(tmp_path, 0)] == [line["prompt"] for line in manifest(work, 0)]
 

@@ -31,7 +31,7 @@ from flax import struct
 
 from gvu_jax import data, objectives, rewards, sharding
 from gvu_jax.methods import anchor, grpo
-from gvu_jax.metrics import read_json, replace_file, replacing
+from gvu_jax.metrics import Progress, read_json, replace_file, replacing
 from gvu_jax.policy import State, check_trainable, init_state, place_state, policy_params, skipped
 from gvu_jax.pictures import image_grid, write_picture
 from gvu_jax.umm import check_shared, compile_programs
@@ -175,17 +175,20 @@ class InternalGap:
                                  f"put it back, or give another --workdir")
             (folder / "parts").mkdir(parents=True, exist_ok=True)
             parts = [folder / "parts" / f"{start:06d}.jsonl" for start in range(0, len(texts), size)]
-            for i in range(sharding.first_says(sum(part.exists() for part in parts)), len(parts)):
-                if clock.stopped():
-                    return False
-                some = [texts[j % len(texts)] for j in range(i * size, (i + 1) * size)]     # the last call is filled up
-                *drawn, pixels = draw(some, jax.random.fold_in(key, i), shown=i == 0)
-                if jax.process_index() == 0:
-                    if i == 0:
-                        write_picture(folder / "pictures.png", picture(some, drawn[2], pixels, gap.threshold))
-                    rows = slice(0, len(texts) - i * size)
-                    write_drawn(parts[i].with_suffix(".npz"), [x[rows] for x in jax.tree.leaves(drawn[0])])
-                    replace_file(parts[i], lines(some[rows], *drawn[1:], gap.threshold))
+            first = sharding.first_says(sum(part.exists() for part in parts))
+            with Progress(len(parts), "call", folder.name, first, silent=jax.process_index() != 0) as progress:
+                for i in range(first, len(parts)):
+                    if clock.stopped():
+                        return False
+                    some = [texts[j % len(texts)] for j in range(i * size, (i + 1) * size)]      # the last is filled up
+                    *drawn, pixels = draw(some, jax.random.fold_in(key, i), shown=i == 0)
+                    if jax.process_index() == 0:
+                        if i == 0:
+                            write_picture(folder / "pictures.png", picture(some, drawn[2], pixels, gap.threshold))
+                        rows = slice(0, len(texts) - i * size)
+                        write_drawn(parts[i].with_suffix(".npz"), [x[rows] for x in jax.tree.leaves(drawn[0])])
+                        replace_file(parts[i], lines(some[rows], *drawn[1:], gap.threshold))
+                    progress.update(score=drawn[2].mean(), accepted=(drawn[2] > gap.threshold).mean())
             if jax.process_index() == 0:
                 none = [np.zeros((0, gap.group, *like.shape[1:]), like.dtype) for like in jax.tree.leaves(shapes)]
                 calls = [none, *(read_drawn(part.with_suffix(".npz")) for part in parts)]
