@@ -79,11 +79,12 @@ class UAE:
         state = init_state(self.umm, base, self.config, self.optimizer, key)
         paths = [sharding.parameter(self.umm.partition, path)[1] for path, _ in
                  jax.tree_util.tree_leaves_with_path(state.trainable)]
-        for stage in sorted({self.stage(step) for step in range(self.config.steps)} & set(self.halves)):
-            if not any(re.search(self.halves[stage], path) for path in paths):
+        for stage, half in self.halves.items():
+            comes = any(self.stage(step) == stage for step in range(self.config.steps))
+            if comes and not any(re.search(half, path) for path in paths):
                 raise ValueError(f"the stage {stage} of uae.stages = {self.config.uae.stages!r} trains what matches "
-                                 f"{self.halves[stage]}, and nothing of that is trained: mend lora.targets or trains, "
-                                 f"or leave the stage out")
+                                 f"{half}, and nothing of that is trained: mend lora.targets or trains, or leave the "
+                                 f"stage out")
         return state.replace(reference=jax.tree.map(jnp.copy, state.trainable))
 
     def init(self, base, key):
