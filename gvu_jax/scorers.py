@@ -108,7 +108,7 @@ def read(source):
     try:
         file = path if path.is_file() else None if (path / "config.json").is_file() else next(path.glob("*.pt"), None)
         return described.named(file, lambda: read_longclip(TensorFile(file))) if file else read_folder(path)
-    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:               # what nobody has written
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:      # entries of kinds nobody expects
         raise ValueError(f"{path} cannot be read as a scorer: {type(error).__name__}: {error}") from error
 
 
@@ -135,7 +135,7 @@ def read_clip(told, tensors, images):
     values = {**clip.TOWER_DEFAULTS, **sizes.values, "projection_dim": told.get("projection_dim", 512)}
     config = Described(told.path, values).numbers(clip_vision.Config)
     return "clip", clip_vision.ClipVision(config), middle(told, images), fitting(
-        told, tensors, lambda: clip_vision.from_torch(tensors, config))
+        told, lambda: clip_vision.from_torch(tensors, config))
 
 
 def read_siglip(told, tensors, images):
@@ -147,7 +147,7 @@ def read_siglip(told, tensors, images):
     mean, std = (tuple(images[name]) if images else (0.5,) * 3 for name in ("image_mean", "image_std"))
     fit = lambda pixels: (resized(pixels, (config.image_size,) * 2) - np.float32(mean)) / np.float32(std)
     return "siglip", clip_vision.SiglipVision(config), fit, fitting(
-        told, tensors, lambda: clip_vision.from_torch(tensors, config))
+        told, lambda: clip_vision.from_torch(tensors, config))
 
 
 def read_dinov2(told, tensors, images):
@@ -156,7 +156,7 @@ def read_dinov2(told, tensors, images):
     config = told.numbers(dino.Config, table=side // patch,
                           intermediate_size=int(told["hidden_size"] * told.get("mlp_ratio", 4)))
     return "dinov2", dino.Dino(config), middle(told, images), fitting(
-        told, tensors, lambda: dino.from_torch(tensors, config))
+        told, lambda: dino.from_torch(tensors, config))
 
 
 def read_dinov3(told, tensors, images):
@@ -175,7 +175,7 @@ def read_dinov3(told, tensors, images):
         square = (len(pixels), side, side, 3)
         with jax.default_matmul_precision("highest"):
             return (jax.image.resize(pixels, square, "linear", antialias=True) - np.float32(mean)) / np.float32(std)
-    return "dinov3", dino.Dino(config), fit, fitting(told, tensors, lambda: dino.from_torch(tensors, config))
+    return "dinov3", dino.Dino(config), fit, fitting(told, lambda: dino.from_torch(tensors, config))
 
 
 READERS = {"clip": read_clip, "clip_vision_model": read_clip, "siglip": read_siglip, "siglip_vision_model": read_siglip,
@@ -193,7 +193,7 @@ def read_longclip(file):
                   in_float32(clip_vision.from_torch(tensors, config)))
 
 
-def fitting(told, tensors, read):
+def fitting(told, read):
     """read(), whose complaints about keys are said of the folder."""
     return described.named(told.path.parent, read)
 
