@@ -69,16 +69,19 @@ def fetch(name, wanted=("*",)):
 
 
 def fetch_or_find(name, wanted):
-    """`fetch`; and where the hub does not answer, the folder of what it gave before, if it did."""
+    """`fetch`; and where the hub does not answer, the folder of what it gave before, if it did, with a line that says
+    so."""
     try:
         return fetch(name, wanted)
     except OSError as error:
         from huggingface_hub import snapshot_download
         repository, revision = parse(name)
         try:
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except Exception:                                                             # it never gave any
+            folder = Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except FileNotFoundError:                                                     # it never gave any
             raise error from None
+        print(f"{error}; what was fetched before is taken, {folder}", file=sys.stderr, flush=True)
+        return folder
 
 
 def commit_of(name, files):

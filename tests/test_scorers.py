@@ -104,7 +104,7 @@ def test_siglip_is_shown_a_square_as_pil_makes_it(tmp_path):
         unit * np.repeat(unit[::2], 2, axis=0), axis=-1), atol=1e-5)
 
 
-def test_what_the_hub_once_gave_needs_no_hub(tmp_path, monkeypatch):
+def test_what_the_hub_once_gave_needs_no_hub(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 
     from gvu_jax import hub
@@ -113,9 +113,14 @@ def test_what_the_hub_once_gave_needs_no_hub(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("cannot be reached")
     monkeypatch.setattr(hub, "fetch", fail)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, revision, local_files_only: {
-        ("facebook/dinov3", "main"): folder}[name, revision])
+
+    def found(name, revision, local_files_only):
+        if (name, revision) != ("facebook/dinov3", "main"):
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
+        return folder
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", found)
     assert scorers.read("hf:facebook/dinov3@main").name == "dinov3"
+    assert f"cannot be reached; what was fetched before is taken, {folder}" in capsys.readouterr().err
     with pytest.raises(OSError, match="cannot be reached"):
         scorers.read("hf:facebook/another")
 
