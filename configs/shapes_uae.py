@@ -27,10 +27,14 @@ def get_config(preset="normal"):
     # advantage_eps: added to the standard deviation that advantages are divided by; one wrong cell of nine costs a
     # tenth of the reward, the noise that equal pictures are rendered from a thousandth. inner_steps: updates on the
     # same samples. micro_batches: parts that an update is computed in. waves: parts that samples are drawn in; more
-    # parts take less memory and more time. scorers: whose cosines, weighted, are the reward: empty, the model's own
-    # vision encoder's; else e.g. own=0.5,hf:facebook/dinov2-large=0.5, of CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
+    # parts take less memory and more time. reconstruct: where pictures are drawn by a flow, rescaled makes the cold
+    # start descend how unlike a picture is to what is drawn of its caption, as in the paper; published does it with the
+    # slip of the paper's code, which darkens what is drawn 255 times; empty: both directions are taught by themselves.
+    # scorers: whose cosines, weighted, are the reward: empty, the model's own vision encoder's; else e.g.
+    # own=0.5,hf:facebook/dinov2-large=0.5, of CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
     config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2,
-                      beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1, scorers="")
+                      beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1, reconstruct="",
+                      scorers="")
     config.steps = config.uae.cold + 160
     # lr: learning rate of AdamW. schedule: constant, or cosine, to 0 at the end; at the rate of the cold start GRPO
     # undoes what that gave.

@@ -22,10 +22,14 @@ def get_config():
     # turn after that, and for how many steps. words: the most tokens of a caption. clip: how far the probability ratio
     # may move from 1. beta: weight of the KL to the model after the cold start. advantage_eps: added to the standard
     # deviation that advantages are divided by. inner_steps: updates on the same samples. micro_batches: parts that an
-    # update is computed in. waves: parts that samples are drawn in; more parts take less memory and more time. scorers:
-    # whose cosines, weighted, are the reward: empty, the model's own vision encoder's; else encoders from outside, as
-    # the paper's CLIP is, e.g. own=0.5,hf:openai/clip-vit-large-patch14=0.5: CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
+    # update is computed in. waves: parts that samples are drawn in; more parts take less memory and more time.
+    # reconstruct: where pictures are drawn by a flow, rescaled makes the cold start descend how unlike a picture is to
+    # what is drawn of its caption, as in the paper; published does it with the slip of the paper's code, which darkens
+    # what is drawn 255 times; empty: both directions are taught by themselves. scorers: whose cosines, weighted, are
+    # the reward: empty, the model's own vision encoder's; else encoders from outside, as the paper's CLIP is, e.g.
+    # own=0.5,hf:openai/clip-vit-large-patch14=0.5: CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
     config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=256, clip=0.2,
-                      beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1, scorers="")
+                      beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1,
+                      reconstruct="", scorers="")
     config.steps = config.uae.cold + 2000
     return config

@@ -309,6 +309,17 @@ def test_pictures_are_resized_as_pil_does(size, to):
     np.testing.assert_array_equal(np.round(np.asarray(found) * 255), fitted * 255)
 
 
+def test_what_is_resized_is_differentiated_as_if_nothing_were_rounded():
+    torch = pytest.importorskip("torch")
+    pixels, weights = (np.random.default_rng(i).random((1, *size, 3), np.float32)
+                       for i, size in enumerate([(31, 20), (14, 44)]))
+    found = jax.jit(jax.grad(lambda x: jnp.sum(weights * siglip.resized(x, (14, 44)))))(pixels)
+    image = torch.tensor(pixels).permute(0, 3, 1, 2).requires_grad_()
+    torch.nn.functional.interpolate(image, (14, 44), mode="bicubic", antialias=True).backward(
+        torch.tensor(weights).permute(0, 3, 1, 2))
+    np.testing.assert_allclose(found, image.grad.permute(0, 2, 3, 1), atol=1e-5)
+
+
 # ------------------------------------------------------------------ folders
 
 def test_both_layouts_become_one_model_and_go_back(folders, fixtures, tmp_path):

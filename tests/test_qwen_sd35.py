@@ -302,8 +302,8 @@ def test_golden_cold_start(uae):
         policy = policy_of(*parts, uae.policy["ar"]["dit"])
         cells = family.qwen25_vl.VisionTower(umm.vision).apply({"params": policy["vision"]}, patches, grid)
         seen = family.Seen(cells, tuple(n // umm.vision.spatial_merge_size for n in grid))
-        pixels = umm.reconstruction(policy, seen, asked, channels_last(expected["rec_init_latents"]),
-                                    told["rec_num_inference_steps"], told["rec_guidance_scale"])
+        pixels = umm.redrawn(policy, seen, asked, channels_last(expected["rec_init_latents"]),
+                             told["rec_num_inference_steps"], told["rec_guidance_scale"])
         both = {name: family.unlike(tower, of_tower, pixels, originals, name == "published")
                 for name in ("published", "rescaled")}
         values = {name: value for name, (value, _) in both.items()}

@@ -2,11 +2,16 @@
 the family as a parameter."""
 import jax
 import numpy as np
+import optax
 import pytest
 
 from conftest import one_device, tiny_config
+from gvu_jax import flow, rewards
 from gvu_jax.families import qwen_sd35, qwen_sd35_tiny
+from gvu_jax.methods.uae import UAE
+from gvu_jax.sampling import How
 from gvu_jax.shapes import pretrain, world
+from test_meaning import NoClock
 from test_sharding import a_step, divisible_of
 
 FAMILY = "qwen_sd35"
@@ -62,6 +67,53 @@ def test_the_drawers_last_lesson_leaves_the_reader_alone(taught):
     assert {name for name in params["ar"]["llm"] if moved[name]} == {"projector"}
     assert all(moved[name] for name in params["ar"]["dit"])
     assert all(now[part] is params[part] for part in ("vision", "vae"))
+
+
+def test_the_cold_start_by_reconstruction(taught):
+    """1 - how like the original the encoder finds what each caption gives, by itself and unpadded; both halves learn of
+    it, in micro-batches of captions of unequal length. As published, the encoder sees it 255 times too dark."""
+    _, umm, _, params = taught
+    config = tiny_config("shapes_uae", "sd35", FAMILY)
+    config.uae.update(cold=2, pairs=4, micro_batches=2, words=8)
+    how = How(guidance=2.0, flow=flow.Flow(**config.sampling.flow))
+    captions = ["top left red circle", "a circle"] * 2
+    pixels = world.render(world.sample_scenes(np.random.default_rng(3), 4))
+    stream = {i: {"pixels": pixels[i], "prompt": captions[i]} for i in range(4)}
+    moved = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params["ar"])
+    base = jax.device_put(params | {"ar": moved})                       # a drawer begins with an output of zero
+    redrawn = jax.jit(lambda *inputs: umm.redrawn(*inputs, how.flow.steps, 2.0))
+    alike = jax.jit(lambda *pictures: rewards.similarity(*(umm.features(base, pixels) for pixels in pictures))[0])
+    for kind in "rescaled", "published":
+        config.uae.reconstruct = kind
+        built = UAE(umm, config, how, optax.sgd(1.0), one_device())
+        state = built.init(base, jax.random.key(0))
+        state = state.replace(trainable=jax.tree.map(lambda x: x + 0.02, state.trainable))     # so does an adapter
+        stage, *batch = built.rollout(state, base, 0, stream, jax.random.key(1), NoClock())
+        if kind == "rescaled":
+            policy, drawn = built.policy(base, state.trainable), []
+            for half, key in enumerate(jax.random.split(batch[3], 2)):
+                noise = jax.random.normal(key, (2, *umm.latents_size, umm.dit.in_channels))
+                for i, row in enumerate((2 * half, 2 * half + 1)):
+                    prompts = umm.encode_prompts(captions[row:row + 1], end=True)
+                    drawn.append(redrawn(policy, umm.see(base, pixels[row:row + 1]), prompts, noise[i:i + 1]))
+        before = jax.device_get(state.trainable)
+        after, metrics = built.update(state, base, stage, *batch)
+        expected = [1 - alike(x / 255 if kind == "published" else x, y[None]) for x, y in zip(drawn, pixels)]
+        np.testing.assert_allclose(metrics["loss"], np.mean(expected), rtol=1e-4)
+        changes = jax.tree.map(lambda new, old: np.abs(new - old).max(), jax.device_get(after.trainable), before)
+        assert all(max(jax.tree.leaves(changes["adapter"][half])) > 1e-7 for half in ("llm", "dit"))
+        jax.tree.map(np.testing.assert_array_equal, after.reference, after.trainable)
+
+
+def test_only_a_flow_is_descended_through(tiny):
+    config, umm, _ = tiny
+    config = tiny_config("shapes_uae")
+    config.uae.reconstruct = "rescaled"
+    with pytest.raises(ValueError, match="which only a flow allows"):
+        UAE(umm, config, How(), optax.sgd(1.0), one_device())
+    config.uae.reconstruct = "yes"
+    with pytest.raises(ValueError, match="it must be empty, rescaled or published"):
+        UAE.check(config)
 
 
 def test_a_guided_step_divided_three_ways_is_a_step_on_one_device():

@@ -267,24 +267,31 @@ class QwenSD35:
     # ---- the cold start by reconstruction, of this pair alone ---------------------------------------------------
 
     def answer_states(self, params, seen, prompts):
-        """What the drawer reads of answers about pictures: the projected states at their words [B, L, ..], every row's
-        L words real; and, of the negative chat, the first L states [1, L, ..], which come before its own words."""
+        """What the drawer reads of answers about pictures: the projected states at their words [B, L, ..], those that
+        prompts.words_mask names; and, of the negative chat, the first L states [1, L, ..], of its padding, too, where
+        an answer is longer."""
         model, variables = qwen25_vl.Qwen25VL(self.ar), self._variables(params, "llm")
         asked, mask, place = self._asked(seen, prompts)
         C, L = asked.shape[1], prompts.words.shape[1]
         tokens = jnp.concatenate([asked, prompts.words], axis=1)                                    # [B, C + L]
         mask = jnp.pad(mask, ((0, 0), (0, L)), constant_values=True)
         hidden, _ = model.apply(variables, tokens, mask, place(count_positions(mask)), seen=seen.cells)
-        negative = jnp.array(self._negative()[:L], jnp.int32)[None]
-        if negative.shape[1] < L:
-            raise ValueError(f"answers of {L} words are longer than the negative chat, {negative.shape[1]} tokens")
-        return model.apply(variables, hidden[:, C:], method="project"), self.context(
-            params, negative, jnp.ones_like(negative, bool))
+        negative = np.array(self._negative()[:L], np.int32)
+        real = np.arange(L)[None] < len(negative)
+        negative = np.pad(negative, (0, L - len(negative)), constant_values=self.pad)[None]
+        return (model.apply(variables, hidden[:, C:], method="project"),
+                self.context(params, jnp.array(negative), jnp.array(real)))
 
-    def reconstruction(self, params, seen, prompts, noise, steps=10, guidance=5.0):
-        """Pictures [B, H, W, 3] in [0, 1] that answers about others give, differentiable through every step of the ODE:
-        UAE's cold start. noise [B, h, w, C]; each step is computed again in the backward pass."""
-        positive, negative = (self.with_pooled(context) for context in self.answer_states(params, seen, prompts))
+    def reconstruction(self, params, seen, prompts, key, how):
+        """Pictures [B, H, W, 3] in [0, 1] that captions of others give, drawn by the ODE in as many steps and with as
+        much guidance as `how` has in training, differentiable through all of it: UAE's cold start."""
+        noise = jax.random.normal(key, (len(prompts.words), *self.latents_size, self.dit.in_channels))
+        return self.redrawn(params, seen, prompts, noise, self._flow(how).steps, how.guidance)
+
+    def redrawn(self, params, seen, prompts, noise, steps=10, guidance=5.0):
+        """`reconstruction` from noise [B, h, w, C]; each step is computed again in the backward pass."""
+        positive, negative = (self.with_pooled(context, prompts.words_mask)
+                              for context in self.answer_states(params, seen, prompts))
         run = jax.checkpoint(self._run(params, positive, negative, guidance, self.flow))
         return self.decode(params, sd3.sample(run, noise, sd3.sigmas(steps, self.shift)))
 

@@ -11,6 +11,9 @@ Three stages, each step belonging to one, on B pictures with groups of G:
 
     cold       both directions are taught by pictures with captions: next-token prediction on `uae.pairs` pairs. The
                first `uae.cold` steps; as they leave it, the model is the reference of both KL terms from then on.
+               With `uae.reconstruct`, as in the paper: 1 - R of the pictures that those captions give, descended
+               through every step of a flow without noise ("rescaled"; "published" has the released code's slip, by
+               which the encoder sees the reconstructions 255 times too dark)                    umm.reconstruction
     caption    the captioner is the policy: G captions of each picture, each drawn once             umm.sample_text
     draw       the captions are given, one of each picture, and the drawer is the policy:           umm.sample_image
                G pictures of each caption
@@ -58,8 +61,13 @@ class UAE:
         self.programs = self.loop.groups
         self.policy = functools.partial(policy_params, lora_config=config.lora)      # no jit: it would copy the base
         self.halves = getattr(umm, "halves", {})
-        self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in
-                        (("cold", self._cold), ("caption", self._caption), ("draw", self._draw))}
+        self.reconstruct = config.uae.get("reconstruct", "")
+        if self.reconstruct and not hasattr(umm, "reconstruction"):
+            raise ValueError(f"uae.reconstruct = {self.reconstruct!r} descends through how a picture is drawn, which "
+                             f"only a flow allows; this family chooses tokens: leave it empty")
+        self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in (
+            ("cold", self._rebuild if self.reconstruct else self._cold), ("caption", self._caption),
+            ("draw", self._draw))}
 
     @staticmethod
     def check(config):
@@ -69,6 +77,8 @@ class UAE:
         check_trainable(config)
         stages_of(config.uae.stages)
         scorers.weights_of(config.uae.get("scorers", ""))
+        if (told := config.uae.get("reconstruct", "")) not in ("", "rescaled", "published"):
+            raise ValueError(f"uae.reconstruct is {told!r}; it must be empty, rescaled or published")
         if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
@@ -109,11 +119,15 @@ class UAE:
         pixels = sharding.put(np.stack([example["pixels"] for example in examples]), self.mesh)
         if stage == "cold":
             captions = [example["prompt"] for example in examples]                    # see data.check_captions
-            seen, target = clock.lap("sample", self.programs.learn(base, pixels))
+            prompts = sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
+            if self.reconstruct:
+                learned = clock.lap("sample", self.programs.see(base, pixels)), pixels, prompts, keys[0]
+                learned += loop.outside.params,
+            else:
+                learned = *clock.lap("sample", self.programs.learn(base, pixels)), prompts, keys[0]
             for phase in ("render", "reward"):
                 clock.lap(phase, None)                                          # nothing is drawn, and a step says so
-            prompts = sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
-            return stage, seen, target, prompts, keys[0]
+            return stage, *learned
         policy = self.policy(base, state.trainable)
         telling, drawing = (loop.groups, loop.singles) if stage == "caption" else (loop.singles, loop.groups)
         told = clock.lap("sample", loop.say(telling, policy, base, pixels, keys[0]))
@@ -134,9 +148,11 @@ class UAE:
         of_own = Loop(self.umm, self.how, self.mesh, uae.words, uae.waves)         # scorers from outside are left out
         if steps["cold"]:
             on.step("cold", steps["cold"], uae.pairs)
-            seen, target = on.run("sample", "learn", self.programs.learn, on.base, on.pixels(uae.pairs))
+            pixels, outside = on.pixels(uae.pairs), ([],) if self.reconstruct else ()
+            seen, target = ((on.run("sample", "see", self.programs.see, on.base, pixels), pixels) if self.reconstruct
+                            else on.run("sample", "learn", self.programs.learn, on.base, pixels))
             on.run("update", "update", self.updates["cold"], on.state, on.base, seen, target, prompts(uae.pairs),
-                   on.key)
+                   on.key, *outside)
         for stage, telling, drawing, captions in (("caption", loop.groups, loop.singles, S),
                                                   ("draw", loop.singles, loop.groups, B)):
             if not steps[stage]:
@@ -163,10 +179,25 @@ class UAE:
             telling = objectives.cross_entropy(*self.umm.text_logps(policy, seen, prompts), words)
             drawing = jnp.mean(self.umm.image_nll(policy, prompts, target, key))
             return telling + drawing, ({"loss": telling + drawing, "cold/caption": telling, "cold/draw": drawing}, ())
-        slices = (sharding.split_rows((seen, target, prompts), self.config.uae.micro_batches),
-                  jax.random.split(key, self.config.uae.micro_batches))
+        return self._supervise(loss, state, (seen, target, prompts), key)
+
+    def _rebuild(self, state, base, seen, originals, prompts, key, outside):
+        """1 - R of what the captions' words, as the captioner says them of the pictures, give: originals [B, H, W, 3];
+        outside: the parameters of scorers."""
+        def loss(trainable, part):
+            (seen, originals, prompts), key = part
+            pictures = self.umm.reconstruction(self.policy(base, trainable), seen, prompts, key, self.how)
+            if self.reconstruct == "published":
+                pictures = pictures / 255
+            loss = 1 - jnp.mean(self.loop.alike(base, outside, pictures, originals)[0])
+            return loss, ({"loss": loss}, ())
+        return self._supervise(loss, state, (seen, originals, prompts), key)
+
+    def _supervise(self, loss, state, rows, key):
+        parts = self.config.uae.micro_batches
         trainable, opt_state, metrics, _ = grpo.descend(
-            loss, state.trainable, state.opt_state, slices, self.optimizer)
+            loss, state.trainable, state.opt_state, (sharding.split_rows(rows, parts), jax.random.split(key, parts)),
+            self.optimizer)
         state = State(state.step + 1, trainable, opt_state, reference=jax.tree.map(jnp.copy, trainable))
         return sharding.constrain(self.umm.partition, state), metrics | skipped(opt_state)
 
@@ -269,11 +300,12 @@ class Loop:
     def _compare(self, base, params, pictures, originals):
         """The reward [S] of pictures [S, H, W, 3], those of one of the originals [B, H, W, 3] side by side, and how
         alike each encoder finds them: {"similarity" (to the model's own) | a scorer's name: [S]}."""
-        def compare(pictures, originals):
-            features = self.umm.features(base, originals)
-            own = rewards.similarity(self.umm.features(base, pictures),
-                                     jnp.repeat(features, len(pictures) // len(originals), axis=0))
-            found = {scorer.name: scorer.alike(of_scorer, pictures, originals)
-                     for scorer, of_scorer in zip(self.outside.each, params)}
-            return self.outside.weighted(own, found), {"similarity": own} | found
-        return sharding.in_waves(compare, pictures, originals, waves=self.waves)
+        return sharding.in_waves(functools.partial(self.alike, base, params), pictures, originals, waves=self.waves)
+
+    def alike(self, base, params, pictures, originals):
+        features = self.umm.features(base, originals)
+        own = rewards.similarity(self.umm.features(base, pictures),
+                                 jnp.repeat(features, len(pictures) // len(originals), axis=0))
+        found = {scorer.name: scorer.alike(of_scorer, pictures, originals)
+                 for scorer, of_scorer in zip(self.outside.each, params)}
+        return self.outside.weighted(own, found), {"similarity": own} | found

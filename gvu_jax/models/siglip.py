@@ -6,6 +6,7 @@ SigLIP-VQ (siglip_vq.py) has the same tower without the norm behind it. Everythi
 inputs and parameters; norm statistics and softmax are float32. Letters as in layers.py, N = rows * columns of patches.
 """
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -181,14 +182,27 @@ def resize(image, size):
 
 def resized(pixels, size):
     """What `resize` makes of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits, inside a program and bit
-    for bit: along one axis and then along the other, in whole numbers."""
+    for bit: along one axis and then along the other, in whole numbers. Its derivative is that of the weighted sum,
+    straight through the rounding."""
     for side in passes(pixels.shape[1:3], size):
         axis, to = side + 1, size[side]
         if pixels.shape[axis] != to:
-            levels = jnp.moveaxis(jnp.round(pixels * 255).astype(jnp.int32), axis, -1)
-            levels = (levels @ resizing(pixels.shape[axis], to) + (1 << BITS - 1)) >> BITS
-            pixels = jnp.moveaxis(jnp.clip(levels, 0, 255).astype(jnp.float32) / 255, -1, axis)
+            pixels = jnp.moveaxis(resized_last(jnp.moveaxis(pixels, axis, -1), to), -1, axis)
     return pixels
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def resized_last(pixels, to):
+    """The last axis of [.., n] resized to `to`."""
+    levels = jnp.round(pixels * 255).astype(jnp.int32)
+    levels = (levels @ resizing(pixels.shape[-1], to) + (1 << BITS - 1)) >> BITS
+    return jnp.clip(levels, 0, 255).astype(jnp.float32) / 255
+
+
+@resized_last.defjvp
+def _(to, primals, tangents):
+    (pixels,), (slope,) = primals, tangents
+    return resized_last(pixels, to), slope @ (resizing(pixels.shape[-1], to) / np.float32(1 << BITS))
 
 
 BITS = 22                    # behind the point, of PIL's weights
