@@ -1,4 +1,5 @@
 """A tiny untrained model of the shapes world, where the golden data is, and eight devices to divide work among."""
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
@@ -24,6 +25,8 @@ import jax
 import numpy as np
 import pytest
 from absl import flags
+
+gc.set_threshold(50_000, 20, 50)         # tracing makes much and leaves little: looking for it took 7 % of the time
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(os.environ.get("GVU_FIXTURES", ROOT.parent / "shared" / "fixtures"))
