@@ -28,10 +28,11 @@ def get_config(preset="normal"):
     # tenth of the reward, the noise that equal pictures are rendered from a thousandth. inner_steps: updates on the
     # same samples. micro_batches: parts that an update is computed in. waves: parts that samples are drawn in; more
     # parts take less memory and more time. reconstruct: where pictures are drawn by a flow, rescaled makes the cold
-    # start descend how unlike a picture is to what is drawn of its caption, as in the paper; published does it with the
-    # slip of the paper's code, which darkens what is drawn 255 times; empty: both directions are taught by themselves.
-    # scorers: whose cosines, weighted, are the reward: empty, the model's own vision encoder's; else e.g.
-    # own=0.5,hf:facebook/dinov2-large=0.5, of CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
+    # start descend how unlike a picture is to what is drawn of its caption, as the captioner says it of the picture:
+    # the paper's cold start; published does it with the slip of the paper's code, which shows what is drawn 255 times
+    # darker to the encoders of scorers; empty: both directions are taught by themselves. scorers: whose cosines,
+    # weighted, are the reward: empty, the model's own vision encoder's; else e.g. own=0.5,hf:facebook/dinov2-large=0.5,
+    # of CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
     config.uae = dict(prompts=24, group=12, cold=160, pairs=96, stages="caption:10,draw:10", words=12, clip=0.2,
                       beta=0.04, advantage_eps=1e-2, inner_steps=1, micro_batches=1, waves=1, reconstruct="",
                       scorers="")

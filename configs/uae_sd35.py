@@ -53,6 +53,6 @@ def get_config(method="uae"):
     config.lora = dict(rank=32, alpha=64, targets=targets)
     config.optim = dict(lr=3e-4, warmup=0, schedule="constant", b2=0.999, weight_decay=1e-4, clip_norm=1.0)
     if method == "uae":
-        config.uae.update(cold=0, pairs=96)
+        config.uae.update(cold=0, pairs=384)
     config.steps = 2000
     return config

@@ -24,9 +24,10 @@ def get_config():
     # deviation that advantages are divided by. inner_steps: updates on the same samples. micro_batches: parts that an
     # update is computed in. waves: parts that samples are drawn in; more parts take less memory and more time.
     # reconstruct: where pictures are drawn by a flow, rescaled makes the cold start descend how unlike a picture is to
-    # what is drawn of its caption, as in the paper; published does it with the slip of the paper's code, which darkens
-    # what is drawn 255 times; empty: both directions are taught by themselves. scorers: whose cosines, weighted, are
-    # the reward: empty, the model's own vision encoder's; else encoders from outside, as the paper's CLIP is, e.g.
+    # what is drawn of its caption, as the captioner says it of the picture: the paper's cold start; published does it
+    # with the slip of the paper's code, which shows what is drawn 255 times darker to the encoders of scorers; empty:
+    # both directions are taught by themselves. scorers: whose cosines, weighted, are the reward: empty, the model's own
+    # vision encoder's; else encoders from outside, as the paper's CLIP is, e.g.
     # own=0.5,hf:openai/clip-vit-large-patch14=0.5: CLIP, LongCLIP, DINOv2, DINOv3 or SigLIP.
     config.uae = dict(prompts=16, group=8, cold=1000, pairs=128, stages="caption:50,draw:50", words=256, clip=0.2,
                       beta=0.03, advantage_eps=1e-4, inner_steps=1, micro_batches=8, waves=1,

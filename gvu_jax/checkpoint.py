@@ -13,6 +13,7 @@ each with the trained subtree ("trainable") and the optimizer's state ("opt_stat
 SHA-256 of every file: Orbax notices a write that was cut off, but not a byte that changed on disk.
 """
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -148,11 +149,17 @@ def _read_params(params, read):
 def shapes(umm):
     """The shapes of all parameters. ValueError where the parts do not fit, each in itself and one to the other."""
     try:
-        found = jax.eval_shape(umm.init, jax.random.key(0))
+        found = traced_init(umm).out_info
     except Exception as error:                           # a layer of an impossible size fails in a way of its own
         raise ValueError(f"no model has these sizes: {_first_line(error)}") from error
     umm.check_parts()
-    return found
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)
+
+
+@functools.lru_cache(maxsize=4)
+def traced_init(umm):
+    """umm.init(key), jitted and traced outside of any mesh: that takes a second or more, so it is done once a model."""
+    return jax.jit(umm.init).trace(jax.random.key(0))
 
 
 def _first_line(error):

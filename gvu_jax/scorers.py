@@ -31,11 +31,15 @@ class Scorer(NamedTuple):
     fit: Any             # pixels [B, H, W, 3] float32 in [0, 1] on the grid of 8 bits -> what the tower takes
     params: Any          # float32
 
-    def alike(self, params, pictures, originals):
-        """Cosines [S] float32 of pictures [S, H, W, 3] with one of the originals [B, H, W, 3], S/B side by side."""
+    def alike(self, params, pictures, originals, darker=1):
+        """Cosines [S] float32 of pictures [S, H, W, 3] with one of the originals [B, H, W, 3], S/B side by side; the
+        pictures so many times darker. That comes after `fit`, which rounds, and is else affine in the pixels."""
         with jax.default_matmul_precision("highest"):
-            of_pictures, of_originals = (self.tower.apply({"params": params}, self.fit(pixels))
-                                         for pixels in (pictures, originals))
+            shown = self.fit(pictures)
+            if darker != 1:
+                black = self.fit(jnp.zeros_like(pictures))
+                shown = black + (shown - black) / darker
+            of_pictures, of_originals = (self.tower.apply({"params": params}, x) for x in (shown, self.fit(originals)))
         times = len(pictures) // len(originals)
         return clip_vision.cosine(of_pictures, jnp.repeat(of_originals, times, axis=0))
 
@@ -64,10 +68,12 @@ class Scorers:
     def params(self):
         return sharding.put_whole([scorer.params for scorer in self.each], self.mesh)
 
-    def weighted(self, own, found):
-        """The reward [S] of the own encoder's cosines [S] and of {name: [S]}."""
-        names = iter([scorer.name for scorer in self.each])                          # in the order of their weights
-        return sum(weight * (own if source == OWN else found[next(names)]) for source, weight in self.weights.items())
+    def weighted(self, own, others):
+        """The reward [S] of the own encoder's cosines [S] and of the others', in the order of their weights. A plan has
+        no others, and leaves their part out."""
+        others = iter(others)
+        return sum(weight * (own if source == OWN else next(others, jnp.zeros_like(own)))
+                   for source, weight in self.weights.items())
 
 
 def weights_of(told):

@@ -32,9 +32,10 @@ micro-batches, hand it back, and never look inside. All that take `params` are p
     fit(image)                                  -> pixels: how a picture of any size is brought to this model, and
     fitted_size((h, w))                         -> (H, W), or a ValueError that says why it cannot be read
 
-A family that draws by a flow has two calls more: image_moves(params, prompts, drawn, how) -> flow.Moves (flow.py), and
+A family that draws by a flow has image_moves(params, prompts, drawn, how) -> flow.Moves (flow.py) and may have
 reconstruction(params, seen, prompts, key, how) -> pixels that captions of the pictures seen give, which can be
-differentiated through the drawing. One whose captioner and drawer are networks of their own has `halves`, {"caption" | "draw": regex of the backbone's paths}.
+differentiated through the drawing. One whose captioner and drawer are networks of their own has `halves`, {"caption" |
+"draw": regex of the backbone's paths}.
 `exact_likelihood` says whether `image_logps` with a key and `image_nll` are log p(picture) itself; where they are
 estimates or bounds, no KL and no entropy follows from them. `int8` names what of config.rollout can be int8 when it
 draws, "weights" and "cache", the keys and values of what it draws token by token.

@@ -97,8 +97,8 @@ def tiny_config(name="shapes", preset="smoke", family=TINY[0]):
     """A config of the shapes world with every size and budget cut to what a test can pay."""
     config = load_config(name, preset)
     config.family = family
-    config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-                           num_key_value_heads=1)
+    config.model.ar.update(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+                           num_key_value_heads=2)
     config.model.vision.update(width=16, layers=1, heads=2, mlp_hidden=16, z_channels=16)
     config.model.flux.update(num_attention_heads=2, num_single_layers=1, siglip_channels=16)
     config.model.vq.update(channels=2, multipliers=(1, 1, 1, 1, 1), z_channels=4, norm_num_groups=1)
@@ -127,25 +127,32 @@ def put_untrained(config):
     from gvu_jax.shapes import pretrain
     folder = pretrain.base_folder(config)
     if not folder.exists():
-        checkpoint.save_model(folder, *pretrain.build(config))
+        checkpoint.save_model(folder, *build(config))
+
+
+def build(config, built={}):
+    """`pretrain.build`, once in a process for all configs of one model."""
+    from gvu_jax.shapes import pretrain
+    of = config.family, config.model.to_json_best_effort(), config.world.to_json(), config.pretrain.seed
+    if of not in built:
+        built[of] = pretrain.build(config)
+    return built[of]
+
+
+def untrained(family=TINY[0]):
+    """(config, umm, params) of an untrained model of a family."""
+    return (config := tiny_config(family=family), *build(config))
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """(config, umm, params) of an untrained model."""
-    from gvu_jax.shapes import pretrain
-    config = tiny_config()
-    return (config, *pretrain.build(config))
+    return untrained()
 
 
 @pytest.fixture(scope="session", params=TINY)
 def each(request):
     """`tiny` of every family."""
-    if (known := {TINY[0]: "tiny", "showo": "tiny_showo"}.get(request.param)):
-        return request.getfixturevalue(known)
-    from gvu_jax.shapes import pretrain
-    config = tiny_config(family=request.param)
-    return (config, *pretrain.build(config))
+    return untrained(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -222,9 +229,7 @@ def showo(fixtures):
 @pytest.fixture(scope="session")
 def tiny_showo():
     """`tiny` of Show-o, which draws mask by mask."""
-    from gvu_jax.shapes import pretrain
-    config = tiny_config(family="showo")
-    return (config, *pretrain.build(config))
+    return untrained("showo")
 
 
 def assert_same_picture(pixels, expected):

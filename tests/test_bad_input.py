@@ -23,7 +23,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import ROOT, least_size, load_config, one_device, tiny_config
-from gvu_jax import checkpoint, cli, convert, data, decode, optim, tensor_files
+from gvu_jax import checkpoint, cli, convert, data, decode, families, optim, tensor_files
 from gvu_jax.families import xomni
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
@@ -47,10 +47,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tiny(folder):
     """(config, umm, params) as in conftest, but all parameters are zero: nothing here is compiled for them."""
-    config, zeros = tiny_config(), lambda shape: np.zeros(shape.shape, shape.dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", lambda init, **_: lambda key: jax.tree.map(zeros, jax.eval_shape(init, key)))
-        return config, *pretrain.build(config)
+    config = tiny_config()
+    umm = families.tiny_of(config).tiny(config)
+    return config, umm, jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), checkpoint.shapes(umm))
 
 
 @pytest.fixture(scope="module")

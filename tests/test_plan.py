@@ -105,7 +105,7 @@ UAE = {"uae.cold": 1, "uae.pairs": 8, "uae.stages": "caption:1,draw:1", "steps":
 
 @pytest.mark.parametrize("name, family, changes", [
     ("shapes", "janus", {"gvu.anchor": 1.0, "reward.mean": "yes"}), ("shapes_uae", "janus", UAE),
-    ("shapes_uae", "qwen_sd35", UAE | {"uae.reconstruct": "rescaled"}),
+    ("shapes_uae", "qwen_sd35", UAE | {"uae.reconstruct": "rescaled", "uae.scorers": "own=1"}),
     ("shapes_gap", "showo", GAP | {"reward.view": "tokens", "reward.mean": "geometric"})])
 def test_what_is_planned_is_what_runs(name, family, changes, tmp_path, monkeypatch):
     """A whole run whose programs are stand-ins that give ones: each program runs as often as the plan counts it, on

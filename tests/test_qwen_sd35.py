@@ -13,6 +13,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import load_config
+from test_scorers import small
 from gvu_jax import adapters, checkpoint, convert, families, flow, lora, policy, sharding
 from gvu_jax.families import qwen_sd35 as family
 from gvu_jax.metrics import read_metrics
@@ -303,7 +304,7 @@ def test_golden_cold_start(uae):
         cells = family.qwen25_vl.VisionTower(umm.vision).apply({"params": policy["vision"]}, patches, grid)
         seen = family.Seen(cells, tuple(n // umm.vision.spatial_merge_size for n in grid))
         pixels = umm.redrawn(policy, seen, asked, channels_last(expected["rec_init_latents"]),
-                             told["rec_num_inference_steps"], told["rec_guidance_scale"])
+                             family.flow.Flow(told["rec_num_inference_steps"]), told["rec_guidance_scale"])
         both = {name: family.unlike(tower, of_tower, pixels, originals, name == "published")
                 for name in ("published", "rescaled")}
         values = {name: value for name, (value, _) in both.items()}
@@ -478,10 +479,11 @@ def moved(run):
 
 
 def test_the_three_stages_of_uae(uae, tmp_path):
-    """Cold start, captions, drawings: a step each; and the adapter of both halves, written for peft and read back."""
+    """Cold start by reconstruction, captions, drawings: a step each; and the adapter of both halves, written for peft and read back."""
     config = smallest(load_config("uae_sd35"), uae, tmp_path)
     texts = [text[:12] for text in uae.expected["captioner_grpo"]["captions"][:2]]
     config.uae.update(prompts=1, group=2, cold=1, pairs=2, stages="caption:1,draw:1", micro_batches=1,
+                      reconstruct="rescaled", scorers=f"own=0.5,{small(tmp_path / 'dino')}=0.5",
                       words=uae.umm.lengths(texts, end=True).words)
     config.pictures.update(folder=str(tmp_path / "pictures"), held_out=str(tmp_path / "pictures"))
     (tmp_path / "pictures").mkdir()
@@ -491,7 +493,8 @@ def test_the_three_stages_of_uae(uae, tmp_path):
         (tmp_path / f"pictures/{i}.txt").write_text(text)
     train(config, tmp_path / "run")
     cold, caption, draw = losses(tmp_path / "run")
-    assert cold["cold/draw"] > 0 and "caption/length" in caption and "approx_kl" in draw
+    np.testing.assert_allclose(cold["loss"], 1 - (cold["cold/similarity"] + cold["cold/dinov3"]) / 2, rtol=1e-5)
+    assert cold["grad_norm"] > 0 and "caption/length" in caption and "approx_kl" in draw
     assert draw["logp_gap"] < 0.2 and draw["ratio_max"] == 1 and draw["kl"] >= 0
     assert moved(tmp_path / "run") == {"llm", "dit"}
     convert.export_peft(tmp_path / "run", tmp_path / "adapter")

@@ -104,6 +104,25 @@ def test_siglip_is_shown_a_square_as_pil_makes_it(tmp_path):
         unit * np.repeat(unit[::2], 2, axis=0), axis=-1), atol=1e-5)
 
 
+def test_reconstructions_can_be_shown_255_times_darker(tmp_path):
+    """As UAE's released cold start shows them to CLIP, and after the rounding to 8 bits, which would leave nothing."""
+    from gvu_jax.families import qwen_sd35
+    written("clip", tmp_path)
+    scorer = scorers.read(str(tmp_path))
+    pictures, originals = (np.random.default_rng(i).integers(0, 256, (3, 20, 20, 3)).astype(np.float32) / 255
+                           for i in (0, 1))
+    for darker in (1, 255):
+        def ours(pictures):
+            return 1 - jnp.mean(scorer.alike(scorer.params, pictures, originals, darker))
+
+        def theirs(pictures):
+            middle = (slice(None), slice(2, 18), slice(2, 18))
+            return qwen_sd35.unlike(scorer.tower.config, scorer.params, pictures[middle], originals[middle], darker > 1)[0]
+        (ours, slope), (theirs, expected) = (jax.jit(jax.value_and_grad(loss))(pictures) for loss in (ours, theirs))
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        np.testing.assert_allclose(slope, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def test_what_the_hub_once_gave_needs_no_hub(tmp_path, monkeypatch, capsys):
     import huggingface_hub
 

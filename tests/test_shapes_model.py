@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from conftest import TINY, one_device, tiny_config
+from conftest import TINY, one_device, tiny_config, untrained
 
 from gvu_jax.families import janus_tiny, showo_tiny, xomni_tiny
 from gvu_jax.models import flux, magvit, vae
@@ -105,7 +105,7 @@ def test_a_question_among_the_words_is_read_as_before_them(each):
 
 def test_janus_begins_with_the_codebook():
     """Codes whose vectors are alike begin alike on their way in and out; sizes are those of chance."""
-    umm, params = pretrain.build(config := tiny_config(family="janus"))
+    config, umm, params = untrained("janus")
     rng, V, C = np.random.default_rng(0), config.model.vq.codebook_size, config.model.vq.codebook_dim
     codebook = np.repeat(rng.normal(size=(V // 2, C)), 2, axis=0) + 0.1 * rng.normal(size=(V, C))
     ar = janus_tiny.begin({**params, "vq": {**params["vq"], "codebook": codebook}}, rng)

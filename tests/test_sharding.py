@@ -17,7 +17,7 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec
 
-from conftest import ROOT, TINY, load_config, one_device, put_untrained, tiny_config
+from conftest import ROOT, TINY, load_config, one_device, put_untrained, tiny_config, untrained
 from gvu_jax import checkpoint, hosts, plan, sharding
 from gvu_jax.families.xomni import XOmni
 from gvu_jax.methods import gvu
@@ -37,11 +37,10 @@ def divisible():
 
 
 def divisible_of(family):
-    from gvu_jax.shapes import pretrain
-    config = tiny_config(family=family)
-    config.model.ar.update(num_attention_heads=4, num_key_value_heads=2)
+    config, *model = untrained(family)
+    config = config.copy_and_resolve_references()
     config.gvu.update(prompts=4, group=8)
-    return (config, *pretrain.build(config))
+    return config, *model
 
 
 def a_step(divisible, mesh, **changes):

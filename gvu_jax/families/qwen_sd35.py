@@ -264,7 +264,7 @@ class QwenSD35:
         v = self._run(params, text, None, 1.0, self.flow)((1 - s) * target + s * noise, sigma)
         return jnp.mean((v - (noise - target)) ** 2, axis=(1, 2, 3))
 
-    # ---- the cold start by reconstruction, of this pair alone ---------------------------------------------------
+    # ---- the cold start by reconstruction ------------------------------------------------------------------
 
     def answer_states(self, params, seen, prompts):
         """What the drawer reads of answers about pictures: the projected states at their words [B, L, ..], those that
@@ -283,17 +283,19 @@ class QwenSD35:
                 self.context(params, jnp.array(negative), jnp.array(real)))
 
     def reconstruction(self, params, seen, prompts, key, how):
-        """Pictures [B, H, W, 3] in [0, 1] that captions of others give, drawn by the ODE in as many steps and with as
-        much guidance as `how` has in training, differentiable through all of it: UAE's cold start."""
+        """Pictures [B, H, W, 3] in [0, 1] that captions of others give, drawn as in training but for the noise of a
+        step, differentiable through all of it: UAE's cold start."""
         noise = jax.random.normal(key, (len(prompts.words), *self.latents_size, self.dit.in_channels))
-        return self.redrawn(params, seen, prompts, noise, self._flow(how).steps, how.guidance)
+        return self.redrawn(params, seen, prompts, noise, self._flow(how), how.guidance)
 
-    def redrawn(self, params, seen, prompts, noise, steps=10, guidance=5.0):
+    def redrawn(self, params, seen, prompts, noise, settings=flow.Flow(steps=10), guidance=5.0):
         """`reconstruction` from noise [B, h, w, C]; each step is computed again in the backward pass."""
         positive, negative = (self.with_pooled(context, prompts.words_mask)
                               for context in self.answer_states(params, seen, prompts))
-        run = jax.checkpoint(self._run(params, positive, negative, guidance, self.flow))
-        return self.decode(params, sd3.sample(run, noise, sd3.sigmas(steps, self.shift)))
+        run = jax.checkpoint(self._run(params, positive, negative, guidance, settings))
+        by_ode = dataclasses.replace(settings, noise=0.0)
+        drawn, _ = flow.sample(by_ode, run, noise, flow.levels(settings, self.shift), 0, None)
+        return self.decode(params, drawn.final)
 
     def with_pooled(self, context, real=None):
         """Context [B, X, ..] beside the constant pooled vector: sd3.Text."""

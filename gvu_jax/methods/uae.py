@@ -11,9 +11,10 @@ Three stages, each step belonging to one, on B pictures with groups of G:
 
     cold       both directions are taught by pictures with captions: next-token prediction on `uae.pairs` pairs. The
                first `uae.cold` steps; as they leave it, the model is the reference of both KL terms from then on.
-               With `uae.reconstruct`, as in the paper: 1 - R of the pictures that those captions give, descended
-               through every step of a flow without noise ("rescaled"; "published" has the released code's slip, by
-               which the encoder sees the reconstructions 255 times too dark)                    umm.reconstruction
+               With `uae.reconstruct`, as in the paper: 1 - R of the pictures that those captions give, as the captioner
+               says them of the picture, descended through every step of a flow without noise ("rescaled"; "published"
+               has the released code's slip, by which the encoder sees reconstructions 255 times too dark)
+                                                                                                umm.reconstruction
     caption    the captioner is the policy: G captions of each picture, each drawn once             umm.sample_text
     draw       the captions are given, one of each picture, and the drawer is the policy:           umm.sample_image
                G pictures of each caption
@@ -51,6 +52,11 @@ class UAE:
         self.check(config)
         self.pictures = config.uae.prompts * config.uae.group
         sharding.check(umm, mesh, config.uae, self.pictures)
+        for parts in ("micro_batches", "waves") if config.uae.cold else ():
+            count, rows = config.uae[parts], sharding.batch_shards(mesh)
+            if count > 1 and config.uae.pairs % (count * rows):
+                raise ValueError(f"the {config.uae.pairs} pairs of a step of the cold start (uae.pairs) in {count} parts "
+                                 f"(uae.{parts}) cannot be divided by data x fsdp = {rows}")
         flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         loop = functools.partial(
@@ -64,7 +70,7 @@ class UAE:
         self.reconstruct = config.uae.get("reconstruct", "")
         if self.reconstruct and not hasattr(umm, "reconstruction"):
             raise ValueError(f"uae.reconstruct = {self.reconstruct!r} descends through how a picture is drawn, which "
-                             f"only a flow allows; this family chooses tokens: leave it empty")
+                             f"models of the kind {umm.kind} cannot (a flow can): leave it empty")
         self.updates = {stage: sharding.Program(update, mesh, donate_argnums=0) for stage, update in (
             ("cold", self._rebuild if self.reconstruct else self._cold), ("caption", self._caption),
             ("draw", self._draw))}
@@ -76,9 +82,15 @@ class UAE:
         flow_grpo.check(config)
         check_trainable(config)
         stages_of(config.uae.stages)
-        scorers.weights_of(config.uae.get("scorers", ""))
+        weights = scorers.weights_of(config.uae.get("scorers", ""))
         if (told := config.uae.get("reconstruct", "")) not in ("", "rescaled", "published"):
             raise ValueError(f"uae.reconstruct is {told!r}; it must be empty, rescaled or published")
+        if told and not config.uae.cold:
+            raise ValueError(f"uae.reconstruct = {told!r} says how the cold start learns, and there is none: set uae.cold, "
+                             f"e.g. 1000, or leave it empty")
+        if told == "published" and scorers.OWN in weights:
+            raise ValueError("uae.reconstruct = 'published' is a slip in what an encoder from outside is shown: name one "
+                             "in uae.scorers, e.g. hf:openai/clip-vit-large-patch14=1, without own, or take rescaled")
         if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
@@ -121,10 +133,11 @@ class UAE:
             captions = [example["prompt"] for example in examples]                    # see data.check_captions
             prompts = sharding.place_prompts(self.umm, captions, loop.lengths, self.mesh, end=True)
             if self.reconstruct:
-                learned = clock.lap("sample", self.programs.see(base, pixels)), pixels, prompts, keys[0]
-                learned += loop.outside.params,
+                seen = clock.lap("sample", self.programs.see(base, pixels))
+                learned = seen, pixels, prompts, keys[0], loop.outside.params
             else:
-                learned = *clock.lap("sample", self.programs.learn(base, pixels)), prompts, keys[0]
+                seen, target = clock.lap("sample", self.programs.learn(base, pixels))
+                learned = seen, target, prompts, keys[0]
             for phase in ("render", "reward"):
                 clock.lap(phase, None)                                          # nothing is drawn, and a step says so
             return stage, *learned
@@ -145,7 +158,6 @@ class UAE:
         B, S = uae.prompts, uae.prompts * uae.group
         steps = collections.Counter(map(self.stage, range(self.config.steps)))
         prompts = functools.partial(on.prompts, words=uae.words)
-        of_own = Loop(self.umm, self.how, self.mesh, uae.words, uae.waves)         # scorers from outside are left out
         if steps["cold"]:
             on.step("cold", steps["cold"], uae.pairs)
             pixels, outside = on.pixels(uae.pairs), ([],) if self.reconstruct else ()
@@ -162,7 +174,7 @@ class UAE:
             told = on.run("sample", "say", telling.say, on.policy, seen, prompts(B), on.key)
             drawn, logps = on.run("render", "sample", drawing.sample, on.policy, prompts(captions), on.key)
             pictures = on.run("render", "render", drawing.render, on.base, drawn, prompts(captions), on.key)
-            on.run("reward", "compare", of_own.compare, on.base, [], pictures, on.pixels(B))
+            on.run("reward", "compare", loop.compare, on.base, [], pictures, on.pixels(B))
             batch = (seen, prompts(B), *told) if stage == "caption" else (prompts(S), drawn, logps)
             on.run("update", "update", self.updates[stage], on.state, on.base, *batch, on.floats(S))
 
@@ -187,10 +199,10 @@ class UAE:
         def loss(trainable, part):
             (seen, originals, prompts), key = part
             pictures = self.umm.reconstruction(self.policy(base, trainable), seen, prompts, key, self.how)
-            if self.reconstruct == "published":
-                pictures = pictures / 255
-            loss = 1 - jnp.mean(self.loop.alike(base, outside, pictures, originals)[0])
-            return loss, ({"loss": loss}, ())
+            darker = 255 if self.reconstruct == "published" else 1
+            reward, each = self.loop.alike(base, outside, pictures, originals, darker)
+            loss = 1 - jnp.mean(reward)
+            return loss, ({"loss": loss} | {f"cold/{name}": jnp.mean(alike) for name, alike in each.items()}, ())
         return self._supervise(loss, state, (seen, originals, prompts), key)
 
     def _supervise(self, loss, state, rows, key):
@@ -302,10 +314,12 @@ class Loop:
         alike each encoder finds them: {"similarity" (to the model's own) | a scorer's name: [S]}."""
         return sharding.in_waves(functools.partial(self.alike, base, params), pictures, originals, waves=self.waves)
 
-    def alike(self, base, params, pictures, originals):
+    def alike(self, base, params, pictures, originals, darker=1):
+        """`_compare` of all at once, differentiable in the pictures; darker: see Scorer.alike."""
         features = self.umm.features(base, originals)
         own = rewards.similarity(self.umm.features(base, pictures),
                                  jnp.repeat(features, len(pictures) // len(originals), axis=0))
-        found = {scorer.name: scorer.alike(of_scorer, pictures, originals)
-                 for scorer, of_scorer in zip(self.outside.each, params)}
-        return self.outside.weighted(own, found), {"similarity": own} | found
+        each = self.outside.each if params else ()                                 # a plan has none, and reads none
+        found = {scorer.name: scorer.alike(of_scorer, pictures, originals, darker)
+                 for scorer, of_scorer in zip(each, params)}
+        return self.outside.weighted(own, found.values()), {"similarity": own} | found

@@ -183,7 +183,7 @@ def resize(image, size):
 def resized(pixels, size):
     """What `resize` makes of pictures [B, h, w, 3] float32 in [0, 1] on the grid of 8 bits, inside a program and bit
     for bit: along one axis and then along the other, in whole numbers. Its derivative is that of the weighted sum,
-    straight through the rounding."""
+    straight through the rounding and the limits."""
     for side in passes(pixels.shape[1:3], size):
         axis, to = side + 1, size[side]
         if pixels.shape[axis] != to:
@@ -202,7 +202,8 @@ def resized_last(pixels, to):
 @resized_last.defjvp
 def _(to, primals, tangents):
     (pixels,), (slope,) = primals, tangents
-    return resized_last(pixels, to), slope @ (resizing(pixels.shape[-1], to) / np.float32(1 << BITS))
+    weights = (resizing(pixels.shape[-1], to) / (1 << BITS)).astype(np.float32)
+    return resized_last(pixels, to), jnp.matmul(slope, weights, precision="highest")
 
 
 BITS = 22                    # behind the point, of PIL's weights

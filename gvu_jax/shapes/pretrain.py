@@ -64,7 +64,8 @@ def build(config):
     checkpoint.shapes(umm)
     # It runs once, and is hundreds of small kernels: on a CPU most of its time is to compile them well.
     options = {"xla_backend_optimization_level": 0} if platform() == "cpu" else None
-    return umm, jax.jit(umm.init, compiler_options=options)(jax.random.key(config.pretrain.seed))
+    init = checkpoint.traced_init(umm).lower().compile(compiler_options=options)
+    return umm, init(jax.random.key(config.pretrain.seed))
 
 
 def pretrain(config):
