@@ -55,8 +55,8 @@ class UAE:
         for parts in ("micro_batches", "waves") if config.uae.cold else ():
             count, rows = config.uae[parts], sharding.batch_shards(mesh)
             if count > 1 and config.uae.pairs % (count * rows):
-                raise ValueError(f"the {config.uae.pairs} pairs of a step of the cold start (uae.pairs) in {count} parts "
-                                 f"(uae.{parts}) cannot be divided by data x fsdp = {rows}")
+                raise ValueError(f"the {config.uae.pairs} pairs of a step of the cold start (uae.pairs) in {count} "
+                                 f"parts (uae.{parts}) cannot be divided by data x fsdp = {rows}")
         flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         loop = functools.partial(
@@ -86,11 +86,11 @@ class UAE:
         if (told := config.uae.get("reconstruct", "")) not in ("", "rescaled", "published"):
             raise ValueError(f"uae.reconstruct is {told!r}; it must be empty, rescaled or published")
         if told and not config.uae.cold:
-            raise ValueError(f"uae.reconstruct = {told!r} says how the cold start learns, and there is none: set uae.cold, "
-                             f"e.g. 1000, or leave it empty")
+            raise ValueError(f"uae.reconstruct = {told!r} says how the cold start learns, and there is none: set "
+                             f"uae.cold, e.g. 1000, or leave it empty")
         if told == "published" and scorers.OWN in weights:
-            raise ValueError("uae.reconstruct = 'published' is a slip in what an encoder from outside is shown: name one "
-                             "in uae.scorers, e.g. hf:openai/clip-vit-large-patch14=1, without own, or take rescaled")
+            raise ValueError("uae.reconstruct = 'published' is a slip in what an encoder from outside is shown: name "
+                             "one in uae.scorers, e.g. hf:openai/clip-vit-large-patch14=1, without own, or take rescaled")
         if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")
