@@ -13,7 +13,6 @@ each with the trained subtree ("trainable") and the optimizer's state ("opt_stat
 SHA-256 of every file: Orbax notices a write that was cut off, but not a byte that changed on disk.
 """
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -53,17 +52,23 @@ def save_model(folder, umm, params):
 
 def write_metadata(folder, umm):
     """Everything of a model folder but the parameters: metadata.json and the tokenizers."""
+    for field in dataclasses.fields(umm):
+        if field.name.endswith("tokenizer") and (tokenizer := getattr(umm, field.name)) is not None:
+            tokenizer.save_pretrained(folder / field.name)
+    replace_file(folder / "metadata.json", json.dumps(metadata_of(umm), indent=1))
+
+
+def metadata_of(umm):
+    """What metadata.json says: all that a model is but for its tokenizers and parameters."""
     metadata = {"format": FORMAT, "kind": umm.kind}
     for field in dataclasses.fields(umm):
         value = getattr(umm, field.name)
         if field.name.endswith("tokenizer"):
-            if value is not None:
-                value.save_pretrained(folder / field.name)
             continue
         if len(configs_of(field)) > 1:
             metadata[f"{field.name}_class"] = type(value).__name__
         metadata[field.name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    replace_file(folder / "metadata.json", json.dumps(metadata, indent=1))
+    return metadata
 
 
 def read_metadata(folder):
@@ -156,10 +161,16 @@ def shapes(umm):
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), found)
 
 
-@functools.lru_cache(maxsize=4)
+TRACED = {}
+
+
 def traced_init(umm):
-    """umm.init(key), jitted and traced outside of any mesh: that takes a second or more, so it is done once a model."""
-    return jax.jit(umm.init).trace(jax.random.key(0))
+    """umm.init(key), jitted and traced outside of any mesh: that takes a second or more, so it is done once for all
+    models of a process that have the same metadata."""
+    of = type(umm), json.dumps(metadata_of(umm))
+    if of not in TRACED:
+        TRACED[of] = jax.jit(umm.init).trace(jax.random.key(0))
+    return TRACED[of]
 
 
 def _first_line(error):
