@@ -104,6 +104,13 @@ def test_the_cold_start_by_reconstruction(taught):
     assert all(max(jax.tree.leaves(changes["adapter"][half])) > 1e-7 for half in ("llm", "dit"))
     jax.tree.map(np.testing.assert_array_equal, after.reference, after.trainable)
 
+    told, alike = [], built.loop.alike
+    built.loop.alike = lambda *inputs: told.append(inputs[-1]) or alike(*inputs[:-1])
+    for built.reconstruct in ("rescaled", "published"):
+        with jax.set_mesh(built.mesh):
+            jax.eval_shape(lambda *inputs: built._rebuild(*inputs), after, base, *batch)         # traced anew
+    assert told == [1, 255]
+
 
 def test_what_no_cold_start_descends_through(tiny):
     """Choices, a cold start that does not come, the published slip for the own encoder, pairs that cannot be divided."""
