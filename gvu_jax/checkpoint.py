@@ -23,10 +23,11 @@ import typing
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from gvu_jax import families, sharding
+from gvu_jax import cli, families, hub, sharding
 from gvu_jax.decode import check_files
 from gvu_jax.described import read_tokenizer, typed
 from gvu_jax.metrics import read_json, replace_file
@@ -123,6 +124,25 @@ def describe_model(folder, override=()):
         return umm, stored_shapes(folder, umm)
     except ValueError as error:
         raise ValueError(f"cannot read the model in {folder}: {error}") from error
+
+
+def describe_base(config, parts=None):
+    """(umm, shapes of its params) of the model that a run of `config` starts from, which need not be there yet: of its
+    model folder; else of the shapes world, or the published ones.
+
+    parts: as in `load_model`. Errors as in `describe_model`.
+    """
+    override, folder = config.model.get("override", {}), config.model.get("checkpoint")
+    folder = folder and (hub.place(folder, config.cache) if hub.is_name(folder) else cli.path(folder))
+    if folder and folder.exists():
+        umm, params = describe_model(folder, override)
+    else:
+        umm, dtype = (families.tiny_of(config).tiny(config), jnp.float32) if config.get("world") else (
+            families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), shapes(umm))
+    remat = config.model.get("remat", umm.ar.remat)
+    return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), {
+        name: part for name, part in params.items() if parts is None or name in parts}
 
 
 def load_model(folder, mesh=None, override=(), parts=None):

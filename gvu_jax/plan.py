@@ -33,7 +33,7 @@ from absl import flags
 from jax.experimental import topologies
 from jax.interpreters import partial_eval
 
-from gvu_jax import checkpoint, cli, costs, families, hub, optim, sharding
+from gvu_jax import checkpoint, cli, costs, optim, sharding
 from gvu_jax.methods import method_of, parts_of
 from gvu_jax.models.layers import AXES
 from gvu_jax.policy import State
@@ -72,7 +72,7 @@ def main(_):
         Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")
     devices = chips_of(_TOPOLOGY.value)
-    umm, params = model_of(_CONFIG.value)
+    umm, params = checkpoint.describe_base(_CONFIG.value, parts_of(_CONFIG.value))
     mesh = sharding.make_mesh(_MESH.value or _CONFIG.value.mesh, devices)
     plan = make_plan(_CONFIG.value, umm, params, mesh, CHIPS[_TOPOLOGY.value.split(":")[0]])
     if _JSON.value:
@@ -102,23 +102,6 @@ def chips_of(topology):
         return topologies.get_topology_desc(platform="tpu", topology_name=topology, **alone).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"there is no slice {topology}: {error}") from error
-
-
-def model_of(config):
-    """(umm, shapes of those params that its run holds) of a config: of its model folder, of the shapes world, or the
-    published ones."""
-    override, folder = config.model.get("override", {}), config.model.get("checkpoint")
-    folder = folder and (hub.place(folder, config.cache) if hub.is_name(folder) else cli.path(folder))
-    if folder and not config.get("world") and folder.exists():
-        umm, params = checkpoint.describe_model(folder, override)
-    else:
-        umm, dtype = (families.tiny_of(config).tiny(config), jnp.float32) if config.get("world") else (
-            families.of(config).published(override, config.model.get("size")), jnp.bfloat16)
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), checkpoint.shapes(umm))
-    if parts := parts_of(config):
-        params = {name: params[name] for name in parts}
-    remat = config.model.get("remat", umm.ar.remat)
-    return dataclasses.replace(umm, ar=dataclasses.replace(umm.ar, remat=remat)), params
 
 
 # ---- a method's steps, on shapes -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, families, hub, optim, questions, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods import method_of, parts_of
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
@@ -39,7 +39,7 @@ from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite, Unified, choose_prompts
-from gvu_jax.umm import check_rollout, compile_programs, in_use
+from gvu_jax.umm import compile_programs, in_use
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
@@ -72,7 +72,6 @@ def train(config, workdir, stop=Stop()):
     cli.check_numbers(config)
     method_of(config).check(config)
     parts_of(config)
-    check_rollout(families.of(config).MODEL, How(**config.get("rollout", {})))
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
     questions.check_judge(config)
@@ -90,6 +89,7 @@ def train_alone(config, workdir, stop):
     if "pictures" in config and not config.get("world"):
         for folder in (config.pictures.folder, config.pictures.held_out):
             data.check_pictures(folder)
+    check_base(config, how, optimizer, mesh)
     started = time.time()
     cli.keep_compiled(config.cache)
     if first_process:
@@ -262,6 +262,16 @@ def alone(workdir):
         except OSError:
             pass                                             # a file system without locks
         yield
+
+
+def check_base(config, how, optimizer, mesh):
+    """ValueError, before minutes of pretraining or reading, for what the method cannot do with this base or mesh."""
+    if hub.is_name(name := config.model.get("checkpoint")) and not hub.place(name, config.cache).exists():
+        return                                                      # its sizes are known once it has been fetched
+    umm, params = checkpoint.describe_base(config, parts_of(config))
+    method = method_of(config)(umm, config, how, optimizer, mesh)
+    if hasattr(method, "begin"):                                                    # a method may leave it to its init
+        jax.eval_shape(method.begin, params, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def claim(workdir, config):

@@ -23,7 +23,7 @@ from PIL import Image
 
 import gvu_jax
 from conftest import ROOT, least_size, load_config, one_device, tiny_config
-from gvu_jax import checkpoint, cli, convert, data, decode, families, optim, tensor_files
+from gvu_jax import checkpoint, cli, convert, data, decode, families, optim, tensor_files, train
 from gvu_jax.families import xomni
 from gvu_jax.methods.gvu import GvU
 from gvu_jax.models import siglip_vq
@@ -280,6 +280,20 @@ def test_a_setting_that_cannot_work_is_named(command, tmp_path, preset, setting,
                    *f"--config.{setting}".split(), f"--config.cache={tmp_path}/cache")
     assert isinstance(line, str) and re.search(message, line), line
     assert not list(tmp_path.glob("**/metadata.json"))
+
+
+@pytest.mark.parametrize("preset, change, said", [
+    ("shapes_uae", {"uae.reconstruct": "rescaled"}, "models of the kind xomni cannot"),
+    ("shapes:sd35", {"sampling.flow.noise": 0.0}, "a flow learns from noisy steps alone"),
+    ("shapes", {"gvu.prompts": 3, "gvu.waves": 1, "gvu.group": 2, "gvu.micro_batches": 1, "mesh.data": 4},
+     "6 samples a step"),
+    ("shapes", {"lora.rank": 4, "lora.targets": "nothing"}, "nothing")])
+def test_what_a_base_cannot_do_is_said_before_it_is_pretrained(preset, change, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "prepare_base", lambda *_: pytest.fail("it began"))
+    config = load_config(*preset.split(":"))
+    config.update_from_flattened_dict(change)
+    with pytest.raises(ValueError, match=said):
+        train.train(config, tmp_path)
 
 
 def test_a_config_without_a_world_cannot_be_pretrained():

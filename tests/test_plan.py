@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from conftest import load_config, one_device, tiny_config
-from gvu_jax import optim, plan, sharding
+from gvu_jax import checkpoint, optim, plan, sharding
 from gvu_jax.families import xomni
 from gvu_jax.methods import method_of
 from gvu_jax.sampling import How
@@ -26,7 +26,7 @@ def small():
     config.model.ar.num_key_value_heads = 2
     config.gvu.update(prompts=4, group=4, anchor=0.0, micro_batches=2)
     config.lora.rank = 2
-    return (config, *plan.model_of(config))
+    return (config, *checkpoint.describe_base(config))
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_what_is_planned_is_what_runs(name, family, changes, tmp_path, monkeypat
     """A whole run whose programs are stand-ins that give ones: each program runs as often as the plan counts it, on
     batches of the same shapes. Lengths of texts are the plan's own."""
     config = config_of(name, family, changes)
-    (umm, params), ran = plan.model_of(config), collections.Counter()
+    (umm, params), ran = checkpoint.describe_base(config), collections.Counter()
 
     def look(program, args):
         leaves = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, Prompts))
@@ -149,7 +149,7 @@ def test_a_run_of_several_kinds_of_step_adds_up(monkeypatch):
     config = config_of("shapes_gap", "xomni", GAP | {"steps": 4, "internal_gap.replay": 3, "internal_gap.probe": 1})
     monkeypatch.setattr(plan, "plan_program", lambda *_: {"seconds": 2.0, "fits": True, "compiled_in": 0.0})
     mesh = sharding.make_mesh("data:2", jax.devices()[:2])
-    found = plan.make_plan(config, *plan.model_of(config), mesh, plan.CHIPS["v5e"])
+    found = plan.make_plan(config, *checkpoint.describe_base(config), mesh, plan.CHIPS["v5e"])
     assert {name: (kind["times"], kind["more"], kind["seconds"]) for name, kind in found["kinds"].items()} == {
         "draw": (2, 4, 8.0), "update": (4, 0, 2.0)}
     assert found["kinds"]["draw"]["phases"] == {"sample": 2.0, "render": 2.0, "reward": 4.0, "update": 0.0}
@@ -162,7 +162,7 @@ def test_captions_are_drawn_without_moving_weights():
     """Of UAE, by the real compiler: what draws captions, whose loop is as long as a caption may be."""
     config = config_of("shapes_uae", "xomni", UAE | {"uae.prompts": 8})
     config.model.ar.num_key_value_heads = 2
-    umm, params = plan.model_of(config)
+    umm, params = checkpoint.describe_base(config)
     mesh = sharding.make_mesh("fsdp:2,tensor:2", plan.chips_of("v5e:2x2"))
     say = plan.rehearse(config, umm, params, mesh)[0]["caption"].calls["say"]
     found = plan.plan_program(umm, say.program, say.args, mesh, plan.CHIPS["v5e"], 0, 1, say.turns)
@@ -210,7 +210,7 @@ def test_what_the_compiler_finds_too_large(small):
 
 def test_parameters_per_chip_fall_with_fsdp_and_tensor():
     """The published model at full size: 27.7 billion parameters in bfloat16, by their shapes."""
-    umm, params = plan.model_of(load_config("xomni"))
+    umm, params = checkpoint.describe_base(load_config("xomni"))
     whole = 2 * sum(x.size for x in jax.tree.leaves(params))
     assert 55e9 < whole < 56e9
     for sizes, shares in (("fsdp:8", 8), ("fsdp:2,tensor:4", 8), ("data:2,fsdp:2,tensor:2", 4)):

@@ -57,7 +57,8 @@ class UAE:
             if count > 1 and config.uae.pairs % (count * rows):
                 raise ValueError(f"the {config.uae.pairs} pairs of a step of the cold start (uae.pairs) in {count} "
                                  f"parts (uae.{parts}) cannot be divided by data x fsdp = {rows}")
-        flow_grpo.check_how(umm, config, how)
+        if "draw" in dict(stages_of(config.uae.stages)):
+            flow_grpo.check_how(umm, config, how)
         self.umm, self.config, self.how, self.optimizer, self.mesh = umm, config, how, optimizer, mesh
         loop = functools.partial(
             Loop, umm, mesh=mesh, words=config.uae.words, waves=config.uae.waves,
