@@ -162,7 +162,7 @@ def build_shapes(model):
 
 def understanding(model, choices, left_out):
     """The shares of questions answered rightly: of data.read_choices, or, where these are None, of the shapes world.
-    left_out: the Counter of read_choices; what turns out to be no picture or no text for this model is left out, too."""
+    left_out: the Counter of read_choices; what turns out to be no picture or no text to this model is left out, too."""
     if choices is None:
         tested = build_shapes(model)[1].choices(model.params)
         return with_intervals({name: share(chosen) for name, chosen in tested.items()})

@@ -496,7 +496,8 @@ def _health_curves(run: dict) -> list[dict]:
         _chart("Flat groups", "share of groups whose rewards are all equal: nothing is learned from them",
                {"flat groups": [_curve(run, "reward/flat")]}, (0.0, 1.0)),
         _chart("Gradient norm", "before clipping", {"grad norm": [_curve(run, "grad_norm")]}, (0.0,)),
-        _chart("Log-prob gap", "sampler against trainer, nats a token; rounding alone, but for int8", {"logp gap": [_curve(run, "logp_gap")]}),
+        _chart("Log-prob gap", "sampler against trainer, nats a token; rounding alone, but for int8",
+               {"logp gap": [_curve(run, "logp_gap")]}),
     ]
     return [chart for chart in charts if chart]
 

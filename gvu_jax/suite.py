@@ -301,7 +301,8 @@ class Unified:
             *_, words, _, mask = loop.say(loop.groups, policy, base, pixels, keys[0])
             captions = loop.texts(words)
             _, _, drawn = loop.draw(loop.singles, policy, base, captions, keys[1])
-            (_, alike), mask, drawn = sharding.fetch((loop.compare(base, loop.outside.params, drawn, pixels), mask, drawn))
+            compared = loop.compare(base, loop.outside.params, drawn, pixels)
+            (_, alike), mask, drawn = sharding.fetch((compared, mask, drawn))
             judged = self.judge(np.repeat(originals, len(captions) // len(originals), axis=0), captions, drawn) if (
                 self.judge) else {}
             for name, found in {**alike, "length": mask.sum(axis=1), **judged}.items():

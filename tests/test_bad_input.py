@@ -296,6 +296,16 @@ def test_what_a_base_cannot_do_is_said_before_it_is_pretrained(preset, change, s
         train.train(config, tmp_path)
 
 
+def test_captions_alone_need_no_noise_of_a_flow():
+    config = load_config("shapes_uae", "sd35")
+    config.sampling.flow.noise = 0.0
+    how, optimizer = How(images_per_prompt=config.uae.group, **config.sampling), optim.build(config.optim, config.steps)
+    with pytest.raises(ValueError, match="noisy steps alone"):
+        train.check_base(config, how, optimizer, one_device())
+    config.uae.stages = "caption:10"
+    train.check_base(config, how, optimizer, one_device())
+
+
 def test_a_config_without_a_world_cannot_be_pretrained():
     with pytest.raises(ValueError, match="no world to pretrain"):
         pretrain.ensure_base(load_config("xomni"))

@@ -91,7 +91,8 @@ class UAE:
                              f"uae.cold, e.g. 1000, or leave it empty")
         if told == "published" and scorers.OWN in weights:
             raise ValueError("uae.reconstruct = 'published' is a slip in what an encoder from outside is shown: name "
-                             "one in uae.scorers, e.g. hf:openai/clip-vit-large-patch14=1, without own, or take rescaled")
+                             "one in uae.scorers, e.g. hf:openai/clip-vit-large-patch14=1, without own, or take "
+                             "rescaled")
         if config.uae.cold and (config.uae.pairs < 1 or config.uae.pairs % config.uae.micro_batches):
             raise ValueError(f"uae.micro_batches = {config.uae.micro_batches} does not divide the {config.uae.pairs} "
                              f"pairs of a step of the cold start (uae.pairs)")

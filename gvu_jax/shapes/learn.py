@@ -65,8 +65,8 @@ def tell_what_comes_back(label, scenes, pixels):
     share = np.mean(checker.read_pixels(pixels, world.side_of(scenes.shape[1]))[objects] == scenes[objects])
     print(f"{label}: {share:.3f} of the objects of {len(scenes)} scenes come back", file=sys.stderr)
     if share < 0.95:
-        print(f"warning: the picture tokenizer loses {1 - share:.0%} of all objects, and so will all that is drawn with "
-              "it: try another pretrain.seed, or more steps", file=sys.stderr)
+        print(f"warning: the picture tokenizer loses {1 - share:.0%} of all objects, and so will all that is drawn "
+              "with it: try another pretrain.seed, or more steps", file=sys.stderr)
 
 
 def unit(x):
