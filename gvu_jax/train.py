@@ -30,7 +30,7 @@ from clu import parameter_overview
 from ml_collections import config_flags
 
 import gvu_jax
-from gvu_jax import adapters, alarms, checkpoint, cli, data, hub, optim, questions, sharding
+from gvu_jax import adapters, alarms, checkpoint, cli, data, families, hub, optim, questions, sharding
 from gvu_jax.closeup import sample_grid, write_closeup
 from gvu_jax.methods import method_of, parts_of
 from gvu_jax.metrics import MetricsWriter, Progress, Stopwatch, read_json, replace_file
@@ -39,7 +39,7 @@ from gvu_jax.report import write_report
 from gvu_jax.sampling import How
 from gvu_jax.stop import STOPPED, Stop
 from gvu_jax.suite import Suite, Unified, choose_prompts
-from gvu_jax.umm import compile_programs, in_use
+from gvu_jax.umm import check_rollout, compile_programs, in_use
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/, e.g. configs/shapes.py:smoke.")
 _WORKDIR = cli.path_flag("workdir", "Where the run writes; give it again to resume.")
@@ -72,6 +72,7 @@ def train(config, workdir, stop=Stop()):
     cli.check_numbers(config)
     method_of(config).check(config)
     parts_of(config)
+    check_rollout(families.of(config).MODEL, How(**config.get("rollout", {})))
     hub.check(config.model.get("checkpoint"))
     adapters.check_start(config.lora)
     questions.check_judge(config)

@@ -74,12 +74,11 @@ def divided(divisible):
     return a_step(divisible, "fsdp:4,tensor:2")
 
 
-def assert_same_step(ours, theirs, slack=1, guidance=1.0):
-    """slack: how much further what is read of the pixels, and follows from it, may lie apart. guidance: of u + guidance
-    (c - u) the error is up to guidance times that of c and guidance - 1 times that of u."""
+def assert_same_step(ours, theirs, slack=1):
+    """slack: how much further what is read of the pixels, and follows from it, may lie apart."""
     jax.tree.map(np.testing.assert_array_equal, ours["tokens"], theirs["tokens"])
     np.testing.assert_array_equal(ours["pixels"], theirs["pixels"])
-    np.testing.assert_allclose(ours["logps"], theirs["logps"], atol=1e-5 * (2 * guidance - 1))
+    np.testing.assert_allclose(ours["logps"], theirs["logps"], atol=1e-5)
     np.testing.assert_allclose(ours["reward"], theirs["reward"], rtol=slack * 1e-5)
     for name, value in theirs["metrics"].items():
         np.testing.assert_allclose(ours["metrics"][name], value, rtol=slack * 2e-4, atol=slack * 1e-6, err_msg=name)
@@ -122,7 +121,7 @@ def test_a_guided_step_divided_three_ways_is_a_step_on_one_device(family, view):
     if view == "pixels":                                                          # else nothing is painted
         apart = np.abs(together["pixels"] - alone["pixels"])
         assert apart.max() < 1.01 / 255 and (apart > 0).mean() < 1e-3
-    assert_same_step(together | {"pixels": alone["pixels"]}, alone, slack=100, guidance=3.0)
+    assert_same_step(together | {"pixels": alone["pixels"]}, alone, slack=100)
 
 
 def test_without_training_the_backbone_is_divided_by_its_heads(divisible):
